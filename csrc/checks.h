@@ -1,0 +1,137 @@
+// Argument checks and tensor views that the CPU and the CUDA launchers share. An error names the argument, what it was
+// and what is allowed.
+#pragma once
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "diffmas/offsets.h"
+#include "ops.h"
+
+namespace diffmas {
+
+constexpr int64_t ANY = -1;
+
+template <class Sizes>
+std::string to_string(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "[";
+  for (int64_t size : sizes) {
+    text << separator;
+    size == ANY ? text << "any" : text << size;
+    separator = ", ";
+  }
+  text << (sizes.size() == 0 ? "[]" : "]");
+  return text.str();
+}
+
+/// float64 for float64 data, float32 for the other three supported dtypes.
+inline ScalarType accumulation_dtype(const char* name, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+          dtype == ScalarType::Half,
+      name, " is ", torch::headeronly::toString(dtype), "; allowed: Float, BFloat16, Half, Double");
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+/// Same device as `like`, this dtype, these sizes (ANY: any), and stride 1 in the last dimension.
+inline void check_tensor(
+    const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, ScalarType dtype,
+    const Tensor& like) {
+  const auto found = tensor.sizes();
+  bool matches = found.size() == sizes.size();
+  if (matches) {
+    const int64_t* size = found.begin();
+    for (int64_t wanted : sizes) {
+      matches &= wanted == ANY || wanted == *size;
+      ++size;
+    }
+  }
+  STD_TORCH_CHECK(matches, name, " has shape ", to_string(found), "; allowed: ", to_string(sizes));
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == dtype, name, " is ", torch::headeronly::toString(tensor.scalar_type()),
+      "; allowed: ", torch::headeronly::toString(dtype));
+  STD_TORCH_CHECK(
+      tensor.device() == like.device(), name, " is on another device (", tensor.is_cuda() ? "cuda:" : "cpu:",
+      tensor.get_device_index(), ") than the other arguments");
+  const int64_t last = tensor.dim() - 1;
+  STD_TORCH_CHECK(
+      last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1, name, " has stride ", tensor.stride(last),
+      " in its last dimension; allowed: 1");
+}
+
+inline void check_contiguous(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(
+      tensor.is_contiguous(), name, " has strides ", to_string(tensor.strides()), " for shape ",
+      to_string(tensor.sizes()), "; allowed: contiguous");
+}
+
+inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
+  STD_TORCH_CHECK(
+      tensor.dim() == dim, name, " has shape ", to_string(tensor.sizes()), "; allowed: ", dim, " dimensions");
+}
+
+/// Values and keys of one trace layer [B, Hkv, C, D]; the keys set the sizes.
+inline void check_trace(
+    const char* keys_name, const Tensor& keys, const char* values_name, const Tensor& values, ScalarType dtype) {
+  check_dim(keys_name, keys, 4);
+  check_tensor(keys_name, keys, {ANY, ANY, ANY, ANY}, dtype, keys);
+  check_tensor(values_name, values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3)}, dtype, keys);
+}
+
+/// Index tensors: int32 [batch], contiguous.
+inline void check_index(const char* name, const Tensor& index, int64_t batch, const Tensor& like) {
+  check_tensor(name, index, {batch}, ScalarType::Int, like);
+}
+
+template <class T>
+Packed<T> packed(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1)};
+}
+
+template <class T>
+Trace<T> trace(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+inline const int32_t* indices(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.data_ptr()); }
+
+inline RowRanges row_ranges(const Tensor& q_begin, const Tensor& q_end, const Tensor& starts) {
+  return {indices(q_begin), indices(q_end), indices(starts)};
+}
+
+inline void check_row_ranges(
+    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new, int64_t batch,
+    const Tensor& like) {
+  check_index("q_begin", q_begin, batch, like);
+  check_index("q_end", q_end, batch, like);
+  check_index("starts", starts, batch, like);
+  STD_TORCH_CHECK(max_new >= 0, "max_new is ", max_new, "; allowed: 0 and above");
+}
+
+/// Everything kv_append can check without reading the index tensors.
+inline void check_append(
+    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Tensor& q_begin,
+    const Tensor& q_end, const Tensor& starts, int64_t max_new) {
+  const ScalarType dtype = keys.scalar_type();
+  accumulation_dtype("keys", dtype);
+  check_trace("keys", keys, "values", values, dtype);
+  check_dim("k", k, 3);
+  check_tensor("k", k, {ANY, keys.size(1), keys.size(3)}, dtype, keys);
+  check_tensor("v", v, {k.size(0), keys.size(1), keys.size(3)}, dtype, keys);
+  check_row_ranges(q_begin, q_end, starts, max_new, keys.size(0), keys);
+}
+
+inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+inline Tensor zeros_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+}  // namespace diffmas

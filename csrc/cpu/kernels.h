@@ -1,0 +1,174 @@
+// The CPU kernels on raw pointers, free of torch. Everything here exists once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "diffmas/offsets.h"
+
+namespace diffmas {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+template <class S>
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+/// Type in which data stored as S is computed and accumulated.
+template <class S>
+using Acc = typename AccumulationOf<S>::type;
+
+/// Tiles have at most this many query rows or columns.
+constexpr int64_t TILE = 128;
+/// Up to this many query rows stream the trace once, without transposing anything.
+constexpr int64_t NARROW = 8;
+/// A narrow tile spans at most this many columns.
+constexpr int64_t NARROW_COLUMNS = 512;
+/// Columns or query rows of one step of a kernel's inner loop.
+constexpr int64_t STEP = 64;
+/// Padding that every instruction set's vectors divide.
+constexpr int64_t PADDING = 16;
+
+/// Elements of scratch memory that any attention kernel needs.
+inline __attribute__((always_inline)) int64_t attention_scratch(int64_t dim) {
+  return (4 * TILE + 2 * STEP) * (dim + PADDING) + 2 * NARROW * NARROW_COLUMNS + 8 * TILE + 2 * STEP * 2 * PADDING;
+}
+
+/// Query rows of one (row, kv head) pair are numbered token * group + query head within the group. A tile of them meets
+/// the columns [column_begin, column_end); where a tile is split over its columns, each part writes a partial result.
+struct QueryTile {
+  int64_t row, head;
+  int64_t first, last;
+  int64_t column_begin, column_end;
+  int64_t partial;  // where this part's partial rows begin, or -1 for an unsplit tile
+};
+
+/// A tile whose `splits` parts left `last - first` partial rows each, one part after the other from `partial` on.
+struct SplitTile {
+  int64_t row, head;
+  int64_t first, last;
+  int64_t partial, splits;
+};
+
+/// Columns [begin, end) of one (row, kv head) pair, against all its query rows.
+struct ColumnTile {
+  int64_t row, head;
+  int64_t begin, end;
+};
+
+template <class S>
+struct AttentionInputs {
+  Packed<const S> q;
+  Trace<const S> keys, values;
+  RowRanges rows;
+  int64_t group, dim;
+  Acc<S> scale;
+};
+
+template <class S>
+struct Attend : AttentionInputs<S> {
+  Packed<S> out;
+  Packed<Acc<S>> lse;
+  Acc<S>* partial_out;  // [partial rows, dim]
+  Acc<S>* partial_lse;  // [partial rows]
+};
+
+template <class S>
+struct QueryGradient : AttentionInputs<S> {
+  Packed<const S> grad_out, out;
+  Packed<const Acc<S>> lse;
+  Packed<S> grad_q;
+  Packed<Acc<S>> delta;
+  Acc<S>* partial;  // [partial rows, dim]
+};
+
+template <class S>
+struct ColumnGradient : AttentionInputs<S> {
+  Packed<const S> grad_out;
+  Packed<const Acc<S>> lse, delta;
+  Trace<Acc<S>> grad_keys, grad_values;
+};
+
+/// What `slots` pending tokens and the accumulators owe to one column of one kv head.
+template <class S>
+struct OwnColumn {
+  Packed<const S> q, grad_out;      // (slot, query head of the group)
+  Packed<const Acc<S>> lse, delta;  // the same
+  int64_t slots, group, dim;
+  Acc<S> scale;
+  const S *key, *value;
+  const Acc<S> *grad_key, *grad_value;
+  S *grad_k, *grad_v;
+};
+
+/// One output row: sum over splits of exp(lse_s - lse) out_s.
+template <class S, class Out>
+struct MergeRow {
+  const S* outs;
+  int64_t out_stride;  // from split to split
+  const Acc<S>* lses;
+  int64_t lse_stride;
+  int64_t splits, dim;
+  Out* out;
+  Acc<S>* lse;
+};
+
+/// Products with a [size, size] weight. Accumulation-type operands are [rows, stride], zero beyond `size`.
+template <class S>
+struct Projection {
+  const Acc<S>* x;
+  Acc<S>* y;
+  int64_t rows, size, stride;
+  const S* weight;
+  int64_t weight_stride;
+};
+
+/// Scratch elements of the projections: a few rows of converted weight or a tile of outputs.
+constexpr int64_t PROJECTION_ROWS = 32, PROJECTION_COLUMNS = 256;
+inline __attribute__((always_inline)) int64_t projection_scratch(int64_t stride) {
+  return 4 * stride + 2 * PROJECTION_ROWS * PROJECTION_COLUMNS;
+}
+
+/// `count` consecutive columns of one head, copied or rotated: dimensions [0, 2 * pairs) by (cos, sin)[pair].
+template <class S, class T, class R>
+struct MoveColumns {
+  const S* source;
+  int64_t source_stride;
+  T* target;
+  int64_t target_stride;
+  int64_t count, dim, pairs;
+  const R *cos, *sin;
+  R sign;  // -1 rotates back
+  bool interleaved, add;
+};
+
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                 \
+  namespace isa {                                                                    \
+  template <class S>                                                                 \
+  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                  \
+  template <class S>                                                                 \
+  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);   \
+  template <class S>                                                                 \
+  void sum_partials(const QueryGradient<S>&, const SplitTile&);                      \
+  template <class S>                                                                 \
+  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch); \
+  template <class S>                                                                 \
+  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                             \
+  template <class S, class Out>                                                      \
+  void merge_row(const MergeRow<S, Out>&);                                           \
+  template <class S>                                                                 \
+  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);   \
+  template <class S>                                                                 \
+  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch); \
+  }
+
+}  // namespace diffmas

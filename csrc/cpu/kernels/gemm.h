@@ -1,0 +1,111 @@
+// Register-blocked products of small tiles. Every sum runs over k in ascending order, whatever the tile's other sizes.
+#pragma once
+
+#include "cpu/kernels/simd.h"
+
+namespace diffmas {
+namespace DIFFMAS_ISA {
+
+constexpr int ROWS = VECTOR_REGISTERS == 32 ? 8 : 6;
+constexpr int VECTORS = 2;
+
+/// Whether element (i, k) of the left factor is a[i * lda + k] or a[k * lda + i].
+enum class Left { RowMajor, ColumnMajor };
+enum class Into { Overwrite, Add };
+
+/// c[i][0 .. NV * W) (+)= sum_k A(i, k) * b[k][0 .. NV * W) for i < M.
+template <Into INTO, Left LEFT, int M, int NV, class T>
+inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+  Vec<T> sum[M][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) sum[i][j] = INTO == Into::Add ? load(c + i * ldc + j * W<T>) : Vec<T>{};
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < K; ++k) {
+    Vec<T> right[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) right[j] = load(b + k * ldb + j * W<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      const T left = LEFT == Left::RowMajor ? a[i * lda + k] : a[k * lda + i];
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; ++j) sum[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W<T>, sum[i][j]);
+}
+
+template <Into INTO, Left LEFT, int M, int NV, class T>
+inline void block_of(int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+  if (rows == M) {
+    block<INTO, LEFT, M, NV>(c, ldc, a, lda, b, ldb, K);
+  } else if constexpr (M > 1) {
+    block_of<INTO, LEFT, M - 1, NV>(rows, c, ldc, a, lda, b, ldb, K);
+  }
+}
+
+/// `rows` rows of one panel of NV vectors.
+template <Into INTO, Left LEFT, int NV, class T>
+__attribute__((noinline)) void panel(
+    int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+  const int64_t step = LEFT == Left::RowMajor ? lda : 1;
+  int64_t i = 0;
+  for (; i + ROWS <= rows; i += ROWS) block<INTO, LEFT, ROWS, NV>(c + i * ldc, ldc, a + i * step, lda, b, ldb, K);
+  if (i < rows) block_of<INTO, LEFT, ROWS - 1, NV>(rows - i, c + i * ldc, ldc, a + i * step, lda, b, ldb, K);
+}
+
+/// c[rows][columns] (+)= A b, for `columns` a multiple of W.
+template <Into INTO, Left LEFT, class T>
+inline void product(
+    int64_t rows, int64_t columns, T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+  int64_t j = 0;
+  for (; j + VECTORS * W<T> <= columns; j += VECTORS * W<T>)
+    panel<INTO, LEFT, VECTORS>(rows, c + j, ldc, a, lda, b + j, ldb, K);
+  for (; j < columns; j += W<T>) panel<INTO, LEFT, 1>(rows, c + j, ldc, a, lda, b + j, ldb, K);
+}
+
+template <int ROWS_X, int ROWS_Y, class T>
+inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t K) {
+  Vec<T> sum[ROWS_X][4] = {};
+  for (int64_t k = 0; k < K; k += W<T>) {
+    Vec<T> right[ROWS_Y];
+#pragma GCC unroll 4
+    for (int j = 0; j < ROWS_Y; ++j) right[j] = load(y + j * ldy + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS_X; ++i) {
+      const Vec<T> left = load(x + i * ldx + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < ROWS_Y; ++j) sum[i][j] += left * right[j];
+    }
+  }
+  for (int i = 0; i < ROWS_X; ++i) {
+    T totals[4];
+    sums(sum[i], totals);
+    __builtin_memcpy(s + i * lds, totals, sizeof(T) * ROWS_Y);
+  }
+}
+
+template <int ROWS_Y, class T>
+inline void dots_rows(int64_t rows_x, T* s, int64_t lds, const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t K) {
+  constexpr int TOGETHER = VECTOR_REGISTERS == 32 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + TOGETHER <= rows_x; i += TOGETHER)
+    dots_block<TOGETHER, ROWS_Y>(s + i * lds, lds, x + i * ldx, ldx, y, ldy, K);
+  for (; i < rows_x; ++i) dots_block<1, ROWS_Y>(s + i * lds, lds, x + i * ldx, ldx, y, ldy, K);
+}
+
+/// s[i][j] = sum_k x[i][k] * y[j][k], for few rows x and K a multiple of W: nothing is transposed, y is read once.
+template <class T>
+inline void dots(
+    int64_t rows_x, int64_t rows_y, T* s, int64_t lds, const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t K) {
+  int64_t j = 0;
+  for (; j + 4 <= rows_y; j += 4) dots_rows<4>(rows_x, s + j, lds, x, ldx, y + j * ldy, ldy, K);
+  for (; j < rows_y; ++j) dots_rows<1>(rows_x, s + j, lds, x, ldx, y + j * ldy, ldy, K);
+}
+
+}  // namespace DIFFMAS_ISA
+}  // namespace diffmas

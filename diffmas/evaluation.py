@@ -1,0 +1,155 @@
+"""Accuracy of a system on a task, under each trace control and against the system without training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from diffmas.controls import CONTROLS
+from diffmas.data import Collator
+from diffmas.generation import Decoding, generate
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Item, Task
+from diffmas.topology import TOPOLOGIES
+
+#: What an evaluation measures, in the order it is reported; the key is the suffix of `accuracy` in summaries.
+VARIANTS = {
+    "matched": "trained, the row's own trace",
+    "mismatched": "trained, another row's trace",
+    "zero": "trained, a zero trace",
+    "noise": "trained, norm-matched noise",
+    "training_free": "latent steps without the adapter",
+    "single": "one agent without the adapter",
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluated item."""
+
+    variant: str
+    index: int
+    prompt: str
+    answer: str
+    gold: str
+    correct: bool
+    tokens: int
+
+
+class Evaluator:
+    """Evaluates one system on one task.
+
+    Args:
+        batch_size: rows decoded together; at least 2, since a mismatched trace is another row's.
+    """
+
+    def __init__(
+        self,
+        system: MultiAgentSystem,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        decoding: Decoding,
+        *,
+        batch_size: int = 8,
+    ):
+        if batch_size < 2:
+            raise ValueError(f"batch_size is {batch_size}; allowed: integers ≥ 2 (a mismatched trace is another row's)")
+        if len(task.eval) == 0:
+            raise ValueError("the evaluation set is empty; allowed: at least one item")
+        self.system, self.tokenizer, self.task = system, tokenizer, task
+        self.decoding, self.batch_size = decoding, batch_size
+
+    def run(self, variant: str, items: Sequence[Item], advance: Callable[[int], None] = lambda n: None) -> list[Record]:
+        """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; allowed: {', '.join(VARIANTS)}")
+        system = self.system
+        if variant == "single":
+            system = _on_same_model(system, topology=TOPOLOGIES["single"])
+        elif variant == "training_free":
+            system = _on_same_model(system, alignment=system.alignment.initial)
+        control = CONTROLS.get(variant, CONTROLS["matched"])
+        collator = Collator(system.topology, self.task.prompts, self.tokenizer)
+        adapter = contextlib.nullcontext() if variant in CONTROLS else system.model.disable_adapter()
+        records: list[Record] = []
+        with _evaluating(system), adapter, torch.no_grad():
+            for batch in _batches(len(items), self.batch_size):
+                rows = [items[i] for i in batch]
+                records += self._answer(system, collator, control, variant, batch, rows)
+                advance(len(rows))
+        return records
+
+    def _answer(self, system, collator, control, variant, indices, rows) -> list[Record]:
+        device = system.language_model.device
+        encoded = collator.encode_prompts(rows)
+        ids, lengths = [t.to(device) for t in encoded["prompt_ids"]], encoded["prompt_lengths"]
+        trace = control(system.communicate(ids, lengths), [self.decoding.seed + i for i in indices])
+        stops = {self.tokenizer.eos_token_id, *_as_list(system.language_model.generation_config.eos_token_id)}
+        answers = generate(system, trace, ids[-1], lengths[-1], self.decoding, list(stops))
+        prompts = self.tokenizer.batch_decode(ids[-1].split(lengths[-1]))
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        golds = [str(row.get("gold", row["answer"])) for row in rows]
+        return [
+            Record(variant, i, prompt, text, gold, self.task.check(text, gold), len(answer))
+            for i, prompt, text, gold, answer in zip(indices, prompts, texts, golds, answers, strict=True)
+        ]
+
+
+def evaluate_all(
+    evaluator: Evaluator, variants: Sequence[str] = tuple(VARIANTS), *, show_progress: bool = True
+) -> tuple[dict[str, float], list[Record]]:
+    """Accuracy by variant and all records, with a progress bar on the terminal."""
+    items = evaluator.task.eval
+    accuracies, records = {}, []
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not show_progress) as progress:
+        bar = progress.add_task("evaluating", total=len(items) * len(variants))
+        for variant in variants:
+            progress.update(bar, description=f"evaluating: {VARIANTS[variant]}")
+            found = evaluator.run(variant, items, lambda n: progress.advance(bar, n))
+            accuracies[variant] = sum(r.correct for r in found) / len(found)
+            records += found
+    return accuracies, records
+
+
+def as_rows(records: Sequence[Record]) -> Iterator[dict]:
+    """Records as dictionaries, for JSONL."""
+    return (asdict(record) for record in records)
+
+
+def _batches(size: int, batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches; a last batch of one joins its predecessor, so that every row has another beside it."""
+    starts = list(range(0, size, batch_size))
+    if len(starts) > 1 and size - starts[-1] == 1:
+        starts.pop()
+    for begin, end in zip(starts, [*starts[1:], size], strict=True):
+        yield list(range(begin, end))
+
+
+@contextlib.contextmanager
+def _evaluating(system: MultiAgentSystem) -> Iterator[None]:
+    training = system.training
+    system.eval()
+    try:
+        yield
+    finally:
+        system.train(training)
+
+
+def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "identity") -> MultiAgentSystem:
+    return MultiAgentSystem(
+        system.model,
+        topology or system.topology,
+        latent_steps=system.latent_steps,
+        alignment=alignment,
+        implementation=system.implementation,
+    )
+
+
+def _as_list(value) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

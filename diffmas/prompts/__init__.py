@@ -1,0 +1,70 @@
+"""Role prompts: data in YAML, filled with an item's fields and wrapped in the model's chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompt templates by role, e.g. `{"planner": {"system": "…", "user": "… {question} …"}}`.
+
+    Templates are `str.format` strings over an item's fields; `system` is optional. The role "default", where
+    there is one, serves every role without an entry of its own.
+    """
+
+    roles: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def load(cls, path: str | Path) -> Prompts:
+        """From a YAML file `{roles: {name: {system, user}}}`, or one of the built-in families by name."""
+        path = FOLDER / f"{path}.yaml" if (FOLDER / f"{path}.yaml").is_file() else Path(path)
+        if not path.is_file():
+            families = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+            raise FileNotFoundError(f"prompts is {str(path)!r}: no such file; allowed: a .yaml file, or {families}")
+        data = yaml.safe_load(path.read_text())
+        roles = data.get("roles") if isinstance(data, dict) else None
+        if not isinstance(roles, dict) or not roles:
+            raise ValueError(f"prompts {path} has no roles; allowed: {{roles: {{name: {{system, user}}}}}}")
+        for name, role in roles.items():
+            if not isinstance(role, dict) or "user" not in role or set(role) - {"system", "user"}:
+                raise ValueError(f"role {name} in {path} is {role!r}; allowed: user, and optionally system")
+        return cls(roles)
+
+    def messages(self, role: str, item: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Chat messages of `role` for an item.
+
+        Raises:
+            ValueError: a role without a prompt, or a prompt that names a field the item lacks.
+        """
+        template = self.roles.get(role, self.roles.get("default"))
+        if template is None:
+            raise ValueError(f"role is {role!r}: it has no prompt; allowed: {', '.join(self.roles)}")
+        try:
+            return [
+                {"role": kind, "content": template[kind].format_map(item)}
+                for kind in ("system", "user")
+                if kind in template
+            ]
+        except KeyError as error:
+            fields = ", ".join(k for k in item)
+            raise ValueError(f"the prompt of role {role} names the field {error}; the item has {fields}") from None
+
+    def encode(
+        self, role: str, items: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """Token ids of every item's prompt, ready for an answer to follow."""
+        chats = [self.messages(role, item) for item in items]
+        if tokenizer.chat_template:
+            texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
+        else:
+            texts = ["\n\n".join(m["content"] for m in chat) + "\n" for chat in chats]
+        return tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]

@@ -1,0 +1,174 @@
+"""A run's folder: the PEFT adapter, a learned alignment and `system.json`, from which the system is built again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from diffmas.embedded import EMBEDDED_PATH
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import TaskArguments
+from diffmas.topology import Topology, load_topology
+
+SYSTEM_FILE, ALIGNMENT_FILE, ADAPTER_FILE = "system.json", "alignment.safetensors", "adapter_model.safetensors"
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+
+
+@dataclass
+class SystemArguments:
+    """The model and the agents on it."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a causal language model; default: the embedded base."}
+    )
+    dtype: str = field(default="auto", metadata={"help": f"Of the base model's weights: {', '.join(DTYPES)}."})
+    random_weights: bool = field(
+        default=False, metadata={"help": "Take only the model's configuration and tokenizer (for tests and timing)."}
+    )
+    topology: str = field(
+        default="sequential",
+        metadata={"help": "sequential, hierarchical, stitch, relay, single, or the path of a .yaml file."},
+    )
+    handover: str | None = field(
+        default=None, metadata={"help": "What receivers attend to: full or latent; default: the topology's own."}
+    )
+    latent_steps: int = field(default=10, metadata={"help": "Latent steps m of every agent but the last."})
+    alignment: str = field(default="identity", metadata={"help": "identity, ridge or learned."})
+    alignment_initial: str = field(
+        default="identity", metadata={"help": "What a learned alignment starts at: identity or ridge."}
+    )
+    detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter."})
+    lora_targets: str = field(
+        default="all-linear", metadata={"help": "Modules to adapt: all-linear, or names separated by commas."}
+    )
+    implementation: str = field(
+        default="auto", metadata={"help": "Operators: auto, or one implementation to insist on."}
+    )
+
+
+def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The base model and its tokenizer.
+
+    Raises:
+        ValueError: an unknown dtype. OSError: a model that cannot be found.
+    """
+    if args.dtype not in DTYPES:
+        raise ValueError(f"dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
+    source = args.model or EMBEDDED_PATH
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if args.random_weights:
+        from transformers import AutoConfig
+
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = model if dtype == "auto" else model.to(dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model, tokenizer
+
+
+def build_system(args: SystemArguments) -> tuple[MultiAgentSystem, PreTrainedTokenizerBase]:
+    """A fresh system: base model, new LoRA adapter, topology."""
+    topology = load_topology(args.topology, args.handover)
+    if args.lora_rank < 1:
+        raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
+    model, tokenizer = load_base(args)
+    targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
+    lora = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    return _assemble(get_peft_model(model, lora), topology, args), tokenizer
+
+
+def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments) -> MultiAgentSystem:
+    return MultiAgentSystem(
+        model,
+        topology,
+        latent_steps=args.latent_steps,
+        alignment=args.alignment,
+        alignment_initial=args.alignment_initial,
+        detach_trace=args.detach_trace,
+        implementation=args.implementation,
+    )
+
+
+def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
+    """Write what training changes: the adapter, as stock PEFT loads it, and a learned alignment."""
+    folder = Path(folder)
+    system.model.save_pretrained(folder)
+    if system.alignment.kind == "learned":
+        save_file({"weight": system.alignment.weight.detach().cpu().contiguous()}, folder / ALIGNMENT_FILE)
+
+
+def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
+    """Read what :func:`save_weights` wrote into `system`."""
+    folder = Path(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
+    system.model.load_adapter(str(folder), "default", is_trainable=True)
+    if system.alignment.kind == "learned":
+        with torch.no_grad():
+            system.alignment.weight.copy_(load_file(folder / ALIGNMENT_FILE)["weight"])
+
+
+def save_description(
+    folder: str | Path, system: MultiAgentSystem, args: SystemArguments, task: TaskArguments, decoding: Any
+) -> None:
+    """Write `system.json`: everything but the weights that :func:`load_run` needs."""
+    description = {
+        "system": asdict(args),
+        "topology": system.topology.to_dict(),
+        "task": asdict(task),
+        "decoding": asdict(decoding),
+    }
+    Path(folder, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
+
+
+@dataclass
+class Run:
+    """A finished or interrupted training, loaded."""
+
+    system: MultiAgentSystem
+    tokenizer: PreTrainedTokenizerBase
+    args: SystemArguments
+    task: TaskArguments
+    decoding: dict[str, Any]
+
+
+def load_run(folder: str | Path) -> Run:
+    """The system a run's folder describes, with its trained weights.
+
+    Raises:
+        FileNotFoundError: a folder without `system.json` or without an adapter.
+    """
+    folder = Path(folder)
+    if not (folder / SYSTEM_FILE).is_file():
+        raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
+    description = json.loads((folder / SYSTEM_FILE).read_text())
+    args = _known(SystemArguments, description["system"])
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
+    model, tokenizer = load_base(args)
+    system = _assemble(
+        PeftModel.from_pretrained(model, str(folder), is_trainable=True),
+        Topology.from_dict(description["topology"]),
+        args,
+    )
+    if system.alignment.kind == "learned":
+        with torch.no_grad():
+            system.alignment.weight.copy_(load_file(folder / ALIGNMENT_FILE)["weight"])
+    return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"])
+
+
+def _known(kind: type, values: dict[str, Any]) -> Any:
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in values.items() if k in names})

@@ -1,0 +1,66 @@
+"""Any JSONL file as a task: one object a line, with a field that holds the question and one that holds the answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; errors name the argument `name`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no JSON object, or no line at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no such file: {path}")
+    items = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}: {path} line {number} is not JSON: {error}") from None
+            if not isinstance(item, dict):
+                raise ValueError(f"{name}: {path} line {number} is {type(item).__name__}; allowed: a JSON object")
+            items.append(item)
+    if not items:
+        raise ValueError(f"{name}: {path} is empty; allowed: at least one item")
+    return items
+
+
+def load(
+    path: str, eval_file: str | None, fields: str, eval_size: int | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Train and evaluation items, with `question` and `answer` taken from `fields` ("question,answer").
+
+    Without `eval_file` the last `eval_size` items (default: a tenth) are held out.
+    """
+    names = [f.strip() for f in fields.split(",")]
+    if len(names) != 2 or not all(names):
+        raise ValueError(f"fields is {fields!r}; allowed: two names, question and answer, separated by a comma")
+    items = [_mapped(item, names, path, i) for i, item in enumerate(read(path, name="task"), 1)]
+    if eval_file is not None:
+        held_out = read(eval_file, name="eval_file")
+        return items, [_mapped(item, names, eval_file, i) for i, item in enumerate(held_out, 1)]
+    count = eval_size or max(1, len(items) // 10)
+    if count >= len(items):
+        raise ValueError(
+            f"eval_size is {count} of {len(items)} items in {path}; allowed: fewer, so that some are left to train on"
+        )
+    return items[:-count], items[-count:]
+
+
+def _mapped(item: dict[str, Any], names: list[str], path: str, number: int) -> dict[str, Any]:
+    question, answer = (item.get(name) for name in names)
+    for kind, name, value in (("question", names[0], question), ("gold answer", names[1], answer)):
+        if value is None or not str(value).strip():
+            raise ValueError(f"{path} item {number}: the {kind} is missing (field {name!r})")
+    answer = str(answer)
+    gold = answer.rpartition("####")[2].strip() if "####" in answer else answer
+    return {**item, "question": str(question), "answer": answer, "gold": gold}

@@ -1,0 +1,19 @@
+"""Kernels and autograd for attention through key/value traces shared between language-model agents."""
+
+from diffmas_ops.cached_attention.api import cached_attention
+from diffmas_ops.kv_concat.api import Rotary, Segment, kv_concat
+from diffmas_ops.latent_project.api import latent_project
+from diffmas_ops.merge_states.api import merge_states
+from diffmas_ops.trace import Call, CapacityError, KVTrace
+
+__all__ = [
+    "Call",
+    "CapacityError",
+    "KVTrace",
+    "Rotary",
+    "Segment",
+    "cached_attention",
+    "kv_concat",
+    "latent_project",
+    "merge_states",
+]

@@ -1,0 +1,119 @@
+"""Gradient accumulators of a trace, and the backward of one call through them.
+
+Calls are differentiated last to first. When a call's turn comes, every later call has added what it owes to the
+call's columns, so the gradient of the call's own keys and values is read out of the accumulators.
+
+A call of at most one token a row (a latent step) owes one query row to *all* older columns; adding it at once would
+read and rewrite the accumulators for it. It is deferred: the rows of consecutive such calls pile up and one dense
+pass adds them, when a call of more tokens (or the trace's origin) is reached.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from diffmas_ops import backends
+from diffmas_ops.dtypes import accumulation_dtype
+
+if TYPE_CHECKING:
+    from diffmas_ops.trace import Call, TraceStorage
+
+# A position behind every column, so that a deferred row is never masked.
+_BEHIND_ALL = 2**30
+
+
+class _Pending:
+    """Deferred rows of one run of single-token calls at one layer; a slot never written contributes exactly 0."""
+
+    def __init__(self, call: Call, q: Tensor, scale: float):
+        batch, slots, heads, head_dim = len(call.lengths), call.slot + 1, q.shape[1], q.shape[2]
+        acc = accumulation_dtype(q.dtype)
+        self.run, self.first, self.scale = call.run, slots, scale
+        self.q, self.grad = (q.new_zeros(batch, slots, heads, head_dim) for _ in range(2))
+        self.lse = torch.full((batch, slots, heads), torch.inf, dtype=acc, device=q.device)
+        self.delta = torch.zeros_like(self.lse)
+
+    def ranges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`(q_begin, q_end, starts)` of the filled slots in the flattened `[batch * slots]` token dimension."""
+        batch, slots = self.lse.shape[:2]
+        ends = torch.arange(slots, (batch + 1) * slots, slots, dtype=torch.int32, device=self.q.device)
+        return ends - (slots - self.first), ends, torch.full_like(ends, _BEHIND_ALL)
+
+
+class TraceGradients:
+    """Accumulators and deferred rows of the calls opened on a trace since its gradient was last cut.
+
+    `frozen`, int32 `[batch]`: columns before it take no gradient.
+    """
+
+    def __init__(self, storage: TraceStorage, frozen: Tensor, implementation: str):
+        self._storage, self._implementation, self.frozen = storage, implementation, frozen
+        self._pending: dict[int, _Pending] = {}
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def accumulators(self) -> tuple[Tensor, Tensor]:
+        """Gradients of all keys and values, `[num_layers, batch, num_kv_heads, capacity, head_dim]`."""
+        if self._keys is None:
+            keys = self._storage.keys
+            acc = accumulation_dtype(keys.dtype)
+            self._keys, self._values = (torch.zeros(keys.shape, dtype=acc, device=keys.device) for _ in range(2))
+        return self._keys, self._values
+
+    def backward(
+        self, call: Call, layer: int, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of a call's packed `q, k, v` at `layer`, given that of its output."""
+        call.claim_backward(layer)
+        if call.run is None:
+            return self._backward_many(call, layer, grad_out, q, out, lse, scale)
+        return self._backward_token(call, layer, grad_out, q, out, lse, scale)
+
+    def flush(self, layer: int, column_end: Tensor, max_kv: int) -> None:
+        """Add the deferred rows of `layer` to the columns before `column_end`, int32 `[batch]`."""
+        if (pending := self._pending.pop(layer, None)) is None:
+            return
+        keys, values, grad_keys, grad_values = self._layer(layer)
+        q_begin, q_end, starts = pending.ranges()
+        ops = backends.functions("cached_attention", pending.q, self._implementation)
+        ops.cached_attention_backward_columns(
+            pending.grad.flatten(0, 1), pending.q.flatten(0, 1), pending.lse.flatten(0, 1),
+            pending.delta.flatten(0, 1), keys, values, grad_keys, grad_values, q_begin, q_end, starts,
+            self.frozen, column_end, pending.q.shape[1] - pending.first, max_kv, pending.scale,
+        )  # fmt: skip
+
+    def _backward_many(self, call, layer, grad_out, q, out, lse, scale):
+        self.flush(layer, call.ends, call.max_kv)
+        keys, values, grad_keys, grad_values = self._layer(layer)
+        rows = (call.q_begin, call.q_end, call.starts)
+        ops = backends.functions("cached_attention", q, self._implementation)
+        grad_q, delta = ops.cached_attention_backward_queries(
+            grad_out, q, out, lse, keys, values, *rows, call.max_new, call.max_kv, scale
+        )
+        ops.cached_attention_backward_columns(
+            grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows,
+            self.frozen, call.ends, call.max_new, call.max_kv, scale,
+        )  # fmt: skip
+        gather = backends.functions("kv_append", grad_keys, self._implementation).kv_gather
+        return grad_q, *gather(grad_keys, grad_values, *rows, call.max_new, q.shape[0], q.dtype)
+
+    def _backward_token(self, call, layer, grad_out, q, out, lse, scale):
+        pending = self._pending.get(layer)
+        if pending is not None and pending.run != call.run:
+            self.flush(layer, call.ends, call.max_kv)
+            pending = None
+        if pending is None:
+            pending = self._pending[layer] = _Pending(call, q, scale)
+        pending.first = call.slot
+        ops = backends.functions("cached_attention", q, self._implementation)
+        return ops.cached_attention_backward_token(
+            grad_out, q, out, lse, *self._layer(layer), pending.q, pending.grad, pending.lse, pending.delta,
+            call.slot, call.q_begin, call.q_end, call.starts, call.max_kv, scale,
+        )  # fmt: skip
+
+    def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        grad_keys, grad_values = self.accumulators()
+        return self._storage.keys[layer], self._storage.values[layer], grad_keys[layer], grad_values[layer]

@@ -1,0 +1,51 @@
+"""Where the Triton kernels can run, and how they find the device they launch on. Importing this does not import Triton."""
+
+from __future__ import annotations
+
+import importlib.util
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+
+#: Stands in for the number of multiprocessors under the interpreter, so that keys are split there as well.
+_INTERPRETED_MULTIPROCESSORS = 4
+
+
+def refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why Triton kernels cannot run on `device` ("cpu", "cuda") in `dtype`, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no {dtype} kernels"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
+    if device != "cuda":
+        return f"on {device} tensors it needs Triton's interpreter (environment variable TRITON_INTERPRET=1 from the start)"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def launch_on(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+@lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least."""
+    if device.type != "cuda":
+        return _INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@lru_cache(maxsize=64)
+def architecture(device: torch.device) -> int:
+    """Compute capability times ten (90 for sm_90), 0 under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

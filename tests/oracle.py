@@ -1,0 +1,108 @@
+"""Independent oracles: every row alone, caches grown by `torch.cat`, nothing of diffmas or diffmas_ops.
+
+`trajectory` runs a plain transformers model with a DynamicCache; `DenseTrace` is a toy attention layer's cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+
+def rotate(x: Tensor, shift: int | Tensor, inv_freq: Tensor) -> Tensor:
+    """Half-split rotation of `x [..., D]` by `shift · inv_freq`, angles in float64; dims behind the rotary ones stay."""
+    angles = torch.as_tensor(shift, dtype=torch.float64).unsqueeze(-1) * inv_freq.double()
+    cos, sin = (t.repeat((1,) * (t.dim() - 1) + (2,)).to(x.dtype) for t in (angles.cos(), angles.sin()))
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    half = turned.shape[-1] // 2
+    swapped = torch.cat((-turned[..., half:], turned[..., :half]), -1)
+    return torch.cat((turned * cos + swapped * sin, rest), -1)
+
+
+def ancestors(dag: dict[str, tuple[str, ...]], name: str) -> list[str]:
+    """All agents whose writing reaches `name`, in the order of `dag` (a topological one)."""
+    found: set[str] = set()
+    stack = list(dag[name])
+    while stack:
+        found.add(top := stack.pop())
+        stack.extend(dag[top])
+    return [n for n in dag if n in found]
+
+
+def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None):
+    """Logits `[answer tokens, vocab]` of one row.
+
+    Args:
+        model: a transformers causal language model, possibly inside PEFT, with a stock attention.
+        dag: agent name -> senders, in topological order; the last one answers.
+        prompts: agent name -> int64 `[n]`.
+        answer: int64 `[n]`.
+        weight: Wₐ, or None for the identity.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, embedding = causal.get_decoder(), causal.get_input_embeddings().weight
+    rho = embedding.detach().norm(dim=1).mean()
+    inv_freq = decoder.rotary_emb.inv_freq
+    layers = range(causal.config.num_hidden_layers)
+    written: dict[str, tuple[int, int, list[tuple[Tensor, Tensor]]]] = {}
+    for name in dag:
+        cache, length = DynamicCache(), 0
+        for sender in ancestors(dag, name):
+            position, prompt, pairs = written[sender]
+            skip = 0 if handover == "full" else prompt
+            for layer, (k, v) in enumerate(pairs):
+                k, v = k[:, :, skip:], v[:, :, skip:]
+                k = rotate(k, length - position - skip, inv_freq)
+                cache.update(*((k.detach(), v.detach()) if detach else (k, v)), layer)
+            length += pairs[0][0].shape[2] - skip
+
+        def read(cache=cache, **inputs):
+            return decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[0]
+
+        if name == list(dag)[-1]:
+            prompt = prompts[name]
+            hidden = read(input_ids=torch.cat((prompt, answer))[None])
+            return causal.get_output_embeddings()(hidden[len(prompt) - 1 : -1])
+        hidden = read(input_ids=prompts[name][None])[-1]
+        for _ in range(latent_steps):
+            y = hidden if weight is None else hidden @ weight
+            hidden = read(inputs_embeds=(rho * y / y.norm())[None, None])[-1]
+        pairs = [(cache.layers[i].keys[:, :, length:], cache.layers[i].values[:, :, length:]) for i in layers]
+        written[name] = (length, len(prompts[name]), pairs)
+
+
+def batch(model, dag, prompts, answers, **options) -> tuple[Tensor, Tensor]:
+    """Mean answer loss and packed logits of a batch: `prompts[name][b]`, `answers[b]`."""
+    rows = range(len(answers))
+    logits = [trajectory(model, dag, {n: p[b] for n, p in prompts.items()}, answers[b], **options) for b in rows]
+    packed = torch.cat(logits)
+    return F.cross_entropy(packed, torch.cat(answers), reduction="sum") / packed.shape[0], packed
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, first: int, scale: float | None = None) -> Tensor:
+    """`q [n, Hq, D]` at positions `first…` over all of `k, v [N, Hkv, D]`, column j at position j."""
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+    hidden = torch.arange(k.shape[0])[None] > torch.arange(first, first + q.shape[0])[:, None]
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+class DenseTrace:
+    """One row's keys and values of every layer, grown by `torch.cat`; the oracle of a KVTrace."""
+
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]):
+        self.layers = layers
+
+    def __len__(self):
+        return self.layers[0][0].shape[0]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = (torch.cat(pair) for pair in zip(self.layers[layer], (k, v), strict=True))
+        self.layers[layer] = (keys, values)
+        return attend(q, keys, values, keys.shape[0] - q.shape[0])
+
+    def detach_(self):
+        self.layers = [(k.detach(), v.detach()) for k, v in self.layers]

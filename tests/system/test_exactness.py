@@ -1,0 +1,103 @@
+"""The exactness contract: loss, logits and gradients are those of every row alone with plain `torch.cat` caches."""
+
+from functools import cache
+
+import pytest
+import torch
+from compare import assert_same, error, gradients
+from models import arguments, causal_lm, clone, ragged, with_lora
+from oracle import batch
+
+from diffmas.system import MultiAgentSystem
+from diffmas.topology import Agent, Topology
+
+TOLERANCE = 1e-10
+DAGS = {
+    "sequential": {"planner": (), "critic": ("planner",), "refiner": ("critic",), "solver": ("refiner",)},
+    "hierarchical": {"math": (), "science": (), "code": (), "summarizer": ("math", "science", "code")},
+    "stitch": {"a": (), "b": (), "solver": ("a", "b")},
+    "relay": {"sender": (), "solver": ("sender",)},
+    # Fan-out, a path that skips an agent, and an agent behind the join.
+    "diamond": {"root": (), "left": ("root",), "right": ("root",), "join": ("right", "left", "root"), "end": ("join",)},
+}
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@cache
+def lora_model(family="qwen3", tied=False, **overrides):
+    return with_lora(causal_lm(family, tied=tied, **overrides))
+
+
+def alignment_weight(size=16):
+    generator = torch.Generator().manual_seed(2)
+    return torch.eye(size, dtype=torch.float64) + 0.2 * torch.randn(size, size, generator=generator).double()
+
+
+@cache
+def expected(family, tied, topology, handover, latent_steps, detach, rows, longest):
+    model = clone(lora_model(family, tied))
+    model.zero_grad()
+    weight = alignment_weight().requires_grad_()
+    prompts, answers = ragged(list(DAGS[topology]), rows, longest=longest)
+    options = dict(handover=handover, latent_steps=latent_steps, detach=detach, weight=weight)
+    loss, logits = batch(model, DAGS[topology], prompts, answers, **options)
+    loss.backward()
+    return loss.detach(), logits.detach(), gradients(model) | {"weight": weight.grad}
+
+
+def check(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation, rows=3, longest=11):
+    dag = DAGS[topology]
+    model = clone(lora_model(family, tied)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    system = MultiAgentSystem(
+        model,
+        Topology(topology, tuple(Agent(*item) for item in dag.items()), handover),
+        latent_steps=latent_steps,
+        alignment="learned",
+        detach_trace=detach,
+        implementation=implementation,
+    )
+    system.alignment.weight.data.copy_(alignment_weight())
+    prompts, answers = ragged(list(dag), rows, longest=longest)
+    output = system(*arguments(prompts, answers))
+    output.loss.backward()
+
+    loss, logits, grads = expected(family, tied, topology, handover, latent_steps, detach, rows, longest)
+    assert error(output.loss, loss) <= TOLERANCE
+    assert error(output.logits, logits) <= TOLERANCE
+    if grads["weight"] is None:
+        grads = {n: g for n, g in grads.items() if n != "weight"}
+    actual = gradients(model)
+    assert sum("lora_" in name for name in actual) == 2 * 7 * 2
+    if (weight := system.alignment.weight.grad) is not None:
+        actual["weight"] = weight
+    assert_same(actual, grads, TOLERANCE)
+    reached = not detach and latent_steps
+    assert bool(reached) == ("weight" in grads and bool(grads["weight"].any()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("detach", [False, True], ids=["", "detach"])
+@pytest.mark.parametrize("latent_steps", [0, 1, 5])
+@pytest.mark.parametrize("handover", ["full", "latent"])
+@pytest.mark.parametrize("topology", DAGS)
+def test_product(topology, handover, latent_steps, detach, checkpointing, implementation):
+    check("qwen3", False, topology, handover, latent_steps, detach, checkpointing, implementation)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
+@pytest.mark.parametrize(
+    "tied, topology, handover, latent_steps, detach, checkpointing",
+    [
+        (True, "sequential", "full", 5, False, True),
+        (True, "diamond", "latent", 3, False, False),
+        (False, "hierarchical", "full", 2, False, True),
+        (False, "diamond", "full", 1, True, True),
+        (False, "sequential", "latent", 0, False, False),
+    ],
+)
+def test_families(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation):
+    check(
+        family, tied, topology, handover, latent_steps, detach, checkpointing, implementation, rows=4, longest=23
+    )
