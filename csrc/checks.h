@@ -104,34 +104,9 @@ inline RowRanges row_ranges(const Tensor& q_begin, const Tensor& q_end, const Te
   return {indices(q_begin), indices(q_end), indices(starts)};
 }
 
-inline void check_row_ranges(
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new, int64_t batch,
-    const Tensor& like) {
-  check_index("q_begin", q_begin, batch, like);
-  check_index("q_end", q_end, batch, like);
-  check_index("starts", starts, batch, like);
-  STD_TORCH_CHECK(max_new >= 0, "max_new is ", max_new, "; allowed: 0 and above");
-}
-
-/// Everything kv_append can check without reading the index tensors.
-inline void check_append(
-    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, int64_t max_new) {
-  const ScalarType dtype = keys.scalar_type();
-  accumulation_dtype("keys", dtype);
-  check_trace("keys", keys, "values", values, dtype);
-  check_dim("k", k, 3);
-  check_tensor("k", k, {ANY, keys.size(1), keys.size(3)}, dtype, keys);
-  check_tensor("v", v, {k.size(0), keys.size(1), keys.size(3)}, dtype, keys);
-  check_row_ranges(q_begin, q_end, starts, max_new, keys.size(0), keys);
-}
-
-inline Tensor empty_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+/// Uninitialised and contiguous, on the device of `like`.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
-}
-
-inline Tensor zeros_like_device(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
 }  // namespace diffmas

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -115,11 +115,6 @@ def evaluate_all(
             accuracies[variant] = sum(r.correct for r in found) / len(found)
             records += found
     return accuracies, records
-
-
-def as_rows(records: Sequence[Record]) -> Iterator[dict]:
-    """Records as dictionaries, for JSONL."""
-    return (asdict(record) for record in records)
 
 
 def _batches(size: int, batch_size: int) -> Iterator[list[int]]:

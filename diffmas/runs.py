@@ -45,6 +45,9 @@ class SystemArguments:
         default="identity", metadata={"help": "What a learned alignment starts at: identity or ridge."}
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
+    checkpointing: str = field(
+        default="none", metadata={"help": "Calls whose activations the backward recomputes: none, prefill or all."}
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter."})
     lora_targets: str = field(
@@ -97,6 +100,7 @@ def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments)
         alignment=args.alignment,
         alignment_initial=args.alignment_initial,
         detach_trace=args.detach_trace,
+        checkpointing=args.checkpointing,
         implementation=args.implementation,
     )
 
@@ -120,17 +124,16 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
             system.alignment.weight.copy_(load_file(folder / ALIGNMENT_FILE)["weight"])
 
 
-def save_description(
-    folder: str | Path, system: MultiAgentSystem, args: SystemArguments, task: TaskArguments, decoding: Any
-) -> None:
-    """Write `system.json`: everything but the weights that :func:`load_run` needs."""
-    description = {
+def describe(
+    system: MultiAgentSystem, args: SystemArguments, task: TaskArguments, decoding: dict[str, Any]
+) -> dict[str, Any]:
+    """What `system.json` holds: everything but the weights that :func:`load_run` needs."""
+    return {
         "system": asdict(args),
         "topology": system.topology.to_dict(),
         "task": asdict(task),
-        "decoding": asdict(decoding),
+        "decoding": decoding,
     }
-    Path(folder, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from diffmas.alignment import Alignment
 from diffmas.attention import attach, rotary_of
+from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.topology import Agent, Topology
 from diffmas_ops import KVTrace, Segment, kv_concat
 
@@ -59,6 +60,7 @@ class MultiAgentSystem(nn.Module):
         latent_steps: m ≥ 0, for every agent but the last.
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
+        checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
 
     Raises:
@@ -75,6 +77,7 @@ class MultiAgentSystem(nn.Module):
         alignment: str = "identity",
         alignment_initial: str = "identity",
         detach_trace: bool = False,
+        checkpointing: str = "none",
         implementation: str = "auto",
     ):
         super().__init__()
@@ -85,6 +88,7 @@ class MultiAgentSystem(nn.Module):
         base = self.language_model
         attach(base)
         self.rotary = rotary_of(base)
+        self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
             base.get_input_embeddings().weight,
             base.get_output_embeddings().weight,
@@ -162,9 +166,9 @@ class MultiAgentSystem(nn.Module):
         """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row."""
         call = trace.open(lengths)
         inputs = {"input_ids": input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
-        output = self.language_model.get_decoder()(
-            **inputs, position_ids=call.position_ids, use_cache=False, trace_call=call
-        )
+        decoder = self.language_model.get_decoder()
+        with self.checkpointing.for_call(call.max_new):
+            output = decoder(**inputs, position_ids=call.position_ids, use_cache=False, trace_call=call)
         return output.last_hidden_state[0]
 
     def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:

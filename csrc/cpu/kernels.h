@@ -138,37 +138,56 @@ inline __attribute__((always_inline)) int64_t projection_scratch(int64_t stride)
   return 4 * stride + 2 * PROJECTION_ROWS * PROJECTION_COLUMNS;
 }
 
-/// `count` consecutive columns of one head, copied or rotated: dimensions [0, 2 * pairs) by (cos, sin)[pair].
-template <class S, class T, class R>
+/// grad[size, size] = x[rows, size]ᵀ @ y[rows, size]; x and y are [rows, stride].
+template <class T>
+struct OuterProduct {
+  const T *x, *y;
+  T* grad;
+  int64_t rows, size, stride;
+};
+
+/// `count` consecutive columns of one head, copied or (pairs > 0) rotated: pair d turns by cos[d], sign * sin[d].
+/// With `add`, the result is added to the target.
+template <class S, class T>
 struct MoveColumns {
   const S* source;
   int64_t source_stride;
   T* target;
   int64_t target_stride;
   int64_t count, dim, pairs;
-  const R *cos, *sin;
-  R sign;  // -1 rotates back
+  const Acc<S> *cos, *sin;
+  Acc<S> sign;
   bool interleaved, add;
 };
 
-#define DIFFMAS_DECLARE_KERNELS(isa)                                                 \
-  namespace isa {                                                                    \
-  template <class S>                                                                 \
-  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                  \
-  template <class S>                                                                 \
-  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);   \
-  template <class S>                                                                 \
-  void sum_partials(const QueryGradient<S>&, const SplitTile&);                      \
-  template <class S>                                                                 \
-  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch); \
-  template <class S>                                                                 \
-  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                             \
-  template <class S, class Out>                                                      \
-  void merge_row(const MergeRow<S, Out>&);                                           \
-  template <class S>                                                                 \
-  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);   \
-  template <class S>                                                                 \
-  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch); \
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                            \
+  namespace isa {                                                                               \
+  template <class S>                                                                            \
+  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                             \
+  template <class S>                                                                            \
+  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);              \
+  template <class S>                                                                            \
+  void sum_partials(const QueryGradient<S>&, const SplitTile&, Acc<S>* scratch);                \
+  template <class S>                                                                            \
+  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch);           \
+  template <class S>                                                                            \
+  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                                        \
+  template <class S, class Out>                                                                 \
+  void merge_row(const MergeRow<S, Out>&, Acc<S>* scratch);                                     \
+  template <class S>                                                                            \
+  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);              \
+  template <class S>                                                                            \
+  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);   \
+  template <class T>                                                                            \
+  void outer_product(const OuterProduct<T>&, int64_t begin, int64_t end, T* scratch);           \
+  template <class S, class T>                                                                   \
+  void move_columns(const MoveColumns<S, T>&, Acc<S>* scratch);                                 \
   }
+
+DIFFMAS_DECLARE_KERNELS(baseline)
+DIFFMAS_DECLARE_KERNELS(avx2)
+DIFFMAS_DECLARE_KERNELS(avx512)
+
+#undef DIFFMAS_DECLARE_KERNELS
 
 }  // namespace diffmas

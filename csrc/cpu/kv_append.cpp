@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "checks.h"
+#include "cpu/dispatch.h"
 #include "cpu/parallel.h"
 #include "cpu/ranges.h"
 
@@ -11,27 +11,54 @@ namespace {
 
 constexpr int64_t TOKENS_PER_TASK = 64;
 
-template <class T>
-void append_head(
-    const Packed<const T>& source, const Trace<T>& target, const RowRanges& rows, int64_t row, int64_t head,
-    int64_t first, int64_t last, int64_t dim) {
-  for (int64_t i = first; i < last; ++i)
-    std::memcpy(
-        target.at(row, head, rows.position(row, i)), source.at(rows.token(row, i), head), sizeof(T) * dim);
+/// Calls move(row, head, first, last) for blocks [first, last) of every row's tokens, in parallel.
+template <class Move>
+void for_token_blocks(const RowRanges& rows, int64_t batch, int64_t heads, int64_t dim, int64_t max_new, const Move& move) {
+  const int64_t blocks = (max_new + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK;
+  parallel_tasks(batch * heads * blocks, batch * heads * max_new * dim, [&](int64_t task) {
+    const int64_t first = task % blocks * TOKENS_PER_TASK, head = task / blocks % heads, row = task / blocks / heads;
+    const int64_t last = std::min(first + TOKENS_PER_TASK, rows.count(row));
+    if (first < last) move(row, head, first, last);
+  });
 }
 
 template <class T>
 void append(
     const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const RowRanges& rows,
     int64_t max_new) {
-  const int64_t heads = keys.size(1), dim = keys.size(3);
-  const int64_t blocks = (max_new + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK;
-  parallel_tasks(keys.size(0) * heads * blocks, [&](int64_t task) {
-    const int64_t first = task % blocks * TOKENS_PER_TASK, head = task / blocks % heads, row = task / blocks / heads;
-    const int64_t last = std::min(first + TOKENS_PER_TASK, rows.count(row));
-    append_head(packed<const T>(k), trace<T>(keys), rows, row, head, first, last, dim);
-    append_head(packed<const T>(v), trace<T>(values), rows, row, head, first, last, dim);
-  });
+  const int64_t bytes = keys.size(3) * static_cast<int64_t>(sizeof(T));
+  const auto copy = [&](const Packed<const T>& source, const Trace<T>& target, int64_t row, int64_t head, int64_t i) {
+    std::memcpy(target.at(row, head, rows.position(row, i)), source.at(rows.token(row, i), head), bytes);
+  };
+  const auto source_k = packed<const T>(k), source_v = packed<const T>(v);
+  const auto target_k = trace<T>(keys), target_v = trace<T>(values);
+  for_token_blocks(
+      rows, keys.size(0), keys.size(1), keys.size(3), max_new,
+      [&](int64_t row, int64_t head, int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          copy(source_k, target_k, row, head, i);
+          copy(source_v, target_v, row, head, i);
+        }
+      });
+}
+
+template <class S, class T>
+void gather(const Tensor& source, const Tensor& packed_out, const RowRanges& rows, int64_t max_new) {
+  const auto kernel = DIFFMAS_KERNEL(move_columns<S, T>);
+  const int64_t dim = source.size(3);
+  const auto from = trace<const S>(source);
+  const auto to = packed<T>(packed_out);
+  for_token_blocks(
+      rows, source.size(0), source.size(1), dim, max_new, [&](int64_t row, int64_t head, int64_t first, int64_t last) {
+        MoveColumns<S, T> move{};
+        move.source = from.at(row, head, rows.position(row, first));
+        move.source_stride = from.column_stride;
+        move.target = to.at(rows.token(row, first), head);
+        move.target_stride = to.token_stride;
+        move.count = last - first;
+        move.dim = dim;
+        kernel(move, scratch<Acc<S>>(2 * (dim + PADDING)));
+      });
 }
 
 }  // namespace
@@ -41,12 +68,34 @@ void kv_append(
     const Tensor& q_end, const Tensor& starts, int64_t max_new) {
   check_append(k, v, keys, values, q_begin, q_end, starts, max_new);
   const RowRanges rows = row_ranges(q_begin, q_end, starts);
-  check_range_values(rows, keys.size(0), k.size(0), keys.size(2), max_new);
+  check_ranges(rows, keys.size(0), k.size(0), keys.size(2), max_new);
   switch (keys.element_size()) {
     case 2: return append<uint16_t>(k, v, keys, values, rows, max_new);
     case 4: return append<uint32_t>(k, v, keys, values, rows, max_new);
     default: return append<uint64_t>(k, v, keys, values, rows, max_new);
   }
+}
+
+std::tuple<Tensor, Tensor> kv_gather(
+    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
+    int64_t max_new, int64_t total, ScalarType dtype) {
+  check_gather(keys, values, q_begin, q_end, starts, max_new, total, dtype);
+  const RowRanges rows = row_ranges(q_begin, q_end, starts);
+  check_ranges(rows, keys.size(0), total, keys.size(2), max_new);
+  const Tensor k = new_tensor(keys, {total, keys.size(1), keys.size(3)}, dtype);
+  const Tensor v = new_tensor(keys, {total, keys.size(1), keys.size(3)}, dtype);
+  zero_unclaimed(rows, keys.size(0), {&k, &v});
+  with_storage_type("keys", keys.scalar_type(), [&](auto source) {
+    with_storage_type("dtype", dtype, [&](auto target) {
+      using S = decltype(source);
+      using T = decltype(target);
+      if constexpr (std::is_same_v<Acc<S>, Acc<T>>) {
+        gather<S, T>(keys, k, rows, max_new);
+        gather<S, T>(values, v, rows, max_new);
+      }
+    });
+  });
+  return {k, v};
 }
 
 }  // namespace diffmas

@@ -1,26 +1,63 @@
 // Work distribution of the CPU launchers.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
+#include <new>
 
 #include <torch/csrc/stable/ops.h>
 
 namespace diffmas {
 
+/// Work (elements moved or multiplied) that is worth waking another thread for.
+constexpr int64_t WORK_PER_THREAD = 1 << 15;
+
 /// Runs task(i) for 0 <= i < count on torch's threads. Threads draw the next task when they are done with one, so tasks
-/// may differ in cost; results must not depend on which thread runs a task.
+/// may differ in cost; results must not depend on which thread runs a task. `work`: all tasks' together.
 template <class Task>
-void parallel_tasks(int64_t count, const Task& task) {
-  const int64_t threads = count < 2 ? 1 : torch::stable::get_num_threads();
+void parallel_tasks(int64_t count, int64_t work, const Task& task) {
+  const int64_t useful = std::min(count, work / WORK_PER_THREAD);
+  const int64_t threads = useful < 2 ? 1 : std::min<int64_t>(useful, torch::stable::get_num_threads());
   if (threads == 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads < count ? threads : count, 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i = next++; i < count; i = next++) task(i);
   });
+}
+
+/// Uninitialised memory, aligned for every instruction set's vectors.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count = 0) : capacity_(count) {
+    if (count > 0) memory_.reset(static_cast<T*>(::operator new(sizeof(T) * count, ALIGNMENT)));
+  }
+
+  T* data() { return memory_.get(); }
+  int64_t capacity() const { return capacity_; }
+
+ private:
+  static constexpr std::align_val_t ALIGNMENT{64};
+
+  struct Delete {
+    void operator()(T* memory) const { ::operator delete(memory, ALIGNMENT); }
+  };
+
+  int64_t capacity_;
+  std::unique_ptr<T, Delete> memory_;
+};
+
+/// This thread's scratch memory, kept from call to call.
+template <class T>
+T* scratch(int64_t count) {
+  thread_local Buffer<T> buffer;
+  if (buffer.capacity() < count) buffer = Buffer<T>(count);
+  return buffer.data();
 }
 
 }  // namespace diffmas

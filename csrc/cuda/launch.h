@@ -5,7 +5,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "checks.h"
+#include "arguments.h"
 
 namespace diffmas {
 

@@ -32,18 +32,18 @@ def _move(
         j = first + tl.arange(0, BLOCK_C)
         source = (tl.load(from_begin + row) + j).to(tl.int64)[:, None]
         dest = (tl.load(to_begin + row) + j).to(tl.int64)[:, None]
-        from_keys += layer * fk_l + row * fk_b + head * fk_h + source * fk_c
-        from_values += layer * fv_l + row * fv_b + head * fv_h + source * fv_c
-        to_keys += layer * tk_l + row * tk_b + head * tk_h + dest * tk_c
-        to_values += layer * tv_l + row * tv_b + head * tv_h + dest * tv_c
+        from_key = from_keys + layer * fk_l + row * fk_b + head * fk_h + source * fk_c
+        from_value = from_values + layer * fv_l + row * fv_b + head * fv_h + source * fv_c
+        to_key = to_keys + layer * tk_l + row * tk_b + head * tk_h + dest * tk_c
+        to_value = to_values + layer * tv_l + row * tv_b + head * tv_h + dest * tv_c
         present = (j < count)[:, None]
 
         d = tl.arange(0, BLOCK_D)[None, :]
         inside = present & (d < D)
-        _put(to_values + d, tl.load(from_values + d, mask=inside), inside, BACKWARD)
+        _put(to_value + d, tl.load(from_value + d, mask=inside), inside, BACKWARD)
         still = inside & (d >= 2 * HALF)
         if 2 * HALF < D:
-            _put(to_keys + d, tl.load(from_keys + d, mask=still), still, BACKWARD)
+            _put(to_key + d, tl.load(from_key + d, mask=still), still, BACKWARD)
         if HALF > 0:
             r = tl.arange(0, BLOCK_HALF)[None, :]
             turning = r < HALF
@@ -54,10 +54,10 @@ def _move(
             a = r * 2 if INTERLEAVED else r
             b = a + (1 if INTERLEAVED else HALF)
             turning = turning & present
-            x = tl.load(from_keys + a, mask=turning).to(tl.float32)
-            y = tl.load(from_keys + b, mask=turning).to(tl.float32)
-            _put(to_keys + a, x * c - y * s, turning, BACKWARD)
-            _put(to_keys + b, y * c + x * s, turning, BACKWARD)
+            x = tl.load(from_key + a, mask=turning).to(tl.float32)
+            y = tl.load(from_key + b, mask=turning).to(tl.float32)
+            _put(to_key + a, x * c - y * s, turning, BACKWARD)
+            _put(to_key + b, y * c + x * s, turning, BACKWARD)
 
 
 def _launch(i, froms, tos, from_begin, to_begin, counts, cos, sin, interleaved, backward):

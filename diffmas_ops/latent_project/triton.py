@@ -117,7 +117,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     parts = triton.cdiv(k, k_part)
     out = a.new_empty(parts, m, n, dtype=accumulation_dtype(a.dtype))
     with launch_on(a):
-        _partial_product[*tiles, parts](
+        _partial_product[(*tiles, parts)](
             a, b, out, m, n, k, k_part, *a.stride(), *b.stride(),
             BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, MIXED=a.dtype != b.dtype, num_warps=4, num_stages=3,
         )  # fmt: skip

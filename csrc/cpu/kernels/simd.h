@@ -146,9 +146,10 @@ inline Vec<double> exponential(Vec<double> x) {
   Vec<double> r = x - n * 6.93145751953125e-1;
   r = r - n * 1.42860682030941723212e-6;
   Vec<double> p = r * (1.0 / 6227020800.0) + 1.0 / 479001600.0;
-  for (double coefficient : {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
-                             1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5})
-    p = p * r + coefficient;
+  constexpr double coefficients[] = {1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                                     1.0 / 720,      1.0 / 120,     1.0 / 24,     1.0 / 6,     0.5};
+#pragma GCC unroll 10
+  for (double coefficient : coefficients) p = p * r + coefficient;
   p = p * (r * r) + r + 1.0;
   const auto scaled = bit_copy<Lanes<double>::BitsVec>(p) + (bit_copy<Lanes<double>::BitsVec>(shifted) << 52);
   return underflow ? Vec<double>{} : bit_copy<Vec<double>>(scaled);

@@ -14,10 +14,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-/// Declares `name`, a pointer to the block's dynamic shared memory.
+/// Declares `name`, a reference to the block's dynamic shared memory.
 #define DIFFMAS_SHARED(Type, name)                                        \
   extern __shared__ __align__(128) unsigned char diffmas_shared_memory[]; \
-  Type* const name = reinterpret_cast<Type*>(diffmas_shared_memory)
+  Type& name = *reinterpret_cast<Type*>(diffmas_shared_memory)
 
 namespace diffmas {
 

@@ -5,6 +5,8 @@
 
 namespace diffmas {
 
+constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+
 /// Elements from one row of a shared tile to the next. Eight more than the row has: the eight rows that one 8x8 matrix
 /// load touches then lie in different banks, whatever multiple of 32 elements the row is.
 template <int D>
@@ -19,7 +21,7 @@ __device__ __forceinline__ void copy_tile(T* tile, Source source, Valid valid) {
   for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
     const int row = i / CHUNKS, element = i % CHUNKS * 8;
     const bool exists = valid(row);
-    copy_async<16>(tile + row * TILE_STRIDE<D> + element, exists ? source(row) + element : source(0), exists);
+    copy_async<16>(tile + row * TILE_STRIDE<D> + element, source(exists ? row : 0) + element, exists);
   }
 }
 

@@ -1,0 +1,181 @@
+// Gradients of keys and values (arXiv 2307.08691, algorithm 2): a tile of columns against all the queries that see it.
+// Here the panels hold columns, and queries are read one broadcast element at a time.
+#include "cpu/kernels/attention.h"
+
+namespace diffmas {
+namespace DIFFMAS_ISA {
+
+namespace {
+
+template <class T>
+struct QueryStep {
+  int64_t count, first_position;  // of the step's first row
+  T *q, *grad_out;                // [count, padded(dim)]
+  T lse[STEP], delta[STEP];
+  int64_t positions[STEP];
+};
+
+template <int NV, class S>
+struct Panel {
+  using T = Acc<S>;
+  T *key, *value, *grad_key, *grad_value;  // [dim, NV * W]
+  LanePositions<NV, T> columns;
+
+  void begin(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t first, T* row) {
+    constexpr int64_t width = NV * W<T>;
+    fill(grad_key, p.dim * width, T(0));
+    fill(grad_value, p.dim * width, T(0));
+    columns.lowest = first;
+    columns.highest = smaller(first + width, tile.end) - 1;
+    for (int64_t lane = 0; lane < width; ++lane) {
+      // Lanes beyond the tile repeat its last column, and their result is not written.
+      const int64_t column = smaller(first + lane, columns.highest);
+      columns.set(lane, column);
+      read_row(row, p.keys.at(tile.row, tile.head, column), p.dim, p.scale);
+      scatter_lane<NV>(key, lane, row, p.dim);
+      read_row(row, p.values.at(tile.row, tile.head, column), p.dim);
+      scatter_lane<NV>(value, lane, row, p.dim);
+    }
+  }
+
+  void step(const QueryStep<T>& queries, int64_t dim, T* scores, T* grads) {
+    constexpr int64_t width = NV * W<T>;
+    int64_t hidden = 0;  // leading query rows that see no column of this panel
+    while (hidden < queries.count && queries.positions[hidden] < columns.lowest) ++hidden;
+    const int64_t count = queries.count - hidden, stride = padded<T>(dim);
+    if (count == 0) return;
+    const T *q = queries.q + hidden * stride, *grad_out = queries.grad_out + hidden * stride;
+    panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, q, stride, key, width, dim);
+    panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, grad_out, stride, value, width, dim);
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t row = hidden + m, position = queries.positions[row];
+      const bool masked = position < columns.highest;
+      for (int j = 0; j < NV; ++j) {
+        const int64_t at = m * width + j * W<T>;
+        Vec<T> weight = exponential(load(scores + at) - queries.lse[row]);
+        if (masked) weight = columns.hides(j, position + 1) ? weight : Vec<T>{};
+        store(scores + at, weight);
+        store(grads + at, weight * (load(grads + at) - queries.delta[row]));
+      }
+    }
+    panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_value, width, grad_out, stride, scores, width, count);
+    panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_key, width, q, stride, grads, width, count);
+  }
+
+  void end(const ColumnGradient<S>& p, const ColumnTile& tile) const {
+    for (int64_t column = columns.lowest; column <= columns.highest; ++column) {
+      const int64_t lane = column - columns.lowest;
+      T* keys = p.grad_keys.at(tile.row, tile.head, column);
+      T* values = p.grad_values.at(tile.row, tile.head, column);
+      for (int64_t d = 0; d < p.dim; ++d) {
+        keys[d] += p.scale * grad_key[d * NV * W<T> + lane];
+        values[d] += grad_value[d * NV * W<T> + lane];
+      }
+    }
+  }
+};
+
+template <class S>
+void read_queries(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t first, QueryStep<Acc<S>>& step) {
+  const int64_t stride = padded<Acc<S>>(p.dim);
+  for (int64_t m = 0; m < step.count; ++m) {
+    const QueryRow query = query_row(p, tile, first + m);
+    read_row(step.q + m * stride, p.q.at(query.token, query.head), p.dim);
+    read_row(step.grad_out + m * stride, p.grad_out.at(query.token, query.head), p.dim);
+    step.lse[m] = *p.lse.at(query.token, query.head);
+    step.delta[m] = *p.delta.at(query.token, query.head);
+    step.positions[m] = query.position;
+  }
+}
+
+template <int NV, class S>
+void column_panels(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>* scratch) {
+  using T = Acc<S>;
+  constexpr int64_t width = NV * W<T>;
+  const int64_t rows = p.rows.count(tile.row) * p.group;
+  const int64_t first = larger(0, tile.begin - p.rows.position(tile.row, 0)) * p.group;
+  if (first >= rows) return;
+  Panel<NV, S> panels[(TILE + width - 1) / width];
+  QueryStep<T> queries;
+  Pieces<T> pieces(scratch);
+  T* scores = pieces.take(STEP * width);
+  T* grads = pieces.take(STEP * width);
+  T* row = pieces.take(padded<T>(p.dim));
+  queries.q = pieces.take(STEP * padded<T>(p.dim));
+  queries.grad_out = pieces.take(STEP * padded<T>(p.dim));
+  const int64_t count = (tile.end - tile.begin + width - 1) / width;
+  for (int64_t i = 0; i < count; ++i) {
+    panels[i].key = pieces.take(p.dim * width);
+    panels[i].value = pieces.take(p.dim * width);
+    panels[i].grad_key = pieces.take(p.dim * width);
+    panels[i].grad_value = pieces.take(p.dim * width);
+    panels[i].begin(p, tile, tile.begin + i * width, row);
+  }
+  for (int64_t r = first; r < rows; r += STEP) {
+    queries.count = smaller(STEP, rows - r);
+    read_queries(p, tile, r, queries);
+    for (int64_t i = 0; i < count; ++i) panels[i].step(queries, p.dim, scores, grads);
+  }
+  for (int64_t i = 0; i < count; ++i) panels[i].end(p, tile);
+}
+
+}  // namespace
+
+template <class S>
+void column_gradient(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>* scratch) {
+  if (tile.end - tile.begin <= W<Acc<S>>)
+    column_panels<1>(p, tile, scratch);
+  else
+    column_panels<VECTORS>(p, tile, scratch);
+}
+
+template <class S>
+void own_column(const OwnColumn<S>& p, Acc<S>* scratch) {
+  using T = Acc<S>;
+  const int64_t stride = padded<T>(p.dim), rows = p.slots * p.group;
+  Pieces<T> pieces(scratch);
+  T* key = pieces.take(stride);
+  T* value = pieces.take(stride);
+  T* grad_key = pieces.take(stride);
+  T* grad_value = pieces.take(stride);
+  T* q = pieces.take(STEP * stride);
+  T* grad_out = pieces.take(STEP * stride);
+  T scores[STEP], grads[STEP];
+  read_row(key, p.key, p.dim, p.scale);
+  read_row(value, p.value, p.dim);
+  fill(grad_key, stride, T(0));
+  fill(grad_value, stride, T(0));
+  for (int64_t r = 0; r < rows; r += STEP) {
+    const int64_t count = smaller(STEP, rows - r);
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t slot = (r + m) / p.group, head = (r + m) % p.group;
+      read_row(q + m * stride, p.q.at(slot, head), p.dim);
+      read_row(grad_out + m * stride, p.grad_out.at(slot, head), p.dim);
+    }
+    dots(1, count, scores, STEP, key, stride, q, stride, stride);
+    dots(1, count, grads, STEP, value, stride, grad_out, stride, stride);
+    for (int64_t m = 0; m < count; ++m) {
+      const int64_t slot = (r + m) / p.group, head = (r + m) % p.group;
+      scores[m] = exponential(splat(scores[m] - *p.lse.at(slot, head)))[0];
+      grads[m] = scores[m] * (grads[m] - *p.delta.at(slot, head));
+    }
+    product<Into::Add, Left::RowMajor>(1, stride, grad_value, stride, scores, STEP, grad_out, stride, count);
+    product<Into::Add, Left::RowMajor>(1, stride, grad_key, stride, grads, STEP, q, stride, count);
+  }
+  read_row(key, p.grad_key, p.dim);
+  read_row(value, p.grad_value, p.dim);
+  for (int64_t d = 0; d < stride; d += W<T>) {
+    store(key + d, load(key + d) + load(grad_key + d) * p.scale);
+    store(value + d, load(value + d) + load(grad_value + d));
+  }
+  write_row(p.grad_k, key, p.dim);
+  write_row(p.grad_v, value, p.dim);
+}
+
+#define INSTANTIATE(S)                                                                  \
+  template void column_gradient<S>(const ColumnGradient<S>&, const ColumnTile&, Acc<S>*); \
+  template void own_column<S>(const OwnColumn<S>&, Acc<S>*);
+DIFFMAS_FOR_STORAGE_TYPES(INSTANTIATE)
+
+}  // namespace DIFFMAS_ISA
+}  // namespace diffmas

@@ -1,0 +1,152 @@
+// What the attention kernels share: their arguments, how the query heads of a group become rows of one tile, and which
+// block works on which rows and columns.
+#pragma once
+
+#include "diffmas/device.cuh"
+
+namespace diffmas {
+
+/// How query heads sharing a kv head, a group, and columns are dealt out to blocks.
+/// Unsplit: grid (tiles, kv heads, batch), each block sees all columns of its rows.
+/// Split: grid (tiles, kv heads, slots); a slot is one chunk of columns of one batch row, see `find_chunk`.
+struct WorkPlan {
+  RowRanges rows;
+  int batch;
+  int slots;  // 0: unsplit
+  Divisor group;
+};
+
+template <class T>
+struct AttentionInputs {
+  Packed<const T> q;
+  Trace<const T> keys, values;
+  WorkPlan plan;
+  int dim;
+  Acc<T> scale;
+};
+
+/// Results of the slots before they are merged: out [slots, kv heads, packed rows, dim], lse [slots, kv heads, packed rows].
+template <class A>
+struct Partials {
+  A *out, *lse;
+  int heads, packed_rows, dim;
+
+  DIFFMAS_HD int64_t index(int64_t slot, int64_t head, int64_t packed_row) const {
+    return (slot * heads + head) * packed_rows + packed_row;
+  }
+};
+
+/// Columns [begin, end) of one batch row; `slots` and `first_slot` are those of all the row's chunks. row = -1: nothing to do.
+struct Chunk {
+  int row, begin, end, first_slot, slots;
+};
+
+/// Chunks are whole multiples of this many columns.
+constexpr int CHUNK_COLUMNS = 64;
+/// Below this, a chunk is not worth the merge it causes.
+constexpr int MIN_CHUNK_COLUMNS = 128;
+
+DIFFMAS_HD int visible_columns(const RowRanges& rows, int row) {
+  const int64_t count = rows.count(row);
+  return count > 0 ? static_cast<int>(rows.position(row, count)) : 0;
+}
+
+/// The chunk in `slot`, or, where slot < 0, the first chunk of `row`. All lanes of a warp call this together.
+/// Rows are cut into chunks of one size for the whole batch, chosen from the lengths on the device so that all chunks fit in
+/// the slots and long rows take more of them than short ones.
+__device__ __forceinline__ Chunk find_chunk(const WorkPlan& plan, int slot, int row) {
+  const int lane = threadIdx.x % 32;
+  int64_t total = 0;
+  for (int b = lane; b < plan.batch; b += 32) total += visible_columns(plan.rows, b);
+  total = warp_sum(total);
+  // Rounding up costs every row less than one more chunk, hence the slots set aside.
+  int64_t size = divide_up(total, plan.slots - plan.batch);
+  size = divide_up(size, CHUNK_COLUMNS) * CHUNK_COLUMNS;
+  size = size < MIN_CHUNK_COLUMNS ? MIN_CHUNK_COLUMNS : size;
+  int before = 0;
+  for (int first = 0; first < plan.batch; first += 32) {
+    const int b = first + lane;
+    const int columns = b < plan.batch ? visible_columns(plan.rows, b) : 0;
+    const int count = static_cast<int>(divide_up(columns, size));
+    int through = count;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(ALL_LANES, through, offset);
+      if (lane >= offset) through += other;
+    }
+    const int own = before + through - count;
+    const bool hit = slot < 0 ? b == row : own <= slot && slot < own + count;
+    const unsigned hits = __ballot_sync(ALL_LANES, hit);
+    if (hits != 0) {
+      const int source = __ffs(hits) - 1;
+      Chunk chunk;
+      chunk.row = first + source;
+      chunk.first_slot = __shfl_sync(ALL_LANES, own, source);
+      chunk.slots = __shfl_sync(ALL_LANES, count, source);
+      const int end = __shfl_sync(ALL_LANES, columns, source);
+      const int64_t begin = (slot < 0 ? 0 : slot - chunk.first_slot) * size;
+      chunk.begin = static_cast<int>(begin);
+      chunk.end = begin + size < end ? static_cast<int>(begin + size) : end;
+      return chunk;
+    }
+    before += __shfl_sync(ALL_LANES, through, 31);
+  }
+  return {-1, 0, 0, 0, 0};
+}
+
+/// Query rows of one (batch row, kv head): packed row r is token r / group and query head r % group of the group, so that one
+/// read of K and V serves all of them. A tile starts at packed row `first`; r below counts within the tile.
+struct QueryRows {
+  int64_t token, head;
+  int start, first, count;
+  Divisor group;
+
+  __device__ __forceinline__ QueryRows() = default;
+  __device__ __forceinline__ QueryRows(const WorkPlan& plan, int row, int kv_head, int first)
+      : token(plan.rows.begin[row]), head(int64_t(kv_head) * plan.group.value), start(plan.rows.starts[row]), first(first),
+        count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)), group(plan.group) {}
+
+  DIFFMAS_HD bool valid(int r) const { return first + r < count; }
+  DIFFMAS_HD int position(int r) const { return start + static_cast<int>(group.quotient(first + r)); }
+
+  template <class T>
+  DIFFMAS_HD T* at(const Packed<T>& data, int r) const {
+    const uint32_t i = group.quotient(first + r);
+    return data.at(token + i, head + (first + r - i * group.value));
+  }
+};
+
+/// What one block of an attention kernel does: a tile of query rows against the columns [begin, end).
+struct Work {
+  QueryRows rows;
+  int row, kv_head, begin, end;
+  int slot;    // of the partial result, or -1: the result is final
+  bool first;  // sees column 0
+
+  /// False where there is nothing to do. All lanes of a warp call this together; `z` is the batch row or the slot.
+  __device__ __forceinline__ bool find(const WorkPlan& plan, int z, int tile_rows) {
+    const int tile = blockIdx.x * tile_rows;
+    kv_head = blockIdx.y;
+    Chunk chunk{z, 0, 0, 0, 0};
+    if (plan.slots > 0) {
+      chunk = find_chunk(plan, z, -1);
+    } else {
+      chunk.end = visible_columns(plan.rows, z);
+    }
+    if (chunk.row < 0) return false;
+    row = chunk.row;
+    rows = QueryRows(plan, row, kv_head, tile);
+    if (!rows.valid(0)) return false;
+    begin = chunk.begin;
+    end = chunk.end;
+    first = begin == 0;
+    slot = chunk.slots > 1 ? z : -1;
+    // No row of the tile sees a column behind its last one's position.
+    const int last = rows.first + tile_rows < rows.count ? tile_rows - 1 : rows.count - 1 - rows.first;
+    end = min(end, rows.position(last) + 1);
+    end = max(end, begin);
+    return true;
+  }
+};
+
+}  // namespace diffmas

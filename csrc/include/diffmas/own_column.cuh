@@ -1,0 +1,124 @@
+// The part of a single-token call's backward that is not dQ: it puts the call's queries on the pending list and reads out the
+// gradient of the call's own key and value.
+#pragma once
+
+#include "diffmas/attention.cuh"
+
+namespace diffmas {
+
+template <class T>
+struct OwnColumnArguments {
+  Packed<const T> q, grad_out, out;
+  Packed<const Acc<T>> lse;
+  Trace<const T> keys, values;
+  Trace<const Acc<T>> grad_keys, grad_values;
+  // [batch, slots, heads(, dim)]; a trace's head and column are here the pending slot and the query head.
+  Trace<T> pending_q, pending_grad;
+  Trace<Acc<T>> pending_lse, pending_delta;
+  Packed<T> grad_k, grad_v;
+  RowRanges rows;
+  int slot, slots, group, dim;
+  int blocks;  // batch rows to handle in grid z in front of the other work; 0: none
+  Acc<T> scale;
+};
+
+/// Elements of a head a lane holds, of head dims up to 256.
+constexpr int LANE_ELEMENTS = 8;
+
+template <class T>
+__device__ __forceinline__ void load_lane(Acc<T> (&x)[LANE_ELEMENTS], const T* source, int dim) {
+#pragma unroll
+  for (int e = 0; e < LANE_ELEMENTS; ++e) {
+    const int d = e * 32 + threadIdx.x % 32;
+    x[e] = d < dim ? accurate(source[d]) : Acc<T>(0);
+  }
+}
+
+template <class T, class A>
+__device__ __forceinline__ void store_lane(T* target, const A (&x)[LANE_ELEMENTS], int dim) {
+#pragma unroll
+  for (int e = 0; e < LANE_ELEMENTS; ++e) {
+    const int d = e * 32 + threadIdx.x % 32;
+    if (d < dim) target[d] = rounded<T>(x[e]);
+  }
+}
+
+template <class A>
+__device__ __forceinline__ A lane_dot(const A (&x)[LANE_ELEMENTS], const A (&y)[LANE_ELEMENTS]) {
+  A sum = 0;
+#pragma unroll
+  for (int e = 0; e < LANE_ELEMENTS; ++e) sum += x[e] * y[e];
+  return warp_sum(sum);
+}
+
+/// One block for one (batch row, kv head). `shared` holds 2 * warps * dim numbers.
+/// The contributions of (pending slot, query head) pairs are dealt out to the warps and added in a fixed order.
+template <class T>
+__device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int row, int kv_head, Acc<T>* shared) {
+  using A = Acc<T>;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, first_head = kv_head * a.group;
+  const bool present = a.rows.count(row) > 0;
+  const int64_t token = a.rows.begin[row];
+  if (!present) {
+    const A zero[LANE_ELEMENTS] = {};
+    for (int head = first_head + warp; head < first_head + a.group; head += warps) {
+      store_lane(a.pending_q.at(row, a.slot, head), zero, a.dim);
+      store_lane(a.pending_grad.at(row, a.slot, head), zero, a.dim);
+      if (threadIdx.x % 32 == 0) {
+        *a.pending_lse.at(row, a.slot, head) = INFINITY;
+        *a.pending_delta.at(row, a.slot, head) = 0;
+      }
+    }
+    return;
+  }
+
+  const int column = a.rows.starts[row];
+  A key[LANE_ELEMENTS], value[LANE_ELEMENTS], grad_k[LANE_ELEMENTS] = {}, grad_v[LANE_ELEMENTS] = {};
+  load_lane(key, a.keys.at(row, kv_head, column), a.dim);
+  load_lane(value, a.values.at(row, kv_head, column), a.dim);
+  const int pairs = (a.slots - a.slot) * a.group;
+  for (int pair = warp; pair < pairs; pair += warps) {
+    const int slot = a.slot + pair / a.group, head = first_head + pair % a.group;
+    A q[LANE_ELEMENTS], grad[LANE_ELEMENTS], lse, delta;
+    if (slot == a.slot) {
+      A out[LANE_ELEMENTS];
+      load_lane(q, a.q.at(token, head), a.dim);
+      load_lane(grad, a.grad_out.at(token, head), a.dim);
+      load_lane(out, a.out.at(token, head), a.dim);
+      lse = *a.lse.at(token, head);
+      delta = lane_dot(out, grad);
+      store_lane(a.pending_q.at(row, slot, head), q, a.dim);
+      store_lane(a.pending_grad.at(row, slot, head), grad, a.dim);
+      if (threadIdx.x % 32 == 0) {
+        *a.pending_lse.at(row, slot, head) = lse;
+        *a.pending_delta.at(row, slot, head) = delta;
+      }
+    } else {
+      load_lane(q, a.pending_q.at(row, slot, head), a.dim);
+      load_lane(grad, a.pending_grad.at(row, slot, head), a.dim);
+      lse = *a.pending_lse.at(row, slot, head);
+      delta = *a.pending_delta.at(row, slot, head);
+    }
+    const A probability = exp(lane_dot(q, key) * a.scale - lse);
+    const A grad_score = probability * (lane_dot(grad, value) - delta) * a.scale;
+#pragma unroll
+    for (int e = 0; e < LANE_ELEMENTS; ++e) {
+      grad_k[e] += grad_score * q[e];
+      grad_v[e] += probability * grad[e];
+    }
+  }
+  store_lane(shared + warp * a.dim, grad_k, a.dim);
+  store_lane(shared + (warps + warp) * a.dim, grad_v, a.dim);
+  __syncthreads();
+  for (int d = threadIdx.x; d < a.dim; d += blockDim.x) {
+    A k = a.grad_keys.at(row, kv_head, column)[d], v = a.grad_values.at(row, kv_head, column)[d];
+    for (int w = 0; w < warps; ++w) {
+      k += shared[w * a.dim + d];
+      v += shared[(warps + w) * a.dim + d];
+    }
+    a.grad_k.at(token, kv_head)[d] = rounded<T>(k);
+    a.grad_v.at(token, kv_head)[d] = rounded<T>(v);
+  }
+}
+
+}  // namespace diffmas

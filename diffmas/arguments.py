@@ -1,0 +1,89 @@
+"""Command line and YAML for the programs: presets, then a YAML file, then flags; later ones win."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class DecodingArguments:
+    """How answers are generated when evaluating."""
+
+    max_new_tokens: int = field(default=2048, metadata={"help": "Longest answer."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus of sampling."})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers' training arguments, with an output folder named after the task by default."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
+    )
+    report_to: str = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."})
+    disable_final_eval: bool = field(
+        default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
+    )
+
+
+class Parser(HfArgumentParser):
+    """An argument parser whose errors fit on a line and name the nearest flag."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            known = [s for a in self._actions for s in a.option_strings]
+            flags = [word.split("=")[0] for word in message.split()[2:] if word.startswith("--")]
+            close = [c for flag in flags for c in difflib.get_close_matches(flag, known, n=1)]
+            message += f" (did you mean {', '.join(close)}?)" if close else ""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists all arguments\n")
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
+    """Parse `argv` into the parser's dataclasses, over the values of `--config FILE` and of the preset.
+
+    The preset is "embedded" without a model and "paper" with one. Exits with a message on a bad argument.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; flags win over it.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--model")
+    found, _ = early.parse_known_args(argv)
+    values = _read_yaml(parser, found.config) if found.config else {}
+    preset = "paper" if found.model or values.get("model") else "embedded"
+    parser.set_defaults(**{**_read_yaml(parser, str(PRESETS / f"{preset}.yaml")), **values})
+    try:
+        *dataclasses, _, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, ImportError) as error:
+        parser.error(str(error))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(dataclasses)
+
+
+def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        parser.error(f"argument --config: no such file: {path}")
+    try:
+        values = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"argument --config: {path} is not valid YAML: {error}")
+    known = {a.dest for a in parser._actions}
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+        what = f"unknown arguments {unknown}" if isinstance(values, dict) else "no mapping of arguments"
+        parser.error(f"argument --config: {path} has {what}")
+    return values

@@ -1,0 +1,133 @@
+"""What a run leaves for people: summary, records, a report with plots, a table on the terminal."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffmas.evaluation import VARIANTS, Record
+from diffmas.training import METRICS_FILE, read_metrics
+
+SUMMARY_FILE, RECORDS_FILE, REPORT_FILE = "summary.json", "eval.jsonl", "report.html"
+
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
+table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #d0d7de;text-align:left}
+td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}
+.small{color:#57606a;font-size:.85rem}"""
+
+
+def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
+    """`accuracy`, `accuracy_mismatched`, … from accuracies by variant."""
+    return {_field(variant): value for variant, value in accuracies.items()}
+
+
+def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
+    Path(folder, SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def write_records(folder: str | Path, records: Sequence[Record]) -> None:
+    """Per-item JSONL: variant, prompt, answer, gold, whether it was right, tokens."""
+    with Path(folder, RECORDS_FILE).open("w") as file:
+        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+
+
+def print_accuracies(summary: dict[str, Any]) -> None:
+    """The accuracies of a summary as a table on the terminal."""
+    rows = _accuracies(summary)
+    if rows:
+        table = Table("", "accuracy", title=f"{summary['eval_items']} held-out items")
+        for label, value in rows:
+            table.add_row(label, f"{100 * value:.1f} %")
+        Console().print(table)
+
+
+def write_report(folder: str | Path) -> Path:
+    """`report.html` from the folder's summary and metrics: one file, no network needed. Returns its path."""
+    folder = Path(folder)
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    metrics = read_metrics(folder / METRICS_FILE)
+    topology = summary["topology"]
+    about = {
+        "agents": " → ".join(a["name"] for a in topology["agents"]) + f" ({topology['name']}, {topology['handover']})",
+        "latent steps": summary["system"]["latent_steps"],
+        "gradient": "cut at every hand-over" if summary["system"]["detach_trace"] else "exact, through every trace",
+        "task": summary["task"]["task"],
+        "model": summary["system"]["model"] or "embedded base",
+        "training steps": summary.get("steps"),
+        "time": f"{summary['seconds']} s, peak memory {summary['peak_memory_mb']} MB",
+        "machine": ", ".join(f"{k} {v}" for k, v in summary["machine"].items()),
+    }
+    body = [f"<h1>{html.escape(summary['task']['task'])}: what the trace carries</h1>"]
+    if rows := _accuracies(summary):
+        body += [_table([(label, f"{100 * value:.1f} %") for label, value in rows]), _svg(_bars, rows)]
+        body.append(f"<p class=small>{summary['eval_items']} held-out items.</p>")
+    if any("loss" in entry for entry in metrics):
+        body += ["<h2>Training</h2>", _svg(_curves, metrics)]
+    body += ["<h2>Run</h2>", _table([(k, str(v)) for k, v in about.items() if v is not None])]
+    path = folder / REPORT_FILE
+    path.write_text(
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>DiffMAS run</title><style>{_STYLE}</style>" + "\n".join(body) + "</html>\n"
+    )
+    return path
+
+
+def _field(variant: str) -> str:
+    return "accuracy" if variant == "matched" else f"accuracy_{variant}"
+
+
+def _accuracies(summary: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(label, summary[_field(v)]) for v, label in VARIANTS.items() if _field(v) in summary]
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = (f"<tr><td>{html.escape(k)}</td><td class=n>{html.escape(v)}</td></tr>" for k, v in rows)
+    return f"<table>{''.join(cells)}</table>"
+
+
+def _svg(draw, data) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    # A fixed salt and no date: the same run gives the same file.
+    with plt.rc_context({"svg.hashsalt": "diffmas", "axes.spines.top": False, "axes.spines.right": False}):
+        figure = draw(plt, data)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _bars(plt, rows: Sequence[tuple[str, float]]):
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)))
+    labels, values = [r[0] for r in rows][::-1], [100 * r[1] for r in rows][::-1]
+    colors = ["#1f6feb" if label == VARIANTS["matched"] else "#afb8c1" for label in labels]
+    axes.bar_label(axes.barh(labels, values, color=colors), fmt="%.1f", padding=3)
+    axes.set(xlim=(0, 108), xlabel="accuracy, %")
+    return figure
+
+
+def _curves(plt, metrics: Sequence[dict[str, Any]]):
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    losses = [(e["step"], e["loss"]) for e in metrics if "loss" in e]
+    accuracies = [(e["step"], 100 * e["eval_accuracy"]) for e in metrics if "eval_accuracy" in e]
+    axes.plot(*zip(*losses, strict=True), color="#57606a", label="training loss")
+    axes.set(xlabel="training step", ylabel="loss", ylim=(0, None))
+    if accuracies:
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        right.plot(*zip(*accuracies, strict=True), "o-", color="#1f6feb", label="held-out accuracy")
+        right.set(ylabel="accuracy, %", ylim=(0, 103))
+        axes.legend([*axes.lines, *right.lines], ["training loss", "held-out accuracy"], loc="center right")
+    return figure

@@ -1,0 +1,147 @@
+"""`python -m diffmas.train`: train a multi-agent system and evaluate what its traces carry."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Subset
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
+from diffmas.attention import UnsupportedModelError
+from diffmas.data import Collator
+from diffmas.evaluation import Evaluator, evaluate_all
+from diffmas.generation import Decoding
+from diffmas.machine import machine, peak_memory_mb
+from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
+from diffmas.runs import SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
+from diffmas.tasks import TaskArguments, load_task
+from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
+
+EVAL_DURING_TRAINING = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
+    started = time.perf_counter()
+    # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    parser = Parser((SystemArguments, TaskArguments, DecodingArguments, TrainArguments), prog="python -m diffmas.train",
+                    description=__doc__)  # fmt: skip
+    system_args, task_args, decoding_args, args = parse(parser, argv)
+    try:
+        return _train(system_args, task_args, decoding_args, args, started)
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, UnsupportedModelError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(
+    system_args: SystemArguments,
+    task_args: TaskArguments,
+    decoding_args: DecodingArguments,
+    args: TrainArguments,
+    started: float,
+) -> int:
+    if args.gradient_checkpointing:
+        raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
+    decoding = Decoding(**asdict(decoding_args), seed=args.seed)
+    task = load_task(task_args)
+    set_seed(args.seed)
+    system, tokenizer = build_system(system_args)
+    description = describe(system, system_args, task_args, asdict(decoding_args))
+    checkpoint = _choose_folder(args, task.name, description)
+
+    evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
+    args.remove_unused_columns = False
+    args.dataloader_pin_memory = torch.cuda.is_available()
+    stop = StopOnInterrupt()
+    trainer = SystemTrainer(
+        model=system,
+        args=args,
+        train_dataset=Items(task.train),
+        eval_dataset=Subset(Items(task.eval), range(min(EVAL_DURING_TRAINING, len(task.eval)))),
+        data_collator=Collator(system.topology, task.prompts, tokenizer),
+        evaluator=evaluator,
+        callbacks=[MetricsFile(), stop],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.interrupted:
+        print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {args.output_dir}")
+        return 130
+    if not trainer.is_world_process_zero():
+        return 0
+    folder = Path(args.output_dir)
+    save_weights(trainer.accelerator.unwrap_model(system), folder)
+    summary: dict[str, Any] = {}
+    if not args.disable_final_eval:
+        accuracies, records = evaluate_all(evaluator, show_progress=not args.disable_tqdm)
+        write_records(folder, records)
+        summary.update(accuracy_fields(accuracies), eval_items=len(task.eval))
+    summary.update(
+        seconds=round(time.perf_counter() - started, 1),
+        peak_memory_mb=round(peak_memory_mb()),
+        steps=trainer.state.global_step,
+        parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
+        machine=machine(),
+        **description,
+    )
+    write_summary(folder, summary)
+    report = write_report(folder)
+    print_accuracies(summary)
+    Console().print(f"{summary['seconds']} s, {summary['peak_memory_mb']} MB at most; report: {report}")
+    return 0
+
+
+def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any]) -> str | None:
+    """Settle `args.output_dir` and the checkpoint to resume from; nothing finished is overwritten."""
+    resume = args.resume_from_checkpoint
+    if resume is not None:
+        folder = Path(resume)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: no such folder")
+        if not (folder / "trainer_state.json").is_file():
+            checkpoint = get_last_checkpoint(resume)
+            if checkpoint is None:
+                raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: it holds no checkpoint")
+            folder = Path(checkpoint)
+        args.output_dir = args.output_dir or str(folder.parent)
+        _check_same(folder.parent / SYSTEM_FILE, description)
+    elif args.output_dir is None:
+        candidates = (Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, sys.maxsize))
+        args.output_dir = str(next(c for c in candidates if not c.exists()))
+    elif Path(args.output_dir, SYSTEM_FILE).is_file():
+        raise ValueError(
+            f"output_dir is {args.output_dir!r}, which holds a run already; allowed: another folder, or "
+            f"--resume_from_checkpoint {args.output_dir}"
+        )
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    Path(args.output_dir, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    return None if resume is None else str(folder)
+
+
+def _check_same(path: Path, description: dict[str, Any]) -> None:
+    """Raise `ValueError` where a run is resumed with a system or task other than its own."""
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text())
+    for part in ("system", "topology", "task"):
+        for key, value in description[part].items():
+            if (was := before.get(part, {}).get(key, value)) != value:
+                raise ValueError(f"{key} is {value!r}, but the run to resume had {was!r}; allowed: the same")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""transformers' Trainer on a multi-agent system: what is checkpointed, how the loss is scaled, how it stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from diffmas.evaluation import Evaluator
+from diffmas.runs import load_weights, save_weights
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Items(Dataset):
+    """A task's items as a map-style dataset."""
+
+    def __init__(self, items):
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._items[index])
+
+
+class SystemTrainer(Trainer):
+    """Trains a :class:`~diffmas.system.MultiAgentSystem`; evaluates by generating answers.
+
+    Checkpoints hold the adapter (and a learned alignment), not the base model. With gradient accumulation and
+    several processes, every answer token weighs the same.
+    """
+
+    def __init__(self, *, evaluator: Evaluator | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.evaluator = evaluator
+        self.model_accepts_loss_kwargs = True
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(sum(batch["answer_lengths"]) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return batches, count
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs, num_items_in_batch=num_items_in_batch)
+        # Gradients are averaged over processes, the count is summed over them.
+        loss = output.loss * (self.args.world_size if num_items_in_batch is not None else 1)
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        items = self.eval_dataset if eval_dataset is None else eval_dataset
+        records = self.evaluator.run("matched", [items[i] for i in range(len(items))])
+        metrics = {f"{metric_key_prefix}_accuracy": sum(r.correct for r in records) / len(records)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what the Trainer logs to `metrics.jsonl`; a resumed run drops what came after its checkpoint."""
+
+    def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir, METRICS_FILE)
+        kept = [e for e in read_metrics(path) if e["step"] <= state.global_step] if state.global_step else []
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def on_log(self, args: TrainingArguments, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            with Path(args.output_dir, METRICS_FILE).open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a `metrics.jsonl`; none where there is no such file."""
+    path = Path(path)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C, finish the step, save a checkpoint and stop; on a second one, stop at once."""
+
+    def __init__(self):
+        self.interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGINT, self._remember)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def _remember(self, number, frame):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, self._previous)
+        print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again stops at once)", flush=True)

@@ -1,0 +1,53 @@
+"""A row's loss and gradient do not depend on the rows it shares a batch with."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compare import assert_same, error, gradients
+from models import arguments, causal_lm, clone, ragged, with_lora
+
+from diffmas.system import MultiAgentSystem
+from diffmas.topology import load_topology
+
+ROWS = 16
+
+
+@pytest.mark.parametrize("topology, handover", [("sequential", "full"), ("stitch", "latent")])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_rows(dtype, tolerance, topology, handover, implementation, poison):
+    model = clone(with_lora(causal_lm("qwen3", dtype=dtype)))
+    system = MultiAgentSystem(
+        model, load_topology(topology, handover), latent_steps=2, alignment="learned", implementation=implementation
+    )
+    names = [a.name for a in system.topology.agents]
+    prompts, answers = ragged(names, ROWS, longest=29)
+
+    def row_alone(b):
+        output = system(*arguments({n: [p[b]] for n, p in prompts.items()}, [answers[b]]))
+        return output.loss, output.logits
+
+    def row_in_batch(b):
+        logits = system(*arguments(prompts, answers)).logits.split([len(a) for a in answers])[b]
+        return F.cross_entropy(logits, answers[b]), logits
+
+    def differentiate(run, b):
+        system.zero_grad()
+        loss, logits = run(b)
+        loss.backward()
+        return loss.detach(), logits.detach(), {n: g.clone() for n, g in gradients(system).items()}
+
+    total: dict[str, torch.Tensor] = {}
+    count = sum(map(len, answers))
+    for b in range(ROWS):
+        (loss, logits, grads), (loss_alone, logits_alone, alone) = (
+            differentiate(run, b) for run in (row_in_batch, row_alone)
+        )
+        assert error(loss, loss_alone) <= tolerance
+        assert error(logits, logits_alone) <= tolerance
+        assert_same(grads, alone, tolerance)
+        for name, grad in alone.items():
+            total[name] = total.get(name, 0) + grad * (len(answers[b]) / count)
+
+    system.zero_grad()
+    system(*arguments(prompts, answers)).loss.backward()
+    assert_same(gradients(system), total, tolerance)
