@@ -120,8 +120,12 @@ class MultiAgentSystem(nn.Module):
             num_items_in_batch: what to divide the summed loss by; default the number of answer tokens.
         """
         self._check(prompt_ids, prompt_lengths)
-        if (n := min(answer_lengths, default=0)) < 1 or len(answer_lengths) != len(prompt_lengths[0]):
-            raise ValueError(f"answer_lengths has minimum {n}; allowed: one length ≥ 1 for every row")
+        rows = len(prompt_lengths[0])
+        if len(answer_lengths) != rows or min(answer_lengths) < 1 or sum(answer_lengths) != answer_ids.numel():
+            raise ValueError(
+                f"answer_lengths is {list(answer_lengths)} for {answer_ids.numel()} tokens; allowed: "
+                f"{rows} lengths ≥ 1 that sum to the number of tokens"
+            )
         trace = self.communicate(prompt_ids, prompt_lengths, answer_lengths)
         lengths = prompt_lengths[-1]
         ids = _interleave(prompt_ids[-1], lengths, answer_ids, answer_lengths)

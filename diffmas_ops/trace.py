@@ -73,31 +73,34 @@ class Call:
         # A strong reference would close a cycle trace -> order token -> autograd node -> call -> trace, which
         # Python's collector cannot see through.
         self._trace = weakref.ref(trace)
-        self._recorded: dict[int, bool] = {}
+        # Per layer, whether its first run recorded gradients; None where they were disabled.
+        self._recorded: dict[int, bool | None] = {}
         self._differentiated: set[int] = set()
 
     def enter(self, layer: int) -> Tensor:
         """The order token `layer` consumes; on a re-run (activation checkpointing) a stand-in for it.
 
-        Raises `RuntimeError` where a re-run records gradients that the first run did not: re-entrant
+        Raises `RuntimeError` where gradients are enabled in a re-run but were not in the first run: re-entrant
         checkpointing, under which the calls' backward order is lost.
         """
         if layer not in self._recorded:
             if (trace := self._trace()) is None:
                 raise RuntimeError("the trace of this call is gone; keep it alive until the forward is done")
             return trace.order
-        if torch.is_grad_enabled() and not self._recorded[layer]:
+        recorded = self._recorded[layer]
+        if torch.is_grad_enabled() and recorded is None:
             raise RuntimeError(
                 f"layer {layer} of this call first ran without gradients and is now re-run with them; "
                 "activation checkpointing must be non-reentrant (use_reentrant=False)"
             )
-        return torch.zeros(0, device=self.starts.device, requires_grad=torch.is_grad_enabled())
+        # Checkpointing insists on a re-run that saves what the first run saved.
+        return torch.zeros(0, device=self.starts.device, requires_grad=bool(recorded))
 
     def leave(self, layer: int, order: Tensor) -> None:
         """Advance the trace's order token to `order`, unless this was a re-run."""
         if layer in self._recorded:
             return
-        self._recorded[layer] = order.requires_grad
+        self._recorded[layer] = order.requires_grad if torch.is_grad_enabled() else None
         self._trace().order = order
 
     def claim_backward(self, layer: int) -> None:

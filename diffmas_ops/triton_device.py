@@ -8,6 +8,9 @@ from functools import lru_cache
 
 import torch
 
+#: Options of every launch: multiply-adds round once (Triton's own default differs from version to version).
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
 #: Stands in for the number of multiprocessors under the interpreter, so that keys are split there as well.
 _INTERPRETED_MULTIPROCESSORS = 4
 
@@ -23,7 +26,7 @@ def refusal(device: str, dtype: torch.dtype) -> str | None:
     if knobs.runtime.interpret:
         return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
     if device != "cuda":
-        return f"on {device} tensors it needs Triton's interpreter (environment variable TRITON_INTERPRET=1 from the start)"
+        return f"{device} tensors need Triton's interpreter (environment variable TRITON_INTERPRET=1 from the start)"
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
     return None

@@ -63,8 +63,8 @@ def with_lora(model, *, embeddings: bool = True, targets="all-linear"):
 
 
 def clone(model):
-    """A copy whose attention is transformers' own SDPA (its eager one takes the softmax in float32)."""
-    twin = copy.deepcopy(model)
+    """A copy in evaluation mode with transformers' own SDPA attention (its eager one takes the softmax in float32)."""
+    twin = copy.deepcopy(model).eval()
     (twin.get_base_model() if hasattr(twin, "get_base_model") else twin).set_attn_implementation("sdpa")
     return twin
 

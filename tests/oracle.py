@@ -11,14 +11,15 @@ from torch import Tensor
 from transformers import DynamicCache
 
 
-def rotate(x: Tensor, shift: int | Tensor, inv_freq: Tensor) -> Tensor:
-    """Half-split rotation of `x [..., D]` by `shift · inv_freq`, angles in float64; dims behind the rotary ones stay."""
+def rotate(x: Tensor, shift: int | Tensor, inv_freq: Tensor, interleaved: bool = False) -> Tensor:
+    """`x [..., D]` turned by `shift · inv_freq`, angles in float64; dims behind the rotary ones stay."""
     angles = torch.as_tensor(shift, dtype=torch.float64).unsqueeze(-1) * inv_freq.double()
-    cos, sin = (t.repeat((1,) * (t.dim() - 1) + (2,)).to(x.dtype) for t in (angles.cos(), angles.sin()))
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    half = turned.shape[-1] // 2
-    swapped = torch.cat((-turned[..., half:], turned[..., :half]), -1)
-    return torch.cat((turned * cos + swapped * sin, rest), -1)
+    turned, rest = x.split((2 * inv_freq.numel(), x.shape[-1] - 2 * inv_freq.numel()), -1)
+    pairs = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
+    z = torch.complex(*pairs)
+    z = z * torch.polar(torch.ones_like(angles), angles).to(z.dtype)
+    turned = torch.stack((z.real, z.imag), -1).flatten(-2) if interleaved else torch.cat((z.real, z.imag), -1)
+    return torch.cat((turned, rest), -1)
 
 
 def ancestors(dag: dict[str, tuple[str, ...]], name: str) -> list[str]:
@@ -100,7 +101,8 @@ class DenseTrace:
         return self.layers[0][0].shape[0]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = (torch.cat(pair) for pair in zip(self.layers[layer], (k, v), strict=True))
+        with torch.enable_grad():  # A call without gradients must not cut those of older columns.
+            keys, values = (torch.cat(pair) for pair in zip(self.layers[layer], (k, v), strict=True))
         self.layers[layer] = (keys, values)
         return attend(q, keys, values, keys.shape[0] - q.shape[0])
 

@@ -36,7 +36,6 @@ Rows<Acc<S>> read(const Tensor& tensor) {
   return result;
 }
 
-/// Writes factor[i] * rows[i].
 template <class S>
 void write(Rows<Acc<S>>& rows, const Tensor& tensor) {
   using A = Acc<S>;

@@ -8,18 +8,6 @@ namespace diffmas {
 
 namespace {
 
-/// The widest power-of-two vector, up to 16 bytes, to whose size every address of these tensors is aligned.
-int64_t common_alignment(std::initializer_list<const Tensor*> tensors) {
-  int64_t bits = 16;
-  for (const Tensor* tensor : tensors) {
-    const int64_t size = static_cast<int64_t>(tensor->element_size());
-    bits |= reinterpret_cast<int64_t>(tensor->data_ptr());
-    for (int64_t d = 0; d + 1 < tensor->dim(); ++d) bits |= tensor->size(d) > 1 ? tensor->stride(d) * size : 0;
-    bits |= tensor->size(tensor->dim() - 1) * size;
-  }
-  return bits & -bits;
-}
-
 template <class T>
 Packed<T> packed_as(const Tensor& tensor, int64_t elements) {
   return {static_cast<T*>(tensor.data_ptr()), tensor.stride(0) / elements, tensor.stride(1) / elements};
@@ -31,6 +19,8 @@ Trace<T> trace_as(const Tensor& tensor, int64_t elements) {
       static_cast<T*>(tensor.data_ptr()), tensor.stride(0) / elements, tensor.stride(1) / elements,
       tensor.stride(2) / elements};
 }
+
+int whole_warps(int64_t work) { return static_cast<int>(std::min<int64_t>(256, (work + 31) / 32 * 32)); }
 
 }  // namespace
 
@@ -45,20 +35,47 @@ void kv_append(
     using V = decltype(vector);
     const int64_t elements = sizeof(V) / size;
     const int width = static_cast<int>(keys.size(3) / elements);
-    const dim3 grid((max_new + APPEND_TOKENS - 1) / APPEND_TOKENS, heads, batch);
-    const int64_t work = std::min<int64_t>(max_new, APPEND_TOKENS) * width;
-    const int threads = static_cast<int>(std::min<int64_t>(256, (work + 31) / 32 * 32));
-    append_kernel<V><<<grid, threads, 0, scope.stream>>>(
+    const dim3 grid(divide_up(max_new, APPEND_TOKENS), heads, batch);
+    scope.launch(
+        "kv_append", append_kernel<V>, grid, whole_warps(std::min<int64_t>(max_new, APPEND_TOKENS) * width), 0,
         packed_as<const V>(k, elements), packed_as<const V>(v, elements), trace_as<V>(keys, elements),
         trace_as<V>(values, elements), row_ranges(q_begin, q_end, starts), width);
   };
   switch (common_alignment({&k, &v, &keys, &values})) {
-    case 16: launch(int4{}); break;
-    case 8: launch(int2{}); break;
-    case 4: launch(int{}); break;
-    default: launch(short{}); break;
+    case 16: return launch(int4{});
+    case 8: return launch(int2{});
+    case 4: return launch(int{});
+    default: return launch(short{});
   }
-  scope.check("kv_append");
+}
+
+std::tuple<Tensor, Tensor> kv_gather(
+    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
+    int64_t max_new, int64_t total, ScalarType dtype) {
+  check_gather(keys, values, q_begin, q_end, starts, max_new, total, dtype);
+  const int64_t heads = keys.size(1), dim = keys.size(3);
+  const Tensor k = new_tensor(keys, {total, heads, dim}, dtype), v = new_tensor(keys, {total, heads, dim}, dtype);
+  if (total * heads * dim == 0) return {k, v};
+  const LaunchScope scope(keys);
+  const auto launch = [&](auto source, auto target, auto elements) {
+    using S = decltype(source);
+    using T = decltype(target);
+    constexpr int N = decltype(elements)::value;
+    const int width = static_cast<int>(dim / N);
+    scope.launch(
+        "kv_gather", gather_kernel<S, T, N>, dim3(total), whole_warps(heads * width), 0, trace<const S>(keys),
+        trace<const S>(values), packed<T>(k), packed<T>(v), row_ranges(q_begin, q_end, starts),
+        static_cast<int>(keys.size(0)), static_cast<int>(heads), width);
+  };
+  const bool vectors = dim % 8 == 0 && common_alignment({&keys, &values, &k, &v}) == 16;
+  with_storage_type("keys", keys.scalar_type(), [&](auto source) {
+    with_storage_type("dtype", dtype, [&](auto target) {
+      if constexpr (std::is_same_v<Acc<decltype(source)>, Acc<decltype(target)>>)
+        vectors ? launch(source, target, std::integral_constant<int, 8>())
+                : launch(source, target, std::integral_constant<int, 1>());
+    });
+  });
+  return {k, v};
 }
 
 }  // namespace diffmas

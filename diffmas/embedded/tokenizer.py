@@ -10,7 +10,7 @@ from diffmas.tasks.relay import SLOTS
 
 USER, ASSISTANT, END, PAD = SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
 NUMBERS = tuple(str(number) for number in range(16))
-WORDS = ("Facts", "Recall", "What", " is", " the", " of", " and", " to", " a", " in", " answer", " question", " value", " slot")
+WORDS = ("Facts", "Recall", "What", " is", " the", " of", " and", " to", " in", " answer", " question", " value")
 
 # A system message shares the user's turn: the base knows two speakers.
 CHAT_TEMPLATE = (

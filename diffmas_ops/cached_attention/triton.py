@@ -9,7 +9,7 @@ from diffmas_ops.cached_attention.triton_forward import forward_kernel
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.kv_append.triton import kv_append
 from diffmas_ops.merge_states.triton import merge_into
-from diffmas_ops.triton_device import launch_on
+from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _BLOCK_PENDING = 32
 
@@ -30,6 +30,8 @@ def cached_attention(
     """See `reference.cached_attention`."""
     if k is not None:
         kv_append(k, v, keys, values, q_begin, q_end, starts, max_new)
+    if scale <= 0:
+        q, scale = q * (-1.0 if scale < 0 else 0.0), -scale or 1.0
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
     grid, splits, chunk, shape = _plan("forward", q, keys, max_new, max_kv)
@@ -131,7 +133,7 @@ def cached_attention_backward_token(
             *_strides(keys, values, grad_keys, grad_values, pending_q, pending_grad),
             *pending_lse.stride()[:2], *pending_delta.stride()[:2],
             G=group, D=head_dim, BLOCK_G=triton.next_power_of_2(group), BLOCK_M=_BLOCK_PENDING,
-            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_D=triton.next_power_of_2(head_dim), **LAUNCH_OPTIONS,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
 
@@ -167,7 +169,7 @@ def _shape(q: Tensor, group: int, chosen) -> dict:
     return dict(
         G=group, D=head_dim, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
-LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -62,7 +61,7 @@ def _attend(
         present = column < last
         wide = column.to(tl.int64)
         k = load_rows(keys, wide * keys_c, present, D, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             visible = (column[None, :] <= position[:, None]) & present[None, :]
             scores = tl.where(visible, scores, float("-inf"))
@@ -71,8 +70,9 @@ def _attend(
         if MASKED:
             # A query that sees nothing of this part yet: -inf - -inf would be NaN.
             reference = tl.where(new_highest == float("-inf"), 0.0, new_highest)
-        p = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(highest - reference)
+        # The scale enters with the subtraction, one multiply-add a score.
+        p = tl.exp2(scores * scale - (reference * scale)[:, None])
+        shrink = tl.exp2((highest - reference) * scale)
         total = total * shrink + tl.sum(p, 1)
         v = load_rows(values, wide * values_c, present, D, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -86,7 +86,10 @@ def forward_kernel(
     q_t, q_h, keys_b, keys_h, keys_c, values_b, values_h, values_c, out_s, out_t, out_h, lse_s, lse_t,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """`out [S, T, Hq, D], lse [S, T, Hq]` of each part of the columns; -inf where a query sees nothing of a part."""
+    """`out [S, T, Hq, D], lse [S, T, Hq]` of each part of the columns; -inf where a query sees nothing of a part.
+
+    `scale` is positive: the highest score is looked for before scaling.
+    """
     some, row, kv_head, part, token, head, present, position, first, unmasked, last = query_block(
         q_begin, q_end, starts, splits, chunk, G, BLOCK_M, BLOCK_N
     )
@@ -107,8 +110,9 @@ def forward_kernel(
         )  # fmt: skip
         nothing = highest == float("-inf")
         d = tl.arange(0, BLOCK_D)[None, :]
-        acc = acc / tl.where(nothing, 1.0, total)[:, None]
+        total = tl.where(nothing, 1.0, total)
+        acc = acc / total[:, None]
         at = out + part * out_s + token[:, None] * out_t + head[:, None] * out_h + d
         tl.store(at, acc.to(out.dtype.element_ty), mask=present[:, None] & (d < D))
-        natural = tl.where(nothing, float("-inf"), (highest + tl.log2(total)) * LN2)
+        natural = tl.where(nothing, float("-inf"), highest * scale + tl.log(total))
         tl.store(lse + part * lse_s + token * lse_t + head, natural, mask=present)

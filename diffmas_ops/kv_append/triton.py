@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmas_ops.triton_device import launch_on
+from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _BLOCK_T = 64
 
@@ -48,6 +48,7 @@ def _launch(k, v, keys, values, q_begin, q_end, starts, max_new, into_trace):
             k, v, keys, values, q_begin, q_end, starts,
             *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
             D=head_dim, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(head_dim), INTO_TRACE=into_trace,
+            **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmas_ops.triton_device import launch_on
+from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _BLOCK_C = 32
 
@@ -71,7 +71,7 @@ def _launch(i, froms, tos, from_begin, to_begin, counts, cos, sin, interleaved, 
             *(stride for tensor in (*froms, *tos) for stride in tensor.stride()[:4]),
             D=head_dim, HALF=half, INTERLEAVED=interleaved, BACKWARD=backward,
             BLOCK_C=_BLOCK_C, BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_HALF=triton.next_power_of_2(max(half, 1)),
+            BLOCK_HALF=triton.next_power_of_2(max(half, 1)), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 

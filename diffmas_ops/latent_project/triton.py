@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from diffmas_ops.dtypes import accumulation_dtype
-from diffmas_ops.triton_device import launch_on, multiprocessors
+from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on, multiprocessors
 
 _BLOCK_N, _BLOCK_K = 64, 64
 
@@ -50,7 +50,7 @@ def _rescale(products, out, norm, size, parts, products_s, products_m, target_no
         y += tl.load(products, mask=h < size, other=0.0).to(tl.float32)
         products += products_s
     length = tl.sqrt(tl.sum(y * y))
-    scale = tl.where(length > 0, target_norm / length, 0.0)
+    scale = target_norm / tl.where(length > 0, length, 1.0)
     tl.store(out + row * size + h, (y * scale).to(out.dtype.element_ty), mask=h < size)
     tl.store(norm + row, length)
 
@@ -63,7 +63,7 @@ def _rescale_backward(grad_out, out, norm, grad_y, size, grad_m, out_m, target_n
     grad = tl.load(grad_out + row * grad_m + h, mask=h < size, other=0.0).to(tl.float32)
     unit = tl.load(out + row * out_m + h, mask=h < size, other=0.0).to(tl.float32) / target_norm
     length = tl.load(norm + row)
-    scale = tl.where(length > 0, target_norm / length, 0.0)
+    scale = tl.where(length > 0, target_norm, 0.0) / tl.where(length > 0, length, 1.0)
     grad = (grad - unit * tl.sum(unit * grad)) * scale
     tl.store(grad_y + row * size + h, grad.to(grad_y.dtype.element_ty), mask=h < size)
 
@@ -77,7 +77,7 @@ def latent_project(hidden: Tensor, weight: Tensor | None, target_norm: float) ->
     with launch_on(hidden):
         _rescale[(rows,)](
             products, out, norm, size, len(products), *products.stride()[:2], target_norm,
-            BLOCK=triton.next_power_of_2(size), num_warps=8,
+            BLOCK=triton.next_power_of_2(size), num_warps=8, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out, norm
 
@@ -98,7 +98,7 @@ def latent_project_backward(
     with launch_on(hidden):
         _rescale_backward[(rows,)](
             grad_out, out, norm, grad_y, size, grad_out.stride(0), out.stride(0), target_norm,
-            BLOCK=triton.next_power_of_2(size), num_warps=8,
+            BLOCK=triton.next_power_of_2(size), num_warps=8, **LAUNCH_OPTIONS,
         )  # fmt: skip
     nothing = norm.new_empty(0)
     if weight is None:
@@ -119,6 +119,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     with launch_on(a):
         _partial_product[(*tiles, parts)](
             a, b, out, m, n, k, k_part, *a.stride(), *b.stride(),
-            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, MIXED=a.dtype != b.dtype, num_warps=4, num_stages=3,
+            BLOCK_M=block_m, BLOCK_N=_BLOCK_N, BLOCK_K=_BLOCK_K, MIXED=a.dtype != b.dtype,
+            num_warps=4, num_stages=3, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out

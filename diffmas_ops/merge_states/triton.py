@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from diffmas_ops.triton_device import launch_on
+from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _BLOCK_H = 4
 
@@ -38,9 +38,12 @@ def _merge(
         total += weight
         partial_lse += lses_s
         partial += outs_s
-    merged = merged / tl.where(total > 0, total, 1.0)[:, None]
+    some = total > 0
+    total = tl.where(some, total, 1.0)
+    merged = merged / total[:, None]
     tl.store(out + token * out_t + h[:, None] * out_h + d, merged.to(out.dtype.element_ty), mask=inside)
-    tl.store(lse + token * lse_t + h, reference + tl.log(total), mask=h < heads)
+    merged_lse = tl.where(some, reference + tl.log(total), float("-inf"))
+    tl.store(lse + token * lse_t + h, merged_lse, mask=h < heads)
 
 
 def merge_into(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -51,7 +54,7 @@ def merge_into(outs: Tensor, lses: Tensor, out: Tensor, lse: Tensor) -> None:
         _merge[tokens, triton.cdiv(heads, block)](
             outs, lses, out, lse, sets, heads,
             *outs.stride()[:3], *lses.stride()[:2], *out.stride()[:2], lse.stride(0),
-            D=head_dim, BLOCK_H=block, BLOCK_D=triton.next_power_of_2(head_dim),
+            D=head_dim, BLOCK_H=block, BLOCK_D=triton.next_power_of_2(head_dim), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 

@@ -12,8 +12,14 @@ from diffmas.topology import load_topology
 ROWS = 16
 
 
-@pytest.mark.parametrize("topology, handover", [("sequential", "full"), ("stitch", "latent")])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, tolerance, topology, handover",
+    [
+        (torch.float64, 1e-10, "stitch", "latent"),
+        (torch.float64, 1e-10, "relay", "full"),
+        (torch.float32, 1e-5, "relay", "latent"),
+    ],
+)
 def test_rows(dtype, tolerance, topology, handover, implementation, poison):
     model = clone(with_lora(causal_lm("qwen3", dtype=dtype)))
     system = MultiAgentSystem(

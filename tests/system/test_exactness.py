@@ -98,6 +98,4 @@ def test_product(topology, handover, latent_steps, detach, checkpointing, implem
     ],
 )
 def test_families(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation):
-    check(
-        family, tied, topology, handover, latent_steps, detach, checkpointing, implementation, rows=4, longest=23
-    )
+    check(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation, rows=4, longest=23)

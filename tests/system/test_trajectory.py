@@ -24,9 +24,7 @@ def dag(topology):
 def check(model, *, topology="stitch", handover="full", latent_steps=2, detach=False, weight=None, rows=3, **options):
     """Compare a system on `model` against the oracle and return it; `weight` is the oracle's Wₐ."""
     topology = load_topology(topology, handover)
-    system = MultiAgentSystem(
-        model, topology, latent_steps=latent_steps, detach_trace=detach, **options
-    )
+    system = MultiAgentSystem(model, topology, latent_steps=latent_steps, detach_trace=detach, **options)
     prompts, answers = ragged([a.name for a in topology.agents], rows, longest=9)
     output = system(*arguments(prompts, answers))
     output.loss.backward()
@@ -69,9 +67,7 @@ def test_learned_alignment_starts_where_told(initial, implementation):
     model = with_lora(causal_lm("qwen2"))
     weight = torch.eye(16).double() if initial == "identity" else ridge_weight(model.get_base_model())
     weight.requires_grad_()
-    system = check(
-        model, alignment="learned", alignment_initial=initial, weight=weight, implementation=implementation
-    )
+    system = check(model, alignment="learned", alignment_initial=initial, weight=weight, implementation=implementation)
     assert error(system.alignment.weight.grad, weight.grad) <= TOLERANCE
 
 

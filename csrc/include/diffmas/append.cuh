@@ -1,7 +1,7 @@
-// kv_append on raw pointers.
+// kv_append and kv_gather on raw pointers.
 #pragma once
 
-#include "diffmas/offsets.h"
+#include "diffmas/device.cuh"
 
 namespace diffmas {
 
@@ -20,6 +20,39 @@ __global__ void append_kernel(
     const int64_t source = rows.token(row, first + token), column = rows.position(row, first + token);
     keys.at(row, head, column)[element] = k.at(source, head)[element];
     values.at(row, head, column)[element] = v.at(source, head)[element];
+  }
+}
+
+/// The row whose range holds `token`, or -1. All lanes of a warp call this together.
+__device__ __forceinline__ int find_row(const RowRanges& rows, int batch, int64_t token) {
+  const int lane = threadIdx.x % 32;
+  for (int first = 0; first < batch; first += 32) {
+    const int b = first + lane;
+    const unsigned hits = __ballot_sync(ALL_LANES, b < batch && rows.begin[b] <= token && token < rows.end[b]);
+    if (hits != 0) return first + __ffs(hits) - 1;
+  }
+  return -1;
+}
+
+/// Grid: one block for each packed token. Elements move N at a time, `width` times per head, and change type on the way.
+template <class S, class T, int N>
+__global__ void gather_kernel(
+    Trace<const S> keys, Trace<const S> values, Packed<T> k, Packed<T> v, RowRanges rows, int batch, int heads, int width) {
+  const int64_t token = blockIdx.x;
+  const int row = find_row(rows, batch, token);
+  const int64_t column = row < 0 ? 0 : int64_t(rows.starts[row]) + token - rows.begin[row];
+  for (int i = threadIdx.x; i < heads * width; i += blockDim.x) {
+    const int head = i / width, element = i % width * N;
+    const auto move = [&](const Trace<const S>& from, const Packed<T>& to) {
+      Vector<S, N> x{};
+      if (row >= 0) x = *reinterpret_cast<const Vector<S, N>*>(from.at(row, head, column) + element);
+      Vector<T, N> y;
+#pragma unroll
+      for (int e = 0; e < N; ++e) y.element[e] = rounded<T>(accurate(x.element[e]));
+      *reinterpret_cast<Vector<T, N>*>(to.at(token, head) + element) = y;
+    };
+    move(keys, k);
+    move(values, v);
   }
 }
 

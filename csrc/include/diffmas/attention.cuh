@@ -101,7 +101,7 @@ struct QueryRows {
   int start, first, count;
   Divisor group;
 
-  __device__ __forceinline__ QueryRows() = default;
+  QueryRows() = default;
   __device__ __forceinline__ QueryRows(const WorkPlan& plan, int row, int kv_head, int first)
       : token(plan.rows.begin[row]), head(int64_t(kv_head) * plan.group.value), start(plan.rows.starts[row]), first(first),
         count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)), group(plan.group) {}

@@ -10,7 +10,7 @@ namespace diffmas {
 /// Query rows, and columns, of a tile. Head dims are padded by one so that a warp reading down a tile meets every bank.
 constexpr int SIMPLE_ROWS = 16, SIMPLE_THREADS = 128;
 template <class T>
-constexpr int SIMPLE_COLUMNS = std::is_same_v<T, double> ? 8 : 32;
+constexpr int SIMPLE_COLUMNS = std::is_same_v<T, double> ? 8 : 16;
 
 /// f(m, n, sum over k of x(m, k) * y(n, k)) for m < M, n < N; a thread computes four m at once and so reads y once for them.
 template <class A, int M, class X, class Y, class F>

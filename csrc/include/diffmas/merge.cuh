@@ -32,17 +32,18 @@ __device__ __forceinline__ void merge_row(T* out, int count, int dim, Weight wei
 
 constexpr int MERGE_WARPS = 4;
 
-/// outs [sets, rows, dim], lses [sets, rows], contiguous. Grid: divide_up(rows, MERGE_WARPS).
+/// outs [sets, tokens, heads, dim] and lses [sets, tokens, heads]; a trace's row, head and column are here set, token and head.
+/// Grid: divide_up(tokens * heads, MERGE_WARPS).
 template <class T>
 __global__ void merge_states_kernel(
-    const T* outs, const Acc<T>* lses, T* out, Acc<T>* lse, int sets, int64_t rows, int dim) {
+    Trace<const T> outs, Trace<const Acc<T>> lses, T* out, Acc<T>* lse, int sets, int64_t tokens, int heads, int dim) {
   using A = Acc<T>;
-  const int64_t row = int64_t(blockIdx.x) * MERGE_WARPS + threadIdx.x / 32;
-  if (row >= rows) return;
-  const auto set_lse = [&](int s) { return lses[s * rows + row]; };
+  const int64_t row = int64_t(blockIdx.x) * MERGE_WARPS + threadIdx.x / 32, token = row / heads, head = row % heads;
+  if (token >= tokens) return;
+  const auto set_lse = [&](int s) { return *lses.at(s, token, head); };
   const A merged = merged_lse<A>(sets, set_lse);
-  const auto weight = [&](int s) { return set_lse(s) == A(-INFINITY) ? A(0) : exp(set_lse(s) - merged); };
-  const auto element = [&](int s, int d) { return accurate(outs[(s * rows + row) * dim + d]); };
+  const auto weight = [&](int s) { return set_lse(s) == A(-INFINITY) ? A(0) : A(exp(set_lse(s) - merged)); };
+  const auto element = [&](int s, int d) { return accurate(outs.at(s, token, head)[d]); };
   merge_row<T, A>(out + row * dim, sets, dim, weight, element);
   if (threadIdx.x % 32 == 0) lse[row] = merged;
 }
@@ -67,7 +68,7 @@ __global__ void merge_slots_kernel(
   const auto slot_lse = [&](int s) { return partials.lse[at(s)]; };
   const A merged = merged_lse<A>(chunk.slots, slot_lse);
   merge_row<T, A>(
-      rows.at(out, 0), chunk.slots, partials.dim, [&](int s) { return exp(slot_lse(s) - merged); }, element);
+      rows.at(out, 0), chunk.slots, partials.dim, [&](int s) { return A(exp(slot_lse(s) - merged)); }, element);
   if (threadIdx.x % 32 == 0) *rows.at(lse, 0) = merged;
 }
 

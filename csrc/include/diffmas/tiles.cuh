@@ -25,18 +25,15 @@ __device__ __forceinline__ void copy_tile(T* tile, Source source, Valid valid) {
   }
 }
 
-/// s [16, 8 N] = a b^T over D dims, for 16 rows of tile `a` and 8 N rows of tile `b`; s[j] is the fragment of columns 8j….
-template <int D, int N, class T>
-__device__ __forceinline__ void multiply_rows(float (&s)[N][4], const T* a, const T* b) {
+/// s [16, 8 N] += a b^T over DIMS dims, for 16 rows of tile `a` and 8 N rows of tile `b`, both of row length D and from the
+/// elements pointed to; s[j] is the fragment of columns 8j….
+template <int D, int DIMS, int N, class T>
+__device__ __forceinline__ void add_row_products(float (&s)[N][4], const T* a, const T* b) {
   const int lane = threadIdx.x % 32;
   const T* a_row = a + lane % 16 * TILE_STRIDE<D> + lane / 16 * 8;
   const T* b_row = b + (lane % 8 + lane / 16 * 8) * TILE_STRIDE<D> + lane / 8 % 2 * 8;
 #pragma unroll
-  for (int j = 0; j < N; ++j)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) s[j][i] = 0;
-#pragma unroll
-  for (int d = 0; d < D; d += 16) {
+  for (int d = 0; d < DIMS; d += 16) {
     uint32_t left[4];
     load_matrices<false>(left, a_row + d);
 #pragma unroll
@@ -47,6 +44,16 @@ __device__ __forceinline__ void multiply_rows(float (&s)[N][4], const T* a, cons
       multiply_accumulate<T>(s[j + 1], left, right[2], right[3]);
     }
   }
+}
+
+/// The same over all dims, from zero.
+template <int D, int N, class T>
+__device__ __forceinline__ void multiply_rows(float (&s)[N][4], const T* a, const T* b) {
+#pragma unroll
+  for (int j = 0; j < N; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[j][i] = 0;
+  add_row_products<D, D>(s, a, b);
 }
 
 /// o [16, N] += p b for 16 rows of tile `b` of row length D, from its element pointed to; o[j] is the fragment of dims 8j….

@@ -1,0 +1,137 @@
+"""The training step: MultiAgentSystem against the same model, adapter and data on a DynamicCache."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks import peers
+from benchmarks.cases import Step
+from benchmarks.experiment import Contender, Experiment
+from diffmas.system import MultiAgentSystem
+from diffmas.topology import Agent, Topology
+
+PEER = "DynamicCache + SDPA"
+OURS, CHECKPOINTED = "diffmas", "diffmas, checkpointing"
+
+
+def build(case: Step, device: str) -> Experiment:
+    """Loss and all gradients of one step; rows of one length, so that the peer needs no padding."""
+    model = _model(case, device)
+    dtype = getattr(torch, case.dtype)
+    twin = copy.deepcopy(model)
+    twin.get_base_model().set_attn_implementation("sdpa")
+    names = [f"agent{i}" for i in range(case.agents)]
+    topology = Topology("chain", tuple(Agent(n, tuple(names[max(0, i - 1) : i])) for i, n in enumerate(names)))
+    system = MultiAgentSystem(model, topology, latent_steps=case.latent)
+    prompts, answer = _data(case, device)
+    lengths = [[case.prompt] * case.batch] * case.agents
+
+    def ours() -> Tensor:
+        ids = [p.flatten() for p in prompts]
+        return system(ids, lengths, answer.flatten(), [case.answer] * case.batch).loss
+
+    def theirs() -> Tensor:
+        return peers.sequential_loss(twin.get_base_model(), prompts, answer, case.latent)
+
+    def without() -> None:
+        system.language_model.gradient_checkpointing_disable()
+
+    def checkpointing() -> None:
+        system.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def exact() -> tuple[Tensor, ...]:
+        # float32 is held to the peer's own numbers, anything less to the peer's in float32.
+        wide = copy.deepcopy(twin).float().get_base_model()
+        loss = peers.sequential_loss(wide, prompts, answer, case.latent)
+        loss.backward()
+        return loss.detach(), _gradients(wide)
+
+    trace = 2 * case.layers * case.batch * case.kv_heads * case.columns * case.head_dim * case.item
+    return Experiment(
+        operator="step",
+        direction="step",
+        case=case,
+        work=case.step(),
+        contenders={
+            OURS: _contender(model, ours, without, trace),
+            CHECKPOINTED: _contender(model, ours, checkpointing, trace),
+            PEER: _contender(twin, theirs, lambda: None, 0),
+        },
+        ours=OURS,
+        implementations=(OURS, CHECKPOINTED),
+        plain=(PEER,),
+        exact=exact,
+        factor=3.0,
+        tolerance=1e-5 if dtype == torch.float32 else None,
+        device=device,
+        outputs=("loss", "gradients"),
+    )
+
+
+def _contender(model, forward: Callable[[], Tensor], configure: Callable[[], None], trace_bytes: int) -> Contender:
+    def prepare():
+        configure()
+        model.zero_grad(set_to_none=True)
+
+    def run(_):
+        loss = forward()
+        loss.backward()
+        return loss.detach()
+
+    def extra():
+        prepare()
+        return {"saved_bytes": saved_bytes(forward, model) + trace_bytes}
+
+    return Contender(run, prepare, lambda loss: (loss, _gradients(model)), extra=extra)
+
+
+def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
+    """Bytes that `forward` keeps for its backward, every storage once, the model's own weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        # Held until all is counted: freed storages' addresses come back.
+        loss = forward()
+    del loss
+    return sum(sizes.values())
+
+
+def _gradients(model: torch.nn.Module) -> Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+
+
+def _model(case: Step, device: str):
+    """A random Qwen3 with LoRA on every linear layer, whose B matrices are not zero."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=case.vocab, hidden_size=case.hidden, intermediate_size=case.intermediate,
+        num_hidden_layers=case.layers, num_attention_heads=case.heads, num_key_value_heads=case.kv_heads,
+        head_dim=case.head_dim, max_position_embeddings=2 * case.columns, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device(device):
+        model = Qwen3ForCausalLM(config)
+        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model.to(getattr(torch, case.dtype)), lora, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.train()
+
+
+def _data(case: Step, device: str) -> tuple[list[Tensor], Tensor]:
+    shapes = [case.prompt] * case.agents + [case.answer]
+    *prompts, answer = (torch.randint(case.vocab, (case.batch, n), device=device) for n in shapes)
+    return prompts, answer

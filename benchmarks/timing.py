@@ -1,0 +1,134 @@
+"""Time and memory of functions measured against each other: one lap of each, in turn, many times over.
+
+On a shared machine a disturbance then hits all of them alike, so that ratios of medians hold where times do not.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Twice the L2 cache of an H200.
+_FLUSH_BYTES = 128 << 20
+MIN_ROUNDS, MAX_ROUNDS = 3, 50
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and quartiles, in seconds."""
+
+    median_s: float
+    low_s: float
+    high_s: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        low, _, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+        return cls(statistics.median(samples), low, high, len(samples))
+
+
+class Clock:
+    """Times one run on a device: by CUDA events after a flush of the L2 cache, or by the processor's clock.
+
+    The flush also keeps the GPU busy while the host queues the timed launches, so that a short kernel is not
+    charged for the host's time.
+    """
+
+    def __init__(self, device: str):
+        self.cuda = torch.device(device).type == "cuda"
+        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
+
+    def seconds(self, run: Callable[[Any], Any], state: Any) -> float:
+        """Seconds of `run(state)`; freeing its result is not timed."""
+        if not self.cuda:
+            begin = time.perf_counter()
+            result = run(state)
+            end = time.perf_counter()
+            del result
+            return end - begin
+        torch.cuda.synchronize()
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        run(state)
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+
+def repeat(target: Callable, *, setup: Callable, rounds: int) -> None:
+    """Stand-in for pytest-benchmark's `pedantic` where there is no pytest."""
+    for _ in range(rounds):
+        arguments, _ = setup()
+        target(*arguments)
+
+
+def race(
+    contenders: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]],
+    clock: Clock,
+    *,
+    seconds: float,
+    pedantic: Callable = repeat,
+) -> dict[str, Timing]:
+    """Time `run(prepare())` of every contender `(prepare, run)`, interleaved, for about `seconds` in all.
+
+    `prepare` is not timed. `pedantic`: pytest-benchmark's, which then also keeps the time of the first contender.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    first, *others = contenders
+
+    def lap(name: str) -> None:
+        prepare, run = contenders[name]
+        samples[name].append(clock.seconds(run, prepare()))
+
+    def setup():
+        for name in others:
+            lap(name)
+        return (contenders[first][0](),), {}
+
+    def target(state):
+        samples[first].append(clock.seconds(contenders[first][1], state))
+
+    begin = time.perf_counter()
+    for name in contenders:
+        lap(name)
+    round_seconds = time.perf_counter() - begin
+    for laps in samples.values():
+        laps.clear()
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / round_seconds)))
+    gc.collect()
+    gc.disable()
+    try:
+        pedantic(target, setup=setup, rounds=rounds)
+    finally:
+        gc.enable()
+    return {name: Timing.of(laps) for name, laps in samples.items()}
+
+
+def peak_bytes(run: Callable[[Any], Any], state: Any, device: str) -> int:
+    """Most memory `run(state)` held at once beyond what was held before it, in bytes."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run(state)
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run(state)
+    del result
+    # The allocator reports its running total with every event; torch has no public reader for them yet.
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

@@ -1,0 +1,75 @@
+// How attention over a ragged batch is cut into tasks. The cut depends on a row's own lengths alone, never on the number
+// of threads or on the other rows, and so does the order of every sum.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace diffmas {
+
+struct QueryPlan {
+  std::vector<QueryTile> tiles;
+  std::vector<SplitTile> splits;
+  int64_t partial_rows = 0;
+  int64_t work = 0;  // query rows * columns
+};
+
+/// Rows with at most this many query rows per kv head are split over their columns too, so that a few long rows keep
+/// every thread busy.
+constexpr int64_t SPLIT_ROWS = 2 * TILE, SPLIT_COLUMNS = 1024;
+
+inline QueryPlan plan_queries(const RowRanges& rows, int64_t batch, int64_t heads, int64_t group) {
+  QueryPlan plan;
+  for (int64_t row = 0; row < batch; ++row) {
+    const int64_t total = rows.count(row) * group;
+    for (int64_t first = 0; first < total; first += TILE) {
+      const int64_t last = std::min(first + TILE, total), columns = rows.position(row, (last - 1) / group) + 1;
+      const int64_t longest = total <= NARROW ? NARROW_COLUMNS : total <= SPLIT_ROWS ? SPLIT_COLUMNS : columns;
+      const int64_t count = (columns + longest - 1) / longest;
+      const int64_t width = ((columns + count - 1) / count + STEP - 1) / STEP * STEP;
+      for (int64_t head = 0; head < heads; ++head) {
+        if (count > 1) plan.splits.push_back({row, head, first, last, plan.partial_rows, count});
+        for (int64_t split = 0; split < count; ++split) {
+          const int64_t begin = std::min(split * width, columns), end = std::min(begin + width, columns);
+          plan.tiles.push_back({row, head, first, last, begin, end, count > 1 ? plan.partial_rows : -1});
+          plan.partial_rows += count > 1 ? last - first : 0;
+          plan.work += (last - first) * (end - begin);
+        }
+      }
+    }
+  }
+  const auto cost = [](const QueryTile& tile) { return (tile.last - tile.first) * (tile.column_end - tile.column_begin); };
+  std::stable_sort(plan.tiles.begin(), plan.tiles.end(), [&](const QueryTile& a, const QueryTile& b) {
+    return cost(a) > cost(b);
+  });
+  return plan;
+}
+
+struct ColumnPlan {
+  std::vector<ColumnTile> tiles;
+  int64_t work = 0;  // columns * query rows
+};
+
+inline ColumnPlan plan_columns(
+    const RowRanges& rows, const int32_t* column_begin, const int32_t* column_end, int64_t batch, int64_t heads,
+    int64_t group) {
+  ColumnPlan plan;
+  std::vector<std::pair<int64_t, ColumnTile>> tiles;
+  for (int64_t row = 0; row < batch; ++row)
+    for (int64_t begin = column_begin[row]; rows.count(row) > 0 && begin < column_end[row]; begin += TILE) {
+      const int64_t end = std::min<int64_t>(begin + TILE, column_end[row]);
+      const int64_t hidden = std::clamp<int64_t>(begin - rows.position(row, 0), 0, rows.count(row));
+      const int64_t work = (rows.count(row) - hidden) * group * (end - begin);
+      for (int64_t head = 0; work > 0 && head < heads; ++head) {
+        tiles.push_back({work, {row, head, begin, end}});
+        plan.work += work;
+      }
+    }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  for (const auto& [work, tile] : tiles) plan.tiles.push_back(tile);
+  return plan;
+}
+
+}  // namespace diffmas

@@ -1,0 +1,53 @@
+#include "diffmas/attention_backward_columns.cuh"
+#include "diffmas/attention_simple.cuh"
+
+#include "cuda/attention.h"
+
+namespace diffmas {
+
+void cached_attention_backward_columns(
+    const Tensor& grad_out, const Tensor& q, const Tensor& lse, const Tensor& delta, const Tensor& keys,
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
+    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
+    int64_t max_kv, double scale) {
+  check_backward_columns(
+      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, q_begin, q_end, starts, column_begin, column_end,
+      max_new, max_kv);
+  const AttentionCall call{
+      "cached_attention_backward_columns", q, keys, values, q_begin, q_end, starts, max_new, max_kv, scale};
+  call.check();
+  if (call.empty() || max_kv == 0) return;
+  const LaunchScope scope(q);
+  const auto launch = [&](auto storage, auto kernel, int tile_columns, int threads, size_t shared) {
+    using T = decltype(storage);
+    using A = Acc<T>;
+    ColumnsArguments<T> a{call.inputs<T>(call.unsplit())};
+    a.grad_out = packed<const T>(grad_out);
+    a.lse = packed<const A>(lse);
+    a.delta = packed<const A>(delta);
+    a.grad_keys = trace<A>(grad_keys);
+    a.grad_values = trace<A>(grad_values);
+    a.column_begin = indices(column_begin);
+    a.column_end = indices(column_end);
+    const dim3 grid(divide_up(max_kv, tile_columns), call.kv_heads(), call.batch());
+    scope.launch(call.name, kernel, grid, threads, shared, a);
+  };
+  // Accumulators are updated two neighbours at a time.
+  if (call.tensor_cores({&grad_out}) && common_alignment({&grad_keys, &grad_values}) >= 8)
+    with_half_type(q.scalar_type(), [&](auto storage) {
+      with_head_dim(call.dim(), [&](auto dim) {
+        using T = decltype(storage);
+        constexpr int D = decltype(dim)::value;
+        launch(storage, attention_backward_columns_kernel<T, D>, ColumnTiles<D>::COLUMNS, ColumnTiles<D>::THREADS,
+               sizeof(ColumnsShared<T, D>));
+      });
+    });
+  else
+    with_storage_type("q", q.scalar_type(), [&](auto storage) {
+      using T = decltype(storage);
+      launch(storage, attention_backward_columns_simple_kernel<T>, SIMPLE_COLUMNS<T>, SIMPLE_THREADS,
+             simple_shared_elements<T>(static_cast<int>(call.dim()), 2, 4) * sizeof(Acc<T>));
+    });
+}
+
+}  // namespace diffmas

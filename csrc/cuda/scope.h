@@ -1,0 +1,53 @@
+// The device and stream a launcher works on. The only part of the launchers that needs a GPU's driver.
+#pragma once
+
+#include <utility>
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "arguments.h"
+
+namespace diffmas {
+
+/// Makes `tensor`'s device the current one for its scope and holds that device's current stream.
+class LaunchScope {
+ public:
+  explicit LaunchScope(const Tensor& tensor) : device_(tensor.get_device_index()), guard_(device_) {
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+
+  int multiprocessors() const {
+    int count = 0;
+    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_));
+    return count;
+  }
+
+  /// Launches `kernel` with `shared` bytes of dynamic shared memory; `name` is the operator's, for the error.
+  template <class... Parameters, class... Arguments>
+  void launch(
+      const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+      Arguments&&... arguments) const {
+    // The driver grants more than this only where asked to.
+    if (shared > 48 * 1024)
+      check(name, cudaFuncSetAttribute(
+          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    kernel<<<grid, threads, shared, stream>>>(std::forward<Arguments>(arguments)...);
+    check(name, cudaGetLastError());
+  }
+
+  cudaStream_t stream;
+
+ private:
+  static void check(const char* name, cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, name, " could not be launched: ", cudaGetErrorString(error));
+  }
+
+  int device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+}  // namespace diffmas

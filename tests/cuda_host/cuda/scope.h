@@ -1,0 +1,25 @@
+// Takes the place of csrc/cuda/scope.h in the host check.
+#pragma once
+
+#include "arguments.h"
+#include "diffmas/device.cuh"
+
+namespace diffmas {
+
+class LaunchScope {
+ public:
+  explicit LaunchScope(const Tensor&) {}
+
+  int multiprocessors() const {
+    const char* count = std::getenv("DIFFMAS_HOST_MULTIPROCESSORS");
+    return count ? std::atoi(count) : 2;
+  }
+
+  template <class... Parameters, class... Arguments>
+  void launch(
+      const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Arguments&&... arguments) const {
+    host_launch(kernel, grid, threads, shared, arguments...);
+  }
+};
+
+}  // namespace diffmas

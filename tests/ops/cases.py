@@ -1,0 +1,181 @@
+"""Ragged inputs for the GPU-style operators, what plain PyTorch makes of them, and the error that allows.
+
+Everything is made in float64 and rounded to the dtype under test, so that all dtypes see the same problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+from diffmas_ops.dtypes import accumulation_dtype
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: Triton's interpreter multiplies bfloat16 wrongly.
+DTYPES = (torch.float32, torch.float16) + ((torch.bfloat16,) if DEVICE == "cuda" else ())
+
+FORWARD, BACKWARD = 2.0, 3.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """New tokens and trace columns before them, per row; query heads, key/value heads and head dim."""
+
+    new: tuple[int, ...]
+    starts: tuple[int, ...]
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    scale: float = 0.3
+
+    @property
+    def max_new(self) -> int:
+        return max(self.new)
+
+    @property
+    def max_kv(self) -> int:
+        return max(n + s for n, s in zip(self.new, self.starts, strict=True))
+
+
+RAGGED = {
+    "prefix": Case((5, 0, 37), (3, 7, 50)),
+    "primes": Case((13, 1, 41), (0, 97, 11), heads=3, kv_heads=1, head_dim=24),
+    "no prefix": Case((64, 33), (0, 0), heads=2, kv_heads=2),
+    "one row": Case((67,), (129,), heads=5, kv_heads=1),
+    "few": Case((2, 3, 0), (131, 0, 9)),
+    "single": Case((1, 1), (0, 200), heads=8, kv_heads=2),
+    "some single": Case((0, 1, 1), (5, 161, 64), heads=5, kv_heads=1, head_dim=40),
+    "one token of one": Case((1,), (0,), heads=1, kv_heads=1),
+}
+SINGLE = {name: case for name, case in RAGGED.items() if case.max_new == 1}
+
+
+@st.composite
+def cases(draw, max_new: int = 40) -> Case:
+    rows = draw(st.integers(1, 3))
+    new = draw(st.lists(st.integers(0, max_new), min_size=rows, max_size=rows).filter(any))
+    starts = draw(st.lists(st.integers(0, 90), min_size=rows, max_size=rows))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 3), (2, 2), (1, 5)]))
+    return Case(tuple(new), tuple(starts), kv_heads * group, kv_heads, draw(st.sampled_from([16, 20, 32])))
+
+
+def indices(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def strided(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """All NaN, and a view of a larger NaN buffer: only the last dimension has the stride of a contiguous tensor."""
+    wide = torch.full([n + 1 for n in shape[:-1]] + [shape[-1] + 8], torch.nan, dtype=dtype, device=DEVICE)
+    return wide[tuple(slice(n) for n in shape)]
+
+
+def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    view = strided(*shape, dtype=dtype)
+    view.copy_(torch.randn(shape, dtype=torch.float64))
+    return view
+
+
+class Problem:
+    """Packed queries, keys, values and output gradients of a case over a trace that is NaN where nothing was written.
+
+    There are unclaimed NaN tokens between the rows. `rows` is `(q_begin, q_end, starts)`, `claimed` the mask of
+    the tokens that belong to a row.
+    """
+
+    def __init__(self, case: Case, dtype: torch.dtype, seed: int = 0):
+        torch.manual_seed(seed)
+        self.case, self.dtype, batch = case, dtype, len(case.new)
+        begins = [1 + sum(case.new[:row]) + row for row in range(batch)]
+        total = 2 + sum(case.new) + batch
+        self.q, self.grad = (strided(case.heads, total, case.head_dim, dtype=dtype).transpose(0, 1) for _ in range(2))
+        self.k, self.v = (strided(total, case.kv_heads, case.head_dim, dtype=dtype) for _ in range(2))
+        shape = (batch, case.kv_heads, case.max_kv + 3, case.head_dim)
+        self.keys, self.values = (strided(*shape, dtype=dtype) for _ in range(2))
+        acc = accumulation_dtype(dtype)
+        self.grad_keys, self.grad_values = (random(*shape, dtype=acc) for _ in range(2))
+        self.claimed = torch.zeros(total, dtype=torch.bool, device=DEVICE)
+        for row, (begin, n, start) in enumerate(zip(begins, case.new, case.starts, strict=True)):
+            self.claimed[begin : begin + n] = True
+            for packed in (self.q, self.grad, self.k, self.v):
+                packed[begin : begin + n] = random(n, *packed.shape[1:], dtype=dtype)
+            for trace, packed in ((self.keys, self.k), (self.values, self.v)):
+                trace[row, :, :start] = random(case.kv_heads, start, case.head_dim, dtype=dtype)
+                trace[row, :, start : start + n] = packed[begin : begin + n].transpose(0, 1)
+        ends = [begin + n for begin, n in zip(begins, case.new, strict=True)]
+        self.rows = (indices(*begins), indices(*ends), indices(*case.starts))
+        self.column_end = self.rows[2] + self.rows[1] - self.rows[0]
+        self.sizes = (case.max_new, case.max_kv, case.scale)
+
+    def double(self) -> Problem:
+        """The same numbers in float64."""
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                setattr(other, name, value.double())
+        return other
+
+
+def plain_forward(problem: Problem) -> torch.Tensor:
+    """Attention as one writes it in PyTorch: products and probabilities in the dtype, softmax in float32."""
+    out = torch.zeros_like(problem.q)
+    for begin, end, p, _, values in _rows(problem, None):
+        out[begin:end] = _ungroup(p.to(problem.dtype) @ values.unsqueeze(1))
+    return out
+
+
+def plain_backward(problem: Problem, lse: torch.Tensor, delta: torch.Tensor):
+    """Gradients of q and of all columns, the latter added to the problem's accumulators, in plain PyTorch."""
+    grad_q = torch.zeros_like(problem.q)
+    grad_keys, grad_values = problem.grad_keys.clone(), problem.grad_values.clone()
+    scale, dtype, groups = problem.case.scale, problem.dtype, problem.case.kv_heads
+    for row, (begin, end, p, keys, values) in enumerate(_rows(problem, lse)):
+        q, grad = (_group(x[begin:end], groups) for x in (problem.q, problem.grad))
+        grad_p = (grad @ values.unsqueeze(1).mT).to(p.dtype)
+        grad_scores = (p * (grad_p - _group(delta[begin:end].unsqueeze(-1), groups))).to(dtype)
+        grad_q[begin:end] = _ungroup(grad_scores @ keys.unsqueeze(1)) * scale
+        columns = slice(keys.shape[1])
+        grad_keys[row, :, columns] += ((grad_scores.mT @ q) * scale).sum(1)
+        grad_values[row, :, columns] += (p.to(dtype).mT @ grad).sum(1)
+    return grad_q, grad_keys, grad_values
+
+
+def _rows(problem: Problem, lse: torch.Tensor | None):
+    """Of every row: token range, probabilities `[Hkv, G, n, columns]`, and the keys and values its queries see."""
+    case = problem.case
+    for row, (begin, end, start) in enumerate(zip(*(x.tolist() for x in problem.rows), strict=True)):
+        keys, values = (x[row, :, : start + end - begin] for x in (problem.keys, problem.values))
+        scores = _group(problem.q[begin:end], case.kv_heads) @ keys.unsqueeze(1).mT * case.scale
+        future = torch.ones_like(scores, dtype=torch.bool).triu(start + 1)
+        scores = scores.to(accumulation_dtype(problem.dtype)).masked_fill(future, -torch.inf)
+        if lse is None:
+            yield begin, end, scores.softmax(-1), keys, values
+        else:
+            yield begin, end, torch.exp(scores - _group(lse[begin:end].unsqueeze(-1), case.kv_heads)), keys, values
+
+
+def _group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    return x.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)
+
+
+def _ungroup(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def assert_within(name: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: float) -> None:
+    """`got` errs at most `factor` times as much as `plain` (both in the norm), up to the rounding of the result.
+
+    Where `exact` is not finite (poison, log-sum-exp of nothing), `got` is the same.
+    """
+    rounding = torch.finfo(got.dtype).eps
+    got, plain, exact = got.double(), plain.double(), exact.double()
+    assert got.shape == exact.shape, name
+    finite = exact.isfinite()
+    assert torch.equal(got.isfinite(), finite), f"{name}: other elements are finite"
+    assert torch.equal(got[~finite].nan_to_num(7.0), exact[~finite].nan_to_num(7.0)), name
+    error, allowed = ((x - exact)[finite].norm() for x in (got, plain))
+    assert error <= factor * allowed + rounding * exact[finite].norm(), (
+        f"{name}: error {error:.3e}, plain PyTorch's {allowed:.3e}, norm {exact[finite].norm():.3e}"
+    )

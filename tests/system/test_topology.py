@@ -1,0 +1,102 @@
+"""Topologies: order, ancestors, who goes on in whose trace, files, and what is refused."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffmas.topology import HANDOVERS, TOPOLOGIES, Agent, Topology, TopologyError, load_topology
+
+
+def of(handover="full", **senders):
+    return Topology("custom", tuple(Agent(n, tuple(s)) for n, s in senders.items()), handover)
+
+
+def test_agents_are_sorted_and_the_last_one_is_found():
+    topology = of(c="ba", b="a", a="")
+    assert [a.name for a in topology.agents] == ["a", "b", "c"]
+    assert topology.last.name == "c"
+
+
+def test_ancestors_are_transitive_unique_and_in_topological_order():
+    topology = of(root="", l=["root"], r=["root"], join=["r", "l"], end=["join"])
+    assert topology.ancestors("root") == ()
+    assert topology.ancestors("join") == ("root", "l", "r")
+    assert topology.ancestors("end") == ("root", "l", "r", "join")
+
+
+def test_only_a_full_hand_over_between_two_agents_goes_on_in_the_same_trace():
+    continues = {a.name: TOPOLOGIES["sequential"].continues(a) for a in TOPOLOGIES["sequential"].agents}
+    assert continues == {"planner": None, "critic": "planner", "refiner": "critic", "solver": "refiner"}
+    assert all(load_topology("sequential", "latent").continues(a) is None for a in TOPOLOGIES["sequential"].agents)
+    fan_out = of(root="", l=["root"], r=["root"], join=["l", "r"])
+    assert all(fan_out.continues(a) is None for a in fan_out.agents)
+
+
+def test_role_defaults_to_the_name():
+    assert Agent("a").role == "a" and Agent("a", role="critic").role == "critic"
+
+
+@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("handover", [None, *HANDOVERS])
+def test_yaml_round_trip(name, handover, tmp_path):
+    topology = load_topology(name, handover)
+    assert topology.handover == (handover or TOPOLOGIES[name].handover)
+    path = tmp_path / "topology.yaml"
+    path.write_text(yaml.safe_dump(topology.to_dict()))
+    assert load_topology(str(path)) == topology
+
+
+@st.composite
+def shuffled_dags(draw):
+    names = [f"agent{i}" for i in range(draw(st.integers(1, 7)))]
+    senders = {n: draw(st.sets(st.sampled_from(names[:i]), max_size=3)) if i else set() for i, n in enumerate(names)}
+    unread = [n for n in names[:-1] if not any(n in s for s in senders.values())]
+    senders[names[-1]] |= set(unread)
+    agents = [Agent(n, tuple(sorted(s))) for n, s in senders.items()]
+    return Topology("random", tuple(draw(st.permutations(agents))))
+
+
+@given(shuffled_dags())
+def test_every_dag_is_sorted(topology):
+    seen = set()
+    for agent in topology.agents:
+        assert seen.issuperset(agent.senders)
+        reach = {x for s in agent.senders for x in (*topology.ancestors(s), s)}
+        assert set(topology.ancestors(agent.name)) == reach
+        seen.add(agent.name)
+    assert set(topology.ancestors(topology.last.name)) == seen - {topology.last.name}
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: of(), "agents is empty"),
+        (lambda: of(a="b", b="a"), "cycle"),
+        (lambda: of(a="", b="ab"), "b receive from each other in a cycle"),
+        (lambda: of(a="", b="ax"), r"agent b receives from unknown \['x'\]; allowed: a, b"),
+        (lambda: of(a="", b="aa"), "agent b receives from the same agent twice"),
+        (lambda: Topology("t", (Agent("a"), Agent("a"))), r"agent names \['a'\] appear more than once"),
+        (lambda: of(a="", b="", c="a"), r"nobody receives from are \['b', 'c'\].*exactly one"),
+        (lambda: of("half", a=""), "handover is 'half'; allowed: full, latent"),
+        (lambda: load_topology("ring"), "topology is 'ring'; allowed: sequential, "),
+        (lambda: load_topology("relay", "text"), "handover is 'text'"),
+        (lambda: Topology.from_dict({"name": "x"}), "agents is missing"),
+        (lambda: Topology.from_dict([]), "agents is missing"),
+        (lambda: Topology.from_dict({"agents": [], "edges": 1}), r"unknown keys \['edges'\]"),
+        (lambda: Topology.from_dict({"agents": ["a"]}), "agent is 'a'; allowed"),
+        (lambda: Topology.from_dict({"agents": [{"name": "a", "sends": []}]}), r"agent a has unknown keys \['sends'\]"),
+        (lambda: Topology.from_dict({"agents": [{"name": "a", "receives": "b"}]}), "receives of agent a is 'b'"),
+    ],
+)
+def test_errors(build, message):
+    with pytest.raises(TopologyError, match=message):
+        build()
+
+
+def test_file_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="topology is '.*missing.yaml': no such file"):
+        load_topology(str(tmp_path / "missing.yaml"))
+    (broken := tmp_path / "broken.yaml").write_text("agents: [")
+    with pytest.raises(TopologyError, match="broken.yaml is not valid YAML"):
+        load_topology(str(broken))
