@@ -37,6 +37,12 @@ class TrainArguments(TrainingArguments):
         default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
     )
 
+    def __post_init__(self):
+        chosen = self.output_dir
+        super().__post_init__()
+        # transformers has filled in a folder of its own.
+        self.output_dir = chosen
+
 
 class Parser(HfArgumentParser):
     """An argument parser whose errors fit on a line and name the nearest flag."""

@@ -18,13 +18,12 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
-from diffmas.attention import UnsupportedModelError
 from diffmas.data import Collator
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.runs import SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
+from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
 from diffmas.tasks import TaskArguments, load_task
 from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 
@@ -41,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     system_args, task_args, decoding_args, args = parse(parser, argv)
     try:
         return _train(system_args, task_args, decoding_args, args, started)
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError, UnsupportedModelError) as error:
-        if "--debug" in sys.argv:
-            raise
+    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 
@@ -122,7 +119,7 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
     elif args.output_dir is None:
         candidates = (Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, sys.maxsize))
         args.output_dir = str(next(c for c in candidates if not c.exists()))
-    elif Path(args.output_dir, SYSTEM_FILE).is_file():
+    elif any(Path(args.output_dir).glob("checkpoint-*")) or Path(args.output_dir, ADAPTER_FILE).exists():
         raise ValueError(
             f"output_dir is {args.output_dir!r}, which holds a run already; allowed: another folder, or "
             f"--resume_from_checkpoint {args.output_dir}"

@@ -35,7 +35,7 @@ IMPLEMENTATIONS = ("reference", "cpu", "cuda")
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class UnsupportedError(RuntimeError):
+class UnsupportedError(ValueError):
     """An explicitly requested implementation cannot serve the call; the message says why."""
 
 

@@ -36,6 +36,10 @@ class _Pending:
         self.lse = torch.full((batch, slots, heads), torch.inf, dtype=acc, device=q.device)
         self.delta = torch.zeros_like(self.lse)
 
+    def takes(self, call: Call, q: Tensor, scale: float) -> bool:
+        """Whether the rows of `call` can be added by the same dense pass."""
+        return (self.run, self.scale, self.q.shape[2]) == (call.run, scale, q.shape[1])
+
     def ranges(self) -> tuple[Tensor, Tensor, Tensor]:
         """`(q_begin, q_end, starts)` of the filled slots in the flattened `[batch * slots]` token dimension."""
         batch, slots = self.lse.shape[:2]
@@ -102,7 +106,7 @@ class TraceGradients:
 
     def _backward_token(self, call, layer, grad_out, q, out, lse, scale):
         pending = self._pending.get(layer)
-        if pending is not None and pending.run != call.run:
+        if pending is not None and not pending.takes(call, q, scale):
             self.flush(layer, call.ends, call.max_kv)
             pending = None
         if pending is None:

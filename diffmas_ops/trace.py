@@ -188,10 +188,12 @@ class KVTrace:
         """Reserve the next `lengths[b] ≥ 0` columns of every row b (an integer: of all rows) and plan a call.
 
         Raises:
+            TypeError: a length that is no integer.
             ValueError: not one length per row, a negative one, or no new token at all.
             CapacityError: a row would outgrow the capacity (and the trace was not allocated with `grow`).
         """
-        lengths = [index(lengths)] * self.batch if not isinstance(lengths, Sequence) else list(lengths)
+        given = lengths if isinstance(lengths, Sequence) else [lengths] * self.batch
+        lengths = [index(n) for n in given]
         if len(lengths) != self.batch or min(lengths) < 0 or max(lengths) == 0:
             raise ValueError(
                 f"lengths is {lengths}; allowed: {self.batch} integers ≥ 0 (one per row), not all of them 0"

@@ -12,7 +12,7 @@
 namespace diffmas {
 
 /// Work (elements moved or multiplied) that is worth waking another thread for.
-constexpr int64_t WORK_PER_THREAD = 1 << 15;
+constexpr int64_t WORK_PER_THREAD = 1 << 17;
 
 /// Runs task(i) for 0 <= i < count on torch's threads. Threads draw the next task when they are done with one, so tasks
 /// may differ in cost; results must not depend on which thread runs a task. `work`: all tasks' together.

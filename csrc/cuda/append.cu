@@ -22,6 +22,17 @@ Trace<T> trace_as(const Tensor& tensor, int64_t elements) {
 
 int whole_warps(int64_t work) { return static_cast<int>(std::min<int64_t>(256, (work + 31) / 32 * 32)); }
 
+template <class S, class T, int N>
+void launch_gather(
+    const LaunchScope& scope, const Tensor& keys, const Tensor& values, const Tensor& k, const Tensor& v,
+    const RowRanges& rows) {
+  const int batch = static_cast<int>(keys.size(0)), heads = static_cast<int>(keys.size(1));
+  const int width = static_cast<int>(keys.size(3) / N);
+  scope.launch(
+      "kv_gather", gather_kernel<S, T, N>, dim3(k.size(0)), whole_warps(heads * width), 0, trace<const S>(keys),
+      trace<const S>(values), packed<T>(k), packed<T>(v), rows, batch, heads, width);
+}
+
 }  // namespace
 
 void kv_append(
@@ -57,22 +68,15 @@ std::tuple<Tensor, Tensor> kv_gather(
   const Tensor k = new_tensor(keys, {total, heads, dim}, dtype), v = new_tensor(keys, {total, heads, dim}, dtype);
   if (total * heads * dim == 0) return {k, v};
   const LaunchScope scope(keys);
-  const auto launch = [&](auto source, auto target, auto elements) {
-    using S = decltype(source);
-    using T = decltype(target);
-    constexpr int N = decltype(elements)::value;
-    const int width = static_cast<int>(dim / N);
-    scope.launch(
-        "kv_gather", gather_kernel<S, T, N>, dim3(total), whole_warps(heads * width), 0, trace<const S>(keys),
-        trace<const S>(values), packed<T>(k), packed<T>(v), row_ranges(q_begin, q_end, starts),
-        static_cast<int>(keys.size(0)), static_cast<int>(heads), width);
-  };
   const bool vectors = dim % 8 == 0 && common_alignment({&keys, &values, &k, &v}) == 16;
+  const RowRanges rows = row_ranges(q_begin, q_end, starts);
   with_storage_type("keys", keys.scalar_type(), [&](auto source) {
+    using S = decltype(source);
     with_storage_type("dtype", dtype, [&](auto target) {
-      if constexpr (std::is_same_v<Acc<decltype(source)>, Acc<decltype(target)>>)
-        vectors ? launch(source, target, std::integral_constant<int, 8>())
-                : launch(source, target, std::integral_constant<int, 1>());
+      using T = decltype(target);
+      if constexpr (std::is_same_v<Acc<S>, Acc<T>>)
+        vectors ? launch_gather<S, T, 8>(scope, keys, values, k, v, rows)
+                : launch_gather<S, T, 1>(scope, keys, values, k, v, rows);
     });
   });
   return {k, v};

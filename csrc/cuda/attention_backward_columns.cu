@@ -35,8 +35,8 @@ void cached_attention_backward_columns(
   // Accumulators are updated two neighbours at a time.
   if (call.tensor_cores({&grad_out}) && common_alignment({&grad_keys, &grad_values}) >= 8)
     with_half_type(q.scalar_type(), [&](auto storage) {
+      using T = decltype(storage);
       with_head_dim(call.dim(), [&](auto dim) {
-        using T = decltype(storage);
         constexpr int D = decltype(dim)::value;
         launch(storage, attention_backward_columns_kernel<T, D>, ColumnTiles<D>::COLUMNS, ColumnTiles<D>::THREADS,
                sizeof(ColumnsShared<T, D>));

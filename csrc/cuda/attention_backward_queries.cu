@@ -35,8 +35,8 @@ struct QueryGradient {
     };
     if (call.tensor_cores({&grad_out, &out, &grad_q}))
       with_half_type(call.q.scalar_type(), [&](auto storage) {
+        using T = decltype(storage);
         with_head_dim(call.dim(), [&](auto dim) {
-          using T = decltype(storage);
           constexpr int D = decltype(dim)::value;
           if (call.packed_rows() <= FEW_ROWS)
             launch(storage, attention_backward_queries_kernel<T, D, 1>, FEW_ROWS, 128, sizeof(QueriesShared<T, D, 1>));

@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor> cached_attention(
   };
   if (tensor_cores)
     with_half_type(q.scalar_type(), [&](auto storage) {
+      using T = decltype(storage);
       with_head_dim(call.dim(), [&](auto dim) {
-        using T = decltype(storage);
         constexpr int D = decltype(dim)::value;
         if (call.packed_rows() <= FEW_ROWS)
           run(storage, attention_forward_kernel<T, D, 1>, FEW_ROWS, 128, sizeof(ForwardShared<T, D, 1>));

@@ -104,8 +104,8 @@ void kv_concat(
       "kv_concat", source_keys, source_values, keys, values, source_begin, counts, dest_begin, cos, sin, interleaved};
   concatenation.for_stretches([&](size_t first, size_t last) {
     with_storage_type("source_keys", source_keys[first].scalar_type(), [&](auto part) {
+      using P = decltype(part);
       with_storage_type("keys", keys.scalar_type(), [&](auto whole) {
-        using P = decltype(part);
         using W = decltype(whole);
         if constexpr (std::is_same_v<Acc<P>, Acc<W>>) concatenation.launch<false, P, W>(scope, first, last);
       });

@@ -1,4 +1,5 @@
-// Register-blocked products of small tiles. Every sum runs over k in ascending order, whatever the tile's other sizes.
+// Register-blocked products of small tiles. Every sum runs over k in ascending order, whatever the tile's other sizes, and
+// is added to what is there as a whole: long sums over many tiles are blocked sums, with their smaller rounding error.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -16,11 +17,7 @@ enum class Into { Overwrite, Add };
 /// c[i][0 .. NV * W) (+)= sum_k A(i, k) * b[k][0 .. NV * W) for i < M.
 template <Into INTO, Left LEFT, int M, int NV, class T>
 inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
-  Vec<T> sum[M][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) sum[i][j] = INTO == Into::Add ? load(c + i * ldc + j * W<T>) : Vec<T>{};
+  Vec<T> sum[M][NV] = {};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> right[NV];
@@ -36,7 +33,10 @@ inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) store(c + i * ldc + j * W<T>, sum[i][j]);
+    for (int j = 0; j < NV; ++j) {
+      T* target = c + i * ldc + j * W<T>;
+      store(target, INTO == Into::Add ? load(target) + sum[i][j] : sum[i][j]);
+    }
 }
 
 template <Into INTO, Left LEFT, int M, int NV, class T>

@@ -110,7 +110,15 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 
 /// The type in which data stored as T is computed and accumulated.
 template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+struct AccumulationOf {
+  using type = float;
+};
+template <>
+struct AccumulationOf<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename AccumulationOf<T>::type;
 
 template <class T>
 __device__ __forceinline__ Acc<T> accurate(T x) {

@@ -1,0 +1,223 @@
+"""`cached_attention` of multi-token calls through the flash-attention engines of other libraries.
+
+Rows that follow each other with the same number of new tokens and the same prefix are one batch, attended over a
+zero-copy view of the trace; a ragged call is a few such batches. Finding them reads the row ranges on the host, once
+a call (not once a layer): of all implementations this one alone synchronises.
+
+An engine returns the log-sum-exp and takes it back, together with the output, in its backward. That makes attention
+over two sets of columns exact: where an engine's causal mask is not aligned to the last column, the prefix (no mask)
+and the new columns (square mask) are attended one after the other, the results are merged, and both backward passes
+get the merged output and log-sum-exp. Gradients of keys and values come in the trace's dtype and are added to the
+accumulators. Single-token calls are not served: they are bound by memory, not by matmul.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffmas_ops import backends
+from diffmas_ops.cached_attention.flash_engines import Engine, choose
+from diffmas_ops.dtypes import accumulation_dtype
+
+
+class _Batch(NamedTuple):
+    """Rows `first … last - 1`: tokens from `begin` on, `count` each, at positions from `start` on.
+
+    They see columns before `end`; those from `low` on take gradients.
+    """
+
+    first: int
+    last: int
+    begin: int
+    count: int
+    start: int
+    low: int
+    end: int
+
+    def tokens(self, packed: Tensor) -> Tensor:
+        """`[tokens, heads, ...]` as `[rows, heads, count, ...]`, without a copy."""
+        rows = self.last - self.first
+        return packed[self.begin : self.begin + rows * self.count].unflatten(0, (rows, self.count)).transpose(1, 2)
+
+    def columns(self, trace: Tensor, span: slice) -> Tensor:
+        return trace[self.first : self.last, :, span]
+
+    def parts(self, engine: Engine) -> list[tuple[slice, bool]]:
+        """Columns the queries see, and whether causally; the last of them are the queries' own where causal."""
+        new = slice(self.start, self.start + self.count)
+        if self.end <= self.start:
+            return [(slice(0, self.end), False)]
+        if engine.aligned_to_end or self.start == 0:
+            return [(slice(0, new.stop), True)]
+        return [(slice(0, self.start), False), (new, True)]
+
+
+def cached_attention(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    q_begin: Tensor,
+    q_end: Tensor,
+    starts: Tensor,
+    max_new: int,
+    max_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.cached_attention`."""
+    engine = choose(q)
+    if k is not None:
+        append = backends.functions("kv_append", keys).kv_append
+        append(k, v, keys, values, q_begin, q_end, starts, max_new)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+    for batch in _batches(q_begin, q_end, starts):
+        states = [
+            engine.forward(batch.tokens(q), batch.columns(keys, span), batch.columns(values, span), scale, causal)
+            for span, causal in batch.parts(engine)
+        ]
+        batch_out, batch_lse = states[0] if len(states) == 1 else _merge(*states)
+        batch.tokens(out).copy_(batch_out)
+        batch.tokens(lse).copy_(batch_lse)
+    return out, lse
+
+
+def cached_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    grad_keys: Tensor,
+    grad_values: Tensor,
+    q_begin: Tensor,
+    q_end: Tensor,
+    starts: Tensor,
+    column_begin: Tensor,
+    column_end: Tensor,
+    max_new: int,
+    max_kv: int,
+    scale: float,
+) -> Tensor:
+    """`cached_attention_backward_queries` and `…_columns` in one: engines compute all gradients together."""
+    batches = _batches(q_begin, q_end, starts, column_begin, column_end)
+    return _backward(grad_out, q, out, lse, keys, values, (grad_keys, grad_values), batches, scale)
+
+
+def cached_attention_backward_queries(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    q_begin: Tensor,
+    q_end: Tensor,
+    starts: Tensor,
+    max_new: int,
+    max_kv: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.cached_attention_backward_queries`; `cached_attention_backward` saves half of the work."""
+    delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1)
+    batches = _batches(q_begin, q_end, starts)
+    return _backward(grad_out, q, out, lse, keys, values, None, batches, scale), delta
+
+
+def cached_attention_backward_columns(
+    grad_out: Tensor,
+    q: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    grad_keys: Tensor,
+    grad_values: Tensor,
+    q_begin: Tensor,
+    q_end: Tensor,
+    starts: Tensor,
+    column_begin: Tensor,
+    column_end: Tensor,
+    max_new: int,
+    max_kv: int,
+    scale: float,
+) -> None:
+    """See `reference.cached_attention_backward_columns`."""
+    # An engine wants the output only to form delta = out · grad_out: the part of it along grad_out does.
+    grad = grad_out.to(delta.dtype)
+    square = (grad * grad).sum(-1)
+    along = grad * torch.where(square > 0, delta / square, 0.0).unsqueeze(-1)
+    batches = _batches(q_begin, q_end, starts, column_begin, column_end)
+    _backward(grad_out, q, along.to(q.dtype), lse, keys, values, (grad_keys, grad_values), batches, scale)
+
+
+def _backward(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    accumulators: tuple[Tensor, Tensor] | None,
+    batches: list[_Batch],
+    scale: float,
+) -> Tensor:
+    """Gradient of q; those of keys and values are added to the accumulators, where given."""
+    engine = choose(q)
+    grad_q = q.new_empty(q.shape)
+    for batch in batches:
+        grad, queries, output = (batch.tokens(x) for x in (grad_out, q, out))
+        batch_lse = batch.tokens(lse).contiguous()
+        parts = []
+        for span, causal in batch.parts(engine):
+            views = [batch.columns(x, span) for x in (keys, values)]
+            part, *grads = engine.backward(grad, queries, *views, output, batch_lse, scale, causal)
+            parts.append(part)
+            low, high = max(batch.low, span.start), min(batch.end, span.stop)
+            if accumulators is not None and low < high:
+                for accumulator, new in zip(accumulators, grads, strict=True):
+                    new = new[:, :, low - span.start : high - span.start]
+                    batch.columns(accumulator, slice(low, high)).add_(new)
+        batch.tokens(grad_q).copy_(parts[0] if len(parts) == 1 else parts[0].to(lse.dtype) + parts[1])
+    return grad_q
+
+
+def _merge(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    lse = torch.logaddexp(first[1], second[1])
+    return sum(out * torch.exp(part - lse).unsqueeze(-1) for out, part in (first, second)), lse
+
+
+_remembered: dict[int, tuple[list[weakref.ref], list[int], list[_Batch]]] = {}
+
+
+def _batches(*ranges: Tensor) -> list[_Batch]:
+    """Runs of alike rows of `q_begin, q_end, starts` and, for gradients of columns, `column_begin, column_end`.
+
+    The last answer is kept: every layer of a call asks the same.
+    """
+    if (last := _remembered.get(len(ranges))) is not None:
+        references, versions, batches = last
+        if all(r() is x and n == x._version for r, n, x in zip(references, versions, ranges, strict=True)):
+            return batches
+    batches: list[_Batch] = []
+    for row, (begin, end, start, *columns) in enumerate(zip(*torch.stack(ranges).tolist(), strict=True)):
+        count = end - begin
+        low, last_column = columns or (0, start + count)
+        if count == 0 or low >= last_column:
+            continue
+        new = _Batch(row, row + 1, begin, count, start, low, last_column)
+        before = batches[-1] if batches else None
+        if before and before.last == row and before[3:] == new[3:] and (
+            before.begin + (row - before.first) * count == begin
+        ):
+            batches[-1] = before._replace(last=row + 1)
+        else:
+            batches.append(new)
+    _remembered[len(ranges)] = [weakref.ref(x) for x in ranges], [x._version for x in ranges], batches
+    return batches

@@ -1,0 +1,156 @@
+"""The `flash` implementation: its batching, its split into prefix and new columns, its gradients.
+
+On a GPU every installed engine is tested; elsewhere PyTorch's CPU kernel, which stands for the engines whose causal
+mask has to be split.
+"""
+
+import pytest
+import torch
+from cases import BACKWARD, DEVICE, FORWARD, Case, Problem, assert_within, cases, plain_backward, plain_forward
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffmas_ops.cached_attention import flash, flash_engines
+from diffmas_ops.cached_attention import reference as attention
+from diffmas_ops.dtypes import accumulation_dtype
+
+DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float64)
+USABLE = [
+    name
+    for name, engine in flash_engines.ENGINES.items()
+    if engine.refusal(torch.empty(1, 64, dtype=DTYPES[0], device=DEVICE)) is None
+]
+CASES = {
+    "uniform": Case((6, 6, 6), (11, 11, 11), head_dim=64),
+    "no prefix": Case((7, 7), (0, 0), 5, 1, head_dim=64),
+    "ragged": Case((3, 3, 0, 8), (20, 5, 4, 0), head_dim=64),
+    "half alike": Case((4, 4, 5), (9, 9, 9), 2, 2, head_dim=64),
+    "one row": Case((13,), (37,), head_dim=128),
+}
+each_engine = pytest.mark.parametrize("engine", USABLE)
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def check(case, dtype, seed=0):
+    problem = Problem(case, dtype, seed)
+    double, mask, acc = problem.double(), problem.claimed, accumulation_dtype(dtype)
+    arguments = (double.q, None, None, double.keys, double.values, *problem.rows, *problem.sizes)
+    exact, exact_lse = attention.cached_attention(*arguments)
+    keys, values = (x.clone() for x in (problem.keys, problem.values))
+    for row, start in enumerate(case.starts):
+        keys[row, :, start:] = values[row, :, start:] = torch.nan
+    out, lse = flash.cached_attention(problem.q, problem.k, problem.v, keys, values, *problem.rows, *problem.sizes)
+    assert out.dtype == dtype and lse.dtype == acc
+    plain_lse = attention.cached_attention(
+        problem.q, None, None, problem.keys, problem.values, *problem.rows, *problem.sizes
+    )[1]
+    assert_within("out", out[mask], plain_forward(problem)[mask], exact[mask], FORWARD)
+    assert_within("lse", lse[mask], plain_lse[mask], exact_lse[mask], FORWARD, logarithm=True)
+
+    low, low_lse, rows = exact.to(dtype), exact_lse.to(acc), (*problem.rows, torch.zeros_like(problem.rows[0]))
+    best_q, delta = attention.cached_attention_backward_queries(
+        double.grad, double.q, exact, exact_lse, *arguments[3:]
+    )
+    best = [double.grad_keys.clone(), double.grad_values.clone()]
+    attention.cached_attention_backward_columns(
+        double.grad, double.q, exact_lse, delta, double.keys, double.values, *best, *rows, problem.column_end,
+        *problem.sizes,
+    )  # fmt: skip
+    inputs = (problem.grad, problem.q, low, low_lse, problem.keys, problem.values)
+    got_q, got_delta = flash.cached_attention_backward_queries(*inputs, *problem.rows, *problem.sizes)
+    apart, together = ([problem.grad_keys.clone(), problem.grad_values.clone()] for _ in range(2))
+    flash.cached_attention_backward_columns(
+        problem.grad, problem.q, low_lse, delta.to(acc), problem.keys, problem.values, *apart, *rows,
+        problem.column_end, *problem.sizes,
+    )  # fmt: skip
+    fused_q = flash.cached_attention_backward(*inputs, *together, *rows, problem.column_end, *problem.sizes)
+    plain_q, *plain = plain_backward(problem, low_lse, delta.to(acc))
+    for name, mine in (("grad_q", got_q), ("grad_q, fused", fused_q)):
+        assert mine.dtype == dtype
+        assert_within(name, mine[mask], plain_q[mask], best_q[mask], BACKWARD)
+    want_delta = (low.double() * double.grad).sum(-1)
+    assert_within("delta", got_delta[mask], want_delta.to(acc)[mask], want_delta[mask], BACKWARD)
+    for grads in (apart, together):
+        for name, mine, theirs, exact_grad in zip(("grad_keys", "grad_values"), grads, plain, best, strict=True):
+            assert_within(name, mine, theirs, exact_grad, BACKWARD)
+
+
+@each_engine
+@each_dtype
+@each_case
+def test_forward_and_backward(case, dtype, engine, monkeypatch):
+    monkeypatch.setenv(flash_engines.VARIABLE, engine)
+    check(case, dtype)
+
+
+@given(case=cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**16))
+@settings(max_examples=40 if DEVICE == "cpu" else 10)
+def test_random_tables(case, dtype, seed):
+    check(case if DEVICE == "cpu" else Case(case.new, case.starts, case.heads, case.kv_heads, 64), dtype, seed)
+
+
+@each_engine
+def test_deferred_rows_and_windows_of_columns(engine, monkeypatch):
+    """Queries behind every column, one of them a hole, and a different window of columns in every row."""
+    monkeypatch.setenv(flash_engines.VARIABLE, engine)
+    torch.manual_seed(0)
+    dtype = DTYPES[-1]
+    acc, case = accumulation_dtype(dtype), Case((5, 5, 5), (2**20,) * 3, head_dim=64)
+    q, grad = (torch.randn(15, 4, 64, device=DEVICE).to(dtype) for _ in range(2))
+    keys, values = (torch.randn(3, 2, 40, 64, device=DEVICE).to(dtype) for _ in range(2))
+    scores = attention._scores(q.double(), keys[0].double(), 2**20, 0, case.scale)
+    lse = scores.logsumexp(-1).flatten(0, 1).T.contiguous()
+    delta = torch.randn(15, 4, dtype=torch.float64, device=DEVICE)
+    q[3], grad[3], lse[3], delta[3] = 0, 0, torch.inf, 0
+    begin = torch.tensor([0, 5, 10], dtype=torch.int32, device=DEVICE)
+    low, high = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 3, 0], [40, 29, 0]))
+    rows = (begin, begin + 5, torch.full_like(begin, 2**30), low, high, 5, 40, case.scale)
+    start = torch.randn(2, 3, 2, 40, 64, dtype=torch.float64, device=DEVICE)
+    got, best = start.to(acc), start.clone()
+    flash.cached_attention_backward_columns(grad, q, lse.to(acc), delta.to(acc), keys, values, *got, *rows)
+    double = (x.double() for x in (grad, q, lse, delta, keys, values))
+    attention.cached_attention_backward_columns(*double, *best, *rows)
+    # What an engine returns is rounded to the dtype; here nothing plain is at hand to measure that against.
+    limit = 8 * torch.finfo(dtype).eps * (best - start).norm()
+    assert (got.double() - best).norm() <= limit + 8 * torch.finfo(acc).eps * best.norm()
+    untouched = got[:, 1, :, [*range(3), *range(29, 40)]], got[:, 2]
+    assert torch.equal(untouched[0], start.to(acc)[:, 1, :, [*range(3), *range(29, 40)]])
+    assert torch.equal(untouched[1], start.to(acc)[:, 2])
+
+
+def test_one_batch_for_rows_alike():
+    problem = Problem(Case((4, 4, 5), (9, 9, 9)), torch.float32)
+    q_begin = torch.tensor([0, 4, 8], dtype=torch.int32)
+    q_end, starts = q_begin + torch.tensor([4, 4, 5], dtype=torch.int32), problem.rows[2].cpu()
+    batches = flash._batches(q_begin, q_end, starts)
+    assert [(b.first, b.last, b.begin, b.count) for b in batches] == [(0, 2, 0, 4), (2, 3, 8, 5)]
+    assert flash._batches(q_begin, q_end, starts) is batches
+    starts += 1
+    assert flash._batches(q_begin, q_end, starts)[0].start == 10
+    assert batches[0].columns(problem.keys, slice(0, 9)).data_ptr() == problem.keys.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "engine, message",
+    [
+        ("flash-attn-2", "pip install flash-attn"),
+        ("flash-attn-3", "hopper"),
+        ("flash-attn-4", "pip install flash-attn-4"),
+    ],
+)
+def test_missing_package_says_what_to_install(engine, message, monkeypatch):
+    monkeypatch.setenv(flash_engines.VARIABLE, engine)
+    monkeypatch.setattr(flash_engines, "_importable", lambda module: False)
+
+    class OnGpu:
+        is_cuda, dtype, device, shape = True, torch.bfloat16, torch.device("cuda"), (1, 64)
+
+    with pytest.raises(LookupError, match=message):
+        flash_engines.choose(OnGpu())
+
+
+def test_unknown_engine(monkeypatch):
+    monkeypatch.setenv(flash_engines.VARIABLE, "flash-attn-1")
+    with pytest.raises(LookupError, match="is 'flash-attn-1'; allowed: flash-attn-2, "):
+        flash_engines.choose(torch.empty(1, 64))

@@ -1,0 +1,247 @@
+"""KVTrace and Call: the plan of a call, growth, cuts, one-time differentiation, lifetime, bad input."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from compare import error
+from oracle import attend
+from toy import Toy
+
+from diffmas_ops import CapacityError, KVTrace, Segment, cached_attention, kv_concat
+
+SHAPE = dict(num_layers=2, batch=3, num_kv_heads=2, capacity=8, head_dim=4)
+
+
+def trace(**options):
+    return KVTrace.allocate(**SHAPE | options)
+
+
+def test_the_plan_of_a_ragged_call():
+    t = trace()
+    t.open([2, 0, 3])
+    call = t.open([1, 4, 0])
+    assert (call.total, call.max_new, call.max_kv, call.run) == (5, 4, 4, None)
+    assert call.cu_seqlens.tolist() == [0, 1, 5, 5]
+    assert call.starts.tolist() == [2, 0, 3] and call.ends.tolist() == [3, 4, 3]
+    assert call.position_ids.tolist() == [[2, 0, 1, 2, 3]] and call.position_ids.dtype == torch.int64
+    assert t.host_lengths == t.lengths.tolist() == [3, 4, 3]
+    assert {x.dtype for x in (call.cu_seqlens, call.starts, call.ends, t.lengths)} == {torch.int32}
+
+
+def test_a_latent_step_is_planned_like_any_other_call():
+    quick, general = trace(), trace()
+    for t in (quick, general):
+        t.open([2, 0, 3])
+    general.one_each = None
+    a, b = quick.open(1), general.open([1, 1, 1])
+    for name in ("cu_seqlens", "starts", "ends", "position_ids"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert (a.total, a.max_new, a.max_kv) == (b.total, b.max_new, b.max_kv) == (3, 1, 4)
+
+
+def test_single_token_calls_in_a_row_share_a_run():
+    t = trace()
+    plan = [(c.run, c.slot) for c in map(t.open, ([1, 1, 1], [1, 0, 1], [2, 0, 0], [0, 1, 0], 1))]
+    assert plan == [(1, 0), (1, 1), (None, 0), (2, 0), (2, 1)]
+    t.detach_()
+    assert t.open(1).run == 3
+
+
+def test_growth_keeps_what_was_written():
+    t = trace(capacity=1, grow=True)
+    k, v = torch.randn(2, 3, 2, 4)
+    cached_attention(k, k, v, t.open(1), layer=0)
+    t.open([5, 0, 0])
+    assert t.capacity == 6
+    t.open([0, 7, 0])
+    assert t.capacity == 12
+    assert torch.equal(t.keys[0, :, :, 0], k) and torch.equal(t.values[0, :, :, 0], v)
+
+
+def test_a_failed_open_changes_nothing():
+    t = trace()
+    t.open([7, 1, 1])
+    with pytest.raises(CapacityError, match="needs 9 columns in row 0; capacity is 8"):
+        t.open(2)
+    assert t.host_lengths == t.lengths.tolist() == [7, 1, 1]
+    t.open([1, 7, 7])
+    assert t.host_lengths == [8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(num_layers=0), ValueError, "num_layers is 0; allowed: integers ≥ 1"),
+        (dict(batch=-1), ValueError, "batch is -1"),
+        (dict(num_kv_heads=0), ValueError, "num_kv_heads is 0"),
+        (dict(capacity=0), ValueError, "capacity is 0"),
+        (dict(head_dim=0), ValueError, "head_dim is 0"),
+        (dict(capacity=2.5), TypeError, "integer"),
+        (dict(dtype=torch.int64), TypeError, "dtype is torch.int64; allowed: torch.float32"),
+    ],
+)
+def test_allocate_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        trace(**options)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1], [1, 1, 1, 1], [1, -1, 1], [0, 0, 0], 0, -1])
+def test_open_refuses(lengths):
+    with pytest.raises(ValueError, match="lengths is .*allowed: 3 integers ≥ 0"):
+        trace().open(lengths)
+
+
+@pytest.mark.parametrize("lengths", [1.0, [1.0, 1.0, 1.0], [1, 1, 1.5], "abc", None])
+def test_open_refuses_what_is_no_integer(lengths):
+    with pytest.raises(TypeError, match="integer"):
+        trace().open(lengths)
+
+
+def test_a_call_may_not_outlive_its_trace_before_it_ran():
+    t = trace()
+    call = t.open(1)
+    x = torch.randn(3, 2, 4)
+    del t
+    with pytest.raises(RuntimeError, match="the trace of this call is gone"):
+        cached_attention(x, x, x, call, layer=0)
+
+
+def test_scale_may_differ_from_call_to_call(implementation, poison):
+    """Deferred rows of single-token calls carry the scale (and the query heads) of their own call."""
+    generator = torch.Generator().manual_seed(0)
+    # Two runs of single-token calls around a call of three tokens.
+    plan = [(2, 4, 0.5), (1, 4, 0.3), (1, 2, 0.3), (1, 2, 1.7), (3, 4, None), (1, 4, 0.1), (1, 2, None)]
+    leaves, keys, values, ours, dense = [], [], [], 0, 0
+    t = trace(batch=1, num_layers=1, capacity=10, dtype=torch.float64, implementation=implementation)
+    for n, heads, scale in plan:
+        q, k, v = (
+            torch.randn(n, h, 4, dtype=torch.float64, generator=generator).requires_grad_() for h in (heads, 2, 2)
+        )
+        leaves += (q, k, v)
+        keys.append(k)
+        values.append(v)
+        out = cached_attention(q, k, v, t.open(n), layer=0, scale=scale)
+        expected = attend(q, torch.cat(keys), torch.cat(values), sum(map(len, keys)) - n, scale)
+        assert error(out, expected) <= 1e-10
+        ours, dense = ours + out.square().sum(), dense + expected.square().sum()
+    actual, wanted = torch.autograd.grad(ours, leaves), torch.autograd.grad(dense, leaves)
+    assert max(error(a, w) for a, w in zip(actual, wanted, strict=True)) <= 1e-10
+
+
+def _losses(toy, t, lengths=(2, 1, 1, 3)):
+    generator = torch.Generator().manual_seed(1)
+    for n in lengths:
+        x = torch.randn(n * t.batch, toy.width, dtype=torch.float64, generator=generator)
+        yield toy.run(x, t.open(n)).square().sum()
+
+
+def test_a_trace_is_differentiated_once():
+    toy = Toy()
+    *_, last = _losses(toy, t := toy.trace(2))
+    last.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a trace can be differentiated once.*Add the losses"):
+        last.backward()
+    # An earlier loss shares the calls; a trace of its own would be needed.
+    first, *_, last = _losses(toy, t := toy.trace(2))
+    last.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a trace can be differentiated once"):
+        first.backward()
+    del t
+
+
+def test_an_early_loss_first_then_a_late_one_raises_too():
+    toy = Toy()
+    t = toy.trace(2)
+    first, *_, last = _losses(toy, t)
+    first.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a trace can be differentiated once"):
+        last.backward()
+
+
+def test_gradients_are_first_order():
+    toy = Toy()
+    *_, last = _losses(toy, toy.trace(2))
+    (grad,) = torch.autograd.grad(last, toy.parameters[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_only_the_graph_that_is_asked_for_runs():
+    """`torch.autograd.grad` for the input of one call prunes the others, but not those that owe it something."""
+    toy = Toy()
+    for chosen in range(3):
+        t, dense = toy.trace(1), toy.dense()
+        xs = [torch.randn(n, toy.width, dtype=torch.float64).requires_grad_() for n in (2, 1, 1)]
+        ours = sum(toy.run(x, t.open(len(x))).square().sum() for x in xs)
+        expected = sum(toy.run_row(x, dense).square().sum() for x in xs)
+        (actual,), (wanted,) = (torch.autograd.grad(loss, [xs[chosen]]) for loss in (ours, expected))
+        assert error(actual, wanted) <= 1e-10
+
+
+@pytest.mark.parametrize("threads, times", [(1, 100), (2, 5)])
+def test_every_backward_has_the_same_bits(threads, times, implementation):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        toy = Toy(heads=4, kv_heads=2, head_dim=16, width=16)
+
+        def run():
+            t = toy.trace(3, implementation=implementation)
+            losses = sum(_losses(toy, t))
+            moved = kv_concat(
+                [Segment(t, [0] * 3, t.host_lengths), Segment(t, [2] * 3, t.host_lengths)],
+                capacity=64, rotary=toy.rotary, implementation=implementation,
+            )  # fmt: skip
+            return torch.autograd.grad(losses + sum(_losses(toy, moved)), toy.parameters)
+
+        first = run()
+        for _ in range(times):
+            assert all(map(torch.equal, run(), first))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("concat", [False, True], ids=["", "concat"])
+def test_nothing_is_left_when_backward_never_ran(checkpointing, concat):
+    toy = Toy()
+    gc.collect()
+    gc.disable()
+    try:
+        t = toy.trace(2)
+        x = torch.randn(4, toy.width, dtype=torch.float64)
+        out = toy.run(x, t.open(2), checkpointing=checkpointing)
+        made = [t]
+        if concat:
+            made.append(kv_concat([Segment(t, [0, 0], [2, 1])], capacity=9, rotary=toy.rotary))
+            out = toy.run(out, made[-1].open(2), checkpointing=checkpointing)
+        left = [weakref.ref(x) for m in made for x in (m, m.storage, m.gradients, m.keys, m.order, m.order.grad_fn)]
+        del t, made
+        assert sum(r() is not None for r in left) > 0
+        del out
+        assert not [r() for r in left if r() is not None]
+    finally:
+        gc.enable()
+
+
+def test_a_call_without_gradients_leaves_no_graph():
+    toy = Toy()
+    t = toy.trace(2)
+    with torch.no_grad():
+        out = toy.run(torch.randn(4, toy.width, dtype=torch.float64), t.open(2))
+    assert out.grad_fn is None and t.order.grad_fn is None and not t.order.requires_grad
+
+
+def test_detach_keeps_the_columns_and_cuts_their_gradient():
+    toy = Toy()
+    t = toy.trace(1)
+    x, y = (torch.randn(2, toy.width, dtype=torch.float64).requires_grad_() for _ in range(2))
+    toy.run(x, t.open(2))
+    before = t.keys[..., :2, :].clone()
+    assert t.detach_() is t and t.order.grad_fn is None
+    out = toy.run(y, t.open(2))
+    assert torch.equal(t.keys[..., :2, :], before)
+    grad_x, grad_y = torch.autograd.grad(out.sum(), [x, y], allow_unused=True)
+    assert grad_x is None and grad_y.any()
