@@ -165,13 +165,13 @@ def _ungroup(x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_within(
-    name: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: float, logarithm: bool = False
+    name: str, got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, factor: float, terms: float = 0.0
 ) -> None:
     """`got` errs at most `factor` times as much as `plain` (both in the norm), up to the rounding of the result.
 
-    The rounding of a `logarithm` includes that of its argument. Plain PyTorch in float64 cannot measure itself: there
-    1e-12 of the size of the inputs, which is one, is allowed. Where `exact` is not finite (poison, log-sum-exp of
-    nothing), `got` is the same.
+    `terms`: norm of what cancels in the result; its rounding is allowed too, or a gradient that vanishes would have
+    to vanish to the last bit. Plain PyTorch in float64 cannot measure itself: there it is 1e-12 of the inputs' size,
+    which is one. Where `exact` is not finite (poison, log-sum-exp of nothing), `got` is the same.
     """
     double = got.dtype == torch.float64
     rounding = 1e-12 if double else torch.finfo(got.dtype).eps
@@ -181,7 +181,17 @@ def assert_within(
     assert torch.equal(got.isfinite(), finite), f"{name}: other elements are finite"
     assert torch.equal(got[~finite].nan_to_num(7.0), exact[~finite].nan_to_num(7.0)), name
     error, allowed = ((x - exact)[finite].norm() for x in (got, plain))
-    size = (exact[finite].abs() + (logarithm or double)).norm()
+    size = exact[finite].norm() + terms + (exact.numel() ** 0.5 if double else 0.0)
     assert error <= factor * allowed + rounding * size, (
-        f"{name}: error {error:.3e}, plain PyTorch's {allowed:.3e}, norm {size:.3e}"
+        f"{name}: error {error:.3e}, plain PyTorch's {allowed:.3e}, size {size:.3e}"
     )
+
+
+def logarithm_terms(lse: torch.Tensor) -> float:
+    """A relative error in a sum of exponentials is an absolute one in its logarithm."""
+    return lse.numel() ** 0.5
+
+
+def score_terms(problem: Problem, delta: torch.Tensor) -> float:
+    """A score's gradient is `P (dP - delta)`; with a single key both are equal and nothing is left of them."""
+    return problem.case.scale * float(delta[problem.claimed].norm()) * problem.case.head_dim**0.5

@@ -21,9 +21,11 @@ from cases import (
     assert_within,
     cases,
     indices,
+    logarithm_terms,
     plain_backward,
     plain_forward,
     random,
+    score_terms,
     strided,
 )
 from hypothesis import given, settings
@@ -75,7 +77,7 @@ def check_forward(case, dtype, seed=0):
     assert out.dtype == dtype and lse.dtype == torch.float32 and out.is_contiguous()
     mask = problem.claimed
     assert_within("out", out[mask], plain_forward(problem)[mask], exact[mask], FORWARD)
-    assert_within("lse", lse[mask], plain_lse[mask], exact_lse[mask], FORWARD, logarithm=True)
+    assert_within("lse", lse[mask], plain_lse[mask], exact_lse[mask], FORWARD, logarithm_terms(exact_lse[mask]))
 
 
 def check_backward(case, dtype, seed=0):
@@ -99,7 +101,8 @@ def check_backward(case, dtype, seed=0):
     )
     plain_q, *plain = plain_backward(problem, low_lse, (low_out.to(acc) * problem.grad.to(acc)).sum(-1))
     assert grad_q.dtype == dtype and delta.dtype == acc and grad_q.is_contiguous()
-    assert_within("grad_q", grad_q[mask], plain_q[mask], exact_q[mask], BACKWARD)
+    terms = score_terms(problem, exact_delta)
+    assert_within("grad_q", grad_q[mask], plain_q[mask], exact_q[mask], BACKWARD, terms)
     rounded_delta = (low_out.double() * double.grad).sum(-1)
     assert_within("delta", delta[mask], rounded_delta.to(acc)[mask], rounded_delta[mask], BACKWARD)
     got = [problem.grad_keys.clone(), problem.grad_values.clone()]
@@ -108,7 +111,7 @@ def check_backward(case, dtype, seed=0):
         *problem.rows, torch.zeros_like(problem.column_end), problem.column_end, *problem.sizes,
     )  # fmt: skip
     for name, mine, theirs, best in zip(("grad_keys", "grad_values"), got, plain, exact, strict=True):
-        assert_within(name, mine, theirs, best, BACKWARD)
+        assert_within(name, mine, theirs, best, BACKWARD, terms)
 
 
 @each_dtype
@@ -284,11 +287,12 @@ def test_token_backward(case, slots, slot, dtype):
 
     got, plain = (run(f, problem, dtype, acc) for f in (attention_triton, attention))
     exact = run(attention, double, torch.float64, torch.float64)
-    eager_q = plain_backward(problem, lse.to(acc), (out.to(dtype).to(acc) * problem.grad.to(acc)).sum(-1))[0]
+    delta = (out.to(dtype).to(acc) * problem.grad.to(acc)).sum(-1)
+    eager_q = plain_backward(problem, lse.to(acc), delta)[0]
     plain[0] = eager_q[mask]
     names = ("grad_q", "grad_k", "grad_v", "pending_q", "pending_grad", "pending_lse", "pending_delta")
     for name, mine, theirs, best in zip(names, got, plain, exact, strict=True):
-        assert_within(name, mine, theirs, best, BACKWARD)
+        assert_within(name, mine, theirs, best, BACKWARD, score_terms(problem, delta))
 
 
 @each_dtype
@@ -394,7 +398,7 @@ def test_merge_states(sets, dtype):
     exact = merge.merge_states(outs.double(), lses.double())
     for name, mine, theirs, best in zip(("out", "lse"), got, plain, exact, strict=True):
         assert mine.dtype == theirs.dtype
-        assert_within(name, mine, theirs, best, FORWARD, logarithm=name == "lse")
+        assert_within(name, mine, theirs, best, FORWARD, logarithm_terms(best) if name == "lse" else 0.0)
 
 
 def test_offsets_beyond_32_bits():
