@@ -60,16 +60,15 @@ def _call(x: SimpleNamespace, ops) -> tuple[Tensor, Tensor]:
 
 
 def forward(case: Attention, device: str) -> Experiment:
+    """Append and attend; a peer concatenates and attends."""
     x = _attention_inputs(case, device)
 
     def ours(ops, _):
-        return Contender(
-            run=lambda _: _call(x, ops),
-            read=lambda result: (_unpacked(result[0], x.B),),
-        )
+        return Contender(lambda _: _call(x, ops), read=lambda result: (_unpacked(result[0], x.B),))
 
+    make = _peer_forward(x, [slice(0, x.n)])
     return experiment(
-        "cached_attention", "forward", case, device, ours, _contenders(_attention_peers(case, device), _peer_forward(x, [slice(0, x.n)])),
+        "cached_attention", "forward", case, device, ours, _contenders(_attention_peers(case, device), make),
         lambda: peers.exact_attention(x.q, *x.trace), ("out",), reference_bytes=x.scores,
     )  # fmt: skip
 
@@ -110,13 +109,14 @@ def _peer_backward(x: SimpleNamespace, steps: list[slice], timed: bool = True, o
 
 
 def backward(case: Attention, device: str) -> Experiment:
+    """Gradient of the queries, of all columns into the accumulators, and of the call's own columns out of them."""
     x = _attention_inputs(case, device)
     zero = torch.zeros_like(x.begin)
+    accumulators = tuple(torch.zeros(t.shape, device=device) for t in x.trace)
 
     def ours(ops, name):
         append = backends.functions("kv_append", x.q, name if name != "flash" else "auto")
         out, lse = _call(x, ops)
-        accumulators = tuple(torch.zeros(t.shape, device=device) for t in x.trace)
 
         def prepare():
             for accumulator in accumulators:
@@ -146,10 +146,10 @@ def backward(case: Attention, device: str) -> Experiment:
 def token_backward(case: Attention, device: str) -> Experiment:
     """What a latent step's own backward does; the rest of it is deferred (see the latent run for the whole)."""
     x = _attention_inputs(case, device)
+    accumulators = tuple(torch.zeros(t.shape, device=device) for t in x.trace)
 
     def ours(ops, _):
         out, lse = _call(x, ops)
-        accumulators = tuple(torch.zeros(t.shape, device=device) for t in x.trace)
         pending = [torch.zeros(x.B, 1, *x.packed_q.shape[1:], dtype=x.q.dtype, device=device) for _ in range(2)]
         pending += [torch.zeros(x.B, 1, x.packed_q.shape[1], device=device) for _ in range(2)]
         return Contender(
@@ -161,7 +161,7 @@ def token_backward(case: Attention, device: str) -> Experiment:
 
     def exact():
         grad_q, grad_keys, grad_values = peers.exact_attention(x.q, *x.trace, x.grad)
-        return grad_q, grad_keys[:, :, x.P :], grad_values[:, :, x.P :]
+        return grad_q, *(whole[:, :, x.P :].clone() for whole in (grad_keys, grad_values))
 
     make = _peer_backward(x, [slice(0, 1)], timed=False, own=True)
     return experiment(

@@ -30,7 +30,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The sizes in words, short enough for a table."""
+        """The sizes in words (ASCII: it names tests), short enough for a table."""
         return " ".join(f"{name} {value}" for name, value in self._sizes().items())
 
     def _sizes(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Attention(Case):
     dtype: str
 
     def _sizes(self):
-        heads = f"{self.heads}/{self.kv_heads} × {self.head_dim}"
+        heads = f"{self.heads}/{self.kv_heads}x{self.head_dim}"
         return {"B": self.batch, "prefix": self.prefix, "new": self.new, "heads": heads}
 
     @property
@@ -59,7 +59,7 @@ class Attention(Case):
 
     @property
     def pairs(self) -> float:
-        """Pairs of a query and a key it sees, over all rows and heads; a query sees prefix + (new + 1) / 2 on average."""
+        """Pairs of a query and a key it sees; a query sees prefix + (new + 1) / 2 keys on average."""
         return self.batch * self.heads * self.new * (self.prefix + (self.new + 1) / 2)
 
     def _trace(self, columns: float, item: int) -> float:
@@ -118,7 +118,7 @@ class Append(Case):
     dtype: str
 
     def _sizes(self):
-        return {"B": self.batch, "prefix": self.prefix, "new": self.new, "heads": f"{self.kv_heads} × {self.head_dim}"}
+        return {"B": self.batch, "prefix": self.prefix, "new": self.new, "heads": f"{self.kv_heads}x{self.head_dim}"}
 
     @property
     def numbers(self) -> int:
@@ -146,8 +146,8 @@ class Concat(Case):
     dtype: str
 
     def _sizes(self):
-        heads = f"{self.kv_heads} × {self.head_dim}"
-        return {"senders": self.senders, "layers": self.layers, "B": self.batch, "columns": self.columns, "heads": heads}
+        return {"senders": self.senders, "layers": self.layers, "B": self.batch, "columns": self.columns,
+                "heads": f"{self.kv_heads}x{self.head_dim}"}  # fmt: skip
 
     @property
     def numbers(self) -> int:
@@ -172,7 +172,7 @@ class Project(Case):
     dtype: str
 
     def _sizes(self):
-        return {"rows": self.rows, "hidden": self.hidden, "Wₐ": "learned" if self.weight else "identity"}
+        return {"rows": self.rows, "hidden": self.hidden, "alignment": "learned" if self.weight else "identity"}
 
     def forward(self) -> Work:
         product = self.hidden**2 * self.weight
@@ -195,7 +195,7 @@ class Merge(Case):
     dtype: str
 
     def _sizes(self):
-        return {"splits": self.splits, "tokens": self.tokens, "heads": f"{self.heads} × {self.head_dim}"}
+        return {"splits": self.splits, "tokens": self.tokens, "heads": f"{self.heads}x{self.head_dim}"}
 
     def forward(self) -> Work:
         rows = (self.splits + 1) * self.tokens * self.heads
@@ -259,10 +259,11 @@ def step_cases(device: str) -> list[Step]:
     """Training steps for `device`, most important first."""
     if device == "cpu":
         return [FULL_STEP, *SMALL_STEPS]
-    qwen3 = dict(layers=28, intermediate=3072, heads=16, kv_heads=8, head_dim=128, vocab=32768, agents=4, dtype="bfloat16")
+    qwen3 = dict(layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8, head_dim=128, vocab=32768)
+    task = dict(agents=4, prompt=512, answer=128, dtype="bfloat16")
     return [
-        Step(hidden=1024, prompt=512, latent=40, answer=128, batch=4, **qwen3),
-        Step(hidden=1024, prompt=512, latent=10, answer=128, batch=8, **qwen3),
+        Step(latent=40, batch=4, **qwen3, **task),
+        Step(latent=10, batch=8, **qwen3, **task),
         FULL_STEP,
     ]
 

@@ -38,12 +38,16 @@ def experiment(
     exact: Callable[[], tuple[Tensor, ...]],
     outputs: tuple[str, ...],
     *,
-    work: str = "",
     kernels: str = "",
     reference_bytes: float = 0,
-    yardstick: tuple[str, ...] = (),
 ) -> Experiment:
-    """`make(functions, name)` turns an implementation into a contender; the first of `others` that runs is plain."""
+    """Our implementations and `others`, plain PyTorch first among them.
+
+    Args:
+        make: turns an implementation, `(its functions, its name)`, into a contender.
+        kernels: the operator that is asked for its implementations, where `operator` is only a title.
+        reference_bytes: of the scores that `reference` would hold.
+    """
     found = implementations(kernels or operator, device, case.dtype)
     if reference_bytes > _REFERENCE_BYTES and len(found) > 1:
         found["reference"] = f"would hold {reference_bytes / 1e9:.0f} GB of scores"
@@ -53,11 +57,11 @@ def experiment(
         operator=operator,
         direction=direction,
         case=case,
-        work=getattr(case, work or direction.replace(" ", "_"))(),
+        work=getattr(case, direction.replace(" ", "_"))(),
         contenders=ours | others,
         ours=backends.resolve(kernels or operator, "auto", device, getattr(torch, case.dtype)),
         implementations=tuple(n for n in able if n != "reference"),
-        plain=yardstick or tuple(others),
+        plain=tuple(others),
         exact=exact,
         factor=2.0 if direction == "forward" else 3.0,
         device=device,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Work
-from benchmarks.timing import Clock, peak_bytes, race
+from benchmarks.timing import Clock, peak_bytes, race, repeat
 
 #: A contender further off than this computes something else (a mask aligned the other way, say).
 _OTHER_RESULT = 0.1
@@ -61,21 +61,20 @@ class Experiment:
     factor: float = 2.0
     tolerance: float | None = None
     device: str = "cpu"
-    outputs: tuple[str, ...] = field(default=())
+    outputs: tuple[str, ...] = ()
 
 
-def measure(experiment: Experiment, *, seconds: float, clock: Clock, pedantic: Callable | None = None) -> dict[str, Any]:
-    """Check, then time; returns the record that goes into results files.
+def measure(experiment: Experiment, *, seconds: float, clock: Clock, pedantic: Callable = repeat) -> dict[str, Any]:
+    """Check, then time for about `seconds`; returns the record that goes into results files.
 
     Raises:
         WrongResult: nothing is timed then.
     """
     errors, reasons = _errors(experiment)
     allowed = _check(experiment, errors, reasons)
-    options = {} if pedantic is None else {"pedantic": pedantic}
     racing = {n: c for n, c in experiment.contenders.items() if n in errors and c.timed}
     order = sorted(racing, key=lambda name: name != experiment.ours)
-    timings = race({n: (racing[n].prepare, racing[n].run) for n in order}, clock, seconds=seconds, **options)
+    timings = race({n: (racing[n].prepare, racing[n].run) for n in order}, clock, seconds=seconds, pedantic=pedantic)
     rows = []
     for name, contender in experiment.contenders.items():
         row: dict[str, Any] = {"name": name}

@@ -86,7 +86,7 @@ def _contender(model, forward: Callable[[], Tensor], configure: Callable[[], Non
 
     def extra():
         prepare()
-        return {"saved_bytes": saved_bytes(forward, model) + trace_bytes}
+        return {"saved_bytes": saved_bytes(forward, model), "trace_bytes": trace_bytes}
 
     return Contender(run, prepare, lambda loss: (loss, _gradients(model)), extra=extra)
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-# Twice the L2 cache of an H200.
-_FLUSH_BYTES = 128 << 20
+# Twice the last cache of an H200, and of what a small processor has of one.
+_FLUSH_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
 
 
@@ -35,19 +35,21 @@ class Timing:
 
 
 class Clock:
-    """Times one run on a device: by CUDA events after a flush of the L2 cache, or by the processor's clock.
+    """Times one run on a device after a flush of its caches: by CUDA events, or by the processor's clock.
 
     The flush also keeps the GPU busy while the host queues the timed launches, so that a short kernel is not
     charged for the host's time.
     """
 
     def __init__(self, device: str):
-        self.cuda = torch.device(device).type == "cuda"
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if self.cuda else None
+        kind = torch.device(device).type
+        self.cuda = kind == "cuda"
+        self._flush = torch.empty(_FLUSH_BYTES[kind], dtype=torch.int8, device=device)
 
     def seconds(self, run: Callable[[Any], Any], state: Any) -> float:
         """Seconds of `run(state)`; freeing its result is not timed."""
         if not self.cuda:
+            self._flush.zero_()
             begin = time.perf_counter()
             result = run(state)
             end = time.perf_counter()

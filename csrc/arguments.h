@@ -1,5 +1,5 @@
-// Every operator's argument checks, as far as they need no look at the index tensors' contents. Shared by the CPU and the
-// CUDA launchers.
+// Every operator's argument checks, as far as they need no look at the index tensors' contents. Shared by the CPU and
+// the CUDA launchers.
 #pragma once
 
 #include "checks.h"

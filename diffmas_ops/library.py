@@ -1,4 +1,4 @@
-"""Loads the compiled libraries and remembers why one could not be loaded; importing this never fails for want of one."""
+"""Loads the compiled libraries and remembers why one could not be loaded; importing never fails for want of one."""
 
 from __future__ import annotations
 

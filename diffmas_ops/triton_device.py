@@ -1,4 +1,4 @@
-"""Where the Triton kernels can run, and how they find the device they launch on. Importing this does not import Triton."""
+"""Where the Triton kernels can run, and on which device they launch; importing this does not import Triton."""
 
 from __future__ import annotations
 

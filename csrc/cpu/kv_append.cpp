@@ -13,7 +13,8 @@ constexpr int64_t TOKENS_PER_TASK = 64;
 
 /// Calls move(row, head, first, last) for blocks [first, last) of every row's tokens, in parallel.
 template <class Move>
-void for_token_blocks(const RowRanges& rows, int64_t batch, int64_t heads, int64_t dim, int64_t max_new, const Move& move) {
+void for_token_blocks(
+    const RowRanges& rows, int64_t batch, int64_t heads, int64_t dim, int64_t max_new, const Move& move) {
   const int64_t blocks = (max_new + TOKENS_PER_TASK - 1) / TOKENS_PER_TASK;
   parallel_tasks(batch * heads * blocks, batch * heads * max_new * dim, [&](int64_t task) {
     const int64_t first = task % blocks * TOKENS_PER_TASK, head = task / blocks % heads, row = task / blocks / heads;

@@ -1,5 +1,5 @@
-// How attention over a ragged batch is cut into tasks. The cut depends on a row's own lengths alone, never on the number
-// of threads or on the other rows, and so does the order of every sum.
+// How attention over a ragged batch is cut into tasks. The cut depends on a row's own lengths alone, never on the
+// number of threads or on the other rows, and so does the order of every sum.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,9 @@ inline QueryPlan plan_queries(const RowRanges& rows, int64_t batch, int64_t head
       }
     }
   }
-  const auto cost = [](const QueryTile& tile) { return (tile.last - tile.first) * (tile.column_end - tile.column_begin); };
+  const auto cost = [](const QueryTile& tile) {
+    return (tile.last - tile.first) * (tile.column_end - tile.column_begin);
+  };
   std::stable_sort(plan.tiles.begin(), plan.tiles.end(), [&](const QueryTile& a, const QueryTile& b) {
     return cost(a) > cost(b);
   });

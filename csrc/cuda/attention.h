@@ -55,8 +55,8 @@ struct SplitWork {
   std::optional<Tensor> out, lse;  // memory of the partial results
 
   SplitWork(const LaunchScope& scope, const AttentionCall& call, int tile_rows, bool with_lse) : plan(call.unsplit()) {
-    // Enough blocks that the ones that end early leave room for others; the merge then still is a fraction of the work.
-    constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4;
+    // As many as the kernels' shared memory lets a multiprocessor hold at head dim 128: one wave of blocks of equal work.
+    constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 2;
     const int64_t tiles = divide_up(call.packed_rows(), tile_rows) * call.kv_heads(), batch = call.batch();
     const int64_t wanted = scope.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR;
     const int64_t most = batch * divide_up(call.max_kv, MIN_CHUNK_COLUMNS);
@@ -84,9 +84,9 @@ struct SplitWork {
   void merge(
       const LaunchScope& scope, const AttentionCall& call, const Packed<T>& result, const Packed<Acc<T>>& result_lse) const {
     if (!out) return;
-    const dim3 merge_grid(divide_up(call.packed_rows(), MERGE_WARPS), call.kv_heads(), call.batch());
+    const dim3 merge_grid(call.packed_rows(), call.kv_heads(), call.batch());
     scope.launch(
-        call.name, merge_slots_kernel<T>, merge_grid, MERGE_WARPS * 32, 0, plan, partials<Acc<T>>(call), result,
+        call.name, merge_slots_kernel<T>, merge_grid, MERGE_THREADS, 0, plan, partials<Acc<T>>(call), result,
         result_lse);
   }
 };

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) 
   with_storage_type("outs", outs.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     scope.launch(
-        "merge_states", merge_states_kernel<T>, dim3(divide_up(tokens * heads, MERGE_WARPS)), MERGE_WARPS * 32, 0,
+        "merge_states", merge_states_kernel<T>, dim3(divide_up(tokens * heads, MERGE_WARPS)), MERGE_THREADS, 0,
         trace<const T>(outs), trace<const Acc<T>>(lses), static_cast<T*>(out.data_ptr()),
         static_cast<Acc<T>*>(lse.data_ptr()), static_cast<int>(outs.size(0)), tokens, static_cast<int>(heads),
         static_cast<int>(dim));

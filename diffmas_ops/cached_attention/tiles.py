@@ -64,7 +64,7 @@ _FAMILY = {0: "interpreter", 80: "sm_80", 90: "sm_90", 100: "sm_90", 103: "sm_90
 
 
 def tile(kernel: str, like: torch.Tensor, rows: int) -> Tile:
-    """Tile of `kernel` ("forward", "queries", "columns") for `like [..., head_dim]` and up to `rows` query rows a row."""
+    """Tile of `kernel` ("forward", "queries", "columns") for `like [..., head_dim]` and up to `rows` query rows."""
     family = _FAMILY.get(architecture(like.device), "other")
     if family != "interpreter" and like.dtype == torch.float32:
         family = "float32"

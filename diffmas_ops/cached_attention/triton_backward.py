@@ -170,10 +170,13 @@ def token_kernel(
     grad = load_rows(grad_out, token * grad_t + head * grad_h, present, D, BLOCK_D, True)
     row_lse = tl.load(lse + token * lse_t + head, mask=present, other=float("inf"))
     row_delta = tl.load(delta + token * delta_t + head, mask=present, other=0.0)
-    tl.store(pending_q + row * pq_b + slot.to(tl.int64) * pq_p + head[:, None] * pq_h + d[None, :], queries, mask=inside)
-    tl.store(pending_grad + row * pg_b + slot.to(tl.int64) * pg_p + head[:, None] * pg_h + d[None, :], grad, mask=inside)
-    tl.store(pending_lse + row * pl_b + slot.to(tl.int64) * pl_p + head, row_lse, mask=g < G)
-    tl.store(pending_delta + row * pd_b + slot.to(tl.int64) * pd_p + head, row_delta, mask=g < G)
+    at_slot = slot.to(tl.int64)
+    to_q = pending_q + row * pq_b + at_slot * pq_p + head[:, None] * pq_h + d[None, :]
+    to_grad = pending_grad + row * pg_b + at_slot * pg_p + head[:, None] * pg_h + d[None, :]
+    tl.store(to_q, queries, mask=inside)
+    tl.store(to_grad, grad, mask=inside)
+    tl.store(pending_lse + row * pl_b + at_slot * pl_p + head, row_lse, mask=g < G)
+    tl.store(pending_delta + row * pd_b + at_slot * pd_p + head, row_delta, mask=g < G)
 
     if count > 0:
         total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)

@@ -12,7 +12,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def load_rows(pointer, offset, present, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """`[rows, BLOCK_D]` at `pointer + offset`, zero where a row is not `present` (looked at only if MASKED) or d ≥ D."""
+    """`[rows, BLOCK_D]` at `pointer + offset`, zero where (if MASKED) a row is not `present` and where d ≥ D."""
     d = tl.arange(0, BLOCK_D)
     at = pointer + offset[:, None] + d[None, :]
     if MASKED:

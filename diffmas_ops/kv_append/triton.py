@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
-_BLOCK_T = 64
+_TILE = 8192  # elements of k, and of v, that a program moves
 
 
 @triton.jit
@@ -42,12 +42,13 @@ def _copy(
 def _launch(k, v, keys, values, q_begin, q_end, starts, max_new, into_trace):
     batch, heads, _, head_dim = keys.shape
     # Two tile heights, not one per length: a new one is a compilation in the middle of somebody's training.
-    block = 1 if max_new == 1 else _BLOCK_T
+    block_d = triton.next_power_of_2(head_dim)
+    block = 1 if max_new == 1 else max(_TILE // block_d, 1)
     with launch_on(keys):
         _copy[triton.cdiv(max_new, block), heads, batch](
             k, v, keys, values, q_begin, q_end, starts,
             *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
-            D=head_dim, BLOCK_T=block, BLOCK_D=triton.next_power_of_2(head_dim), INTO_TRACE=into_trace,
+            D=head_dim, BLOCK_T=block, BLOCK_D=block_d, INTO_TRACE=into_trace,
             **LAUNCH_OPTIONS,
         )  # fmt: skip
 

@@ -128,11 +128,13 @@ class _Concat(torch.autograd.Function):
 
 def _angles(shift: Tensor, rotary: Rotary | None, acc: torch.dtype, like: KVTrace):
     """Cosines and sines `[n, B, R/2]` of the turns by `shift [n, B]` positions; None where nothing moves."""
-    if rotary is None or not shift.any():
+    if rotary is None:
         return None, None
     if rotary.inv_freq.dim() != 1 or 2 * rotary.inv_freq.numel() > like.head_dim:
         shape = tuple(rotary.inv_freq.shape)
         raise ValueError(f"rotary.inv_freq has shape {shape}; allowed: [R/2] with R ≤ {like.head_dim}, the head_dim")
+    if not shift.any():
+        return None, None
     angles = shift.to(like.device).double().unsqueeze(-1) * rotary.inv_freq.to(like.device).double()
     return angles.cos().to(acc), angles.sin().to(acc)
 

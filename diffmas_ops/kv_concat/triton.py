@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
-_BLOCK_C = 32
+_TILE = 4096  # elements of keys, and of values, that a program moves
 
 
 @triton.jit
@@ -64,14 +64,15 @@ def _launch(i, froms, tos, from_begin, to_begin, counts, cos, sin, interleaved, 
     layers, batch, heads, columns, head_dim = froms[0].shape
     columns = min(columns, tos[0].shape[3])
     half = 0 if cos is None else cos.shape[-1]
+    block_d = triton.next_power_of_2(head_dim)
+    block_c = max(_TILE // block_d, 1)
     with launch_on(froms[0]):
-        _move[triton.cdiv(columns, _BLOCK_C), batch * heads, layers](
+        _move[triton.cdiv(columns, block_c), batch * heads, layers](
             *froms, *tos, from_begin[i], to_begin[i], counts[i],
             None if cos is None else cos[i], None if sin is None else sin[i], heads,
             *(stride for tensor in (*froms, *tos) for stride in tensor.stride()[:4]),
             D=head_dim, HALF=half, INTERLEAVED=interleaved, BACKWARD=backward,
-            BLOCK_C=_BLOCK_C, BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_HALF=triton.next_power_of_2(max(half, 1)), **LAUNCH_OPTIONS,
+            BLOCK_C=block_c, BLOCK_D=block_d, BLOCK_HALF=triton.next_power_of_2(max(half, 1)), **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def _merge(
     partial = outs + token * outs_t + h[:, None] * outs_h + d
 
     highest = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    for s in range(sets):
+    for _ in range(sets):
         highest = tl.maximum(highest, tl.load(partial_lse, mask=h < heads, other=float("-inf")))
         partial_lse += lses_s
     # Without any key the differences below would be inf - inf.
@@ -31,7 +31,7 @@ def _merge(
     total = tl.zeros([BLOCK_H], tl.float32)
     merged = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     partial_lse = lses + token * lses_t + h
-    for s in range(sets):
+    for _ in range(sets):
         weight = tl.exp(tl.load(partial_lse, mask=h < heads, other=float("-inf")) - reference)
         counts = inside & (weight > 0)[:, None]
         merged += weight[:, None] * tl.load(partial, mask=counts, other=0.0).to(tl.float32)

@@ -34,7 +34,7 @@ void attend_narrow(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   T* q = pieces.take(NARROW * stride);
   T* out = pieces.take(NARROW * stride);
   T* scores = pieces.take(NARROW * NARROW_COLUMNS);
-  T* converted = pieces.take(STEP * stride);
+  T* spare = pieces.take(STEP * stride);
 
   for (int64_t r = 0; r < rows; ++r) {
     const QueryRow query = query_row(p, tile, tile.first + r);
@@ -42,9 +42,10 @@ void attend_narrow(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   }
   for (int64_t c = 0; c < columns; c += STEP) {
     const int64_t count = smaller(STEP, columns - c);
-    const auto keys = as_tile<true>(
-        p.keys.at(tile.row, tile.head, tile.column_begin + c), p.keys.column_stride, count, p.dim, converted);
-    dots(rows, count, scores + c, NARROW_COLUMNS, q, stride, keys.data, keys.stride, stride);
+    const S* keys = p.keys.at(tile.row, tile.head, tile.column_begin + c);
+    in_vectors(keys, p.keys.column_stride, count, p.dim, spare, [&](const auto* key_rows, int64_t key_stride) {
+      dots(rows, count, scores + c, NARROW_COLUMNS, q, stride, key_rows, key_stride, stride);
+    });
   }
 
   T maxima[NARROW], totals[NARROW];
@@ -69,10 +70,11 @@ void attend_narrow(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   fill(out, rows * stride, T(0));
   for (int64_t c = 0; c < columns; c += STEP) {
     const int64_t count = smaller(STEP, columns - c);
-    const auto values = as_tile<true>(
-        p.values.at(tile.row, tile.head, tile.column_begin + c), p.values.column_stride, count, p.dim, converted);
-    product<Into::Add, Left::RowMajor>(
-        rows, stride, out, stride, scores + c, NARROW_COLUMNS, values.data, values.stride, count);
+    const S* values = p.values.at(tile.row, tile.head, tile.column_begin + c);
+    in_vectors(values, p.values.column_stride, count, p.dim, spare, [&](const auto* value_rows, int64_t value_stride) {
+      product<Into::Add, Left::RowMajor>(
+          rows, stride, out, stride, scores + c, NARROW_COLUMNS, value_rows, value_stride, count);
+    });
   }
   for (int64_t r = 0; r < rows; ++r)
     write_result(p, tile, tile.first + r, out + r * stride, maxima[r], totals[r]);
@@ -167,9 +169,9 @@ void attend_panels(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   for (int64_t c = tile.column_begin; c < tile.column_end; c += STEP) {
     const int64_t columns = smaller(STEP, tile.column_end - c);
     const auto keys =
-        as_tile<false>(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
+        as_tile(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
     const auto values =
-        as_tile<false>(p.values.at(tile.row, tile.head, c), p.values.column_stride, columns, p.dim, value_rows);
+        as_tile(p.values.at(tile.row, tile.head, c), p.values.column_stride, columns, p.dim, value_rows);
     for (int64_t i = 0; i < count; ++i) panels[i].step(keys, values, c, columns, p.dim, scores);
   }
   for (int64_t i = 0; i < count; ++i) panels[i].end(p, tile, tile.first + i * width, row);

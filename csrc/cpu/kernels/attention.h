@@ -1,8 +1,8 @@
 // Pieces the attention kernels share.
 //
 // A panel is NV vectors of query rows (or of columns) side by side: element (i, lane) of a panel-shaped buffer is at
-// i * NV * W + lane. Softmax statistics are then plain vertical vector arithmetic, and the trace (or the queries) is read
-// in place, one broadcast element at a time.
+// i * NV * W + lane. Softmax statistics are then plain vertical vector arithmetic, and the trace (or the queries) is
+// read in place, one broadcast element at a time.
 #pragma once
 
 #include "cpu/kernels/gemm.h"

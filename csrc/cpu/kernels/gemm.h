@@ -1,5 +1,5 @@
-// Register-blocked products of small tiles. Every sum runs over k in ascending order, whatever the tile's other sizes, and
-// is added to what is there as a whole: long sums over many tiles are blocked sums, with their smaller rounding error.
+// Register-blocked products of small tiles. Every sum runs over k in ascending order, whatever the tile's other sizes,
+// and is added to what is there as a whole: long sums over many tiles are blocked sums, with less rounding error.
 #pragma once
 
 #include "cpu/kernels/simd.h"
@@ -10,13 +10,16 @@ namespace DIFFMAS_ISA {
 constexpr int ROWS = VECTOR_REGISTERS == 32 ? 8 : 6;
 constexpr int VECTORS = 2;
 
+// The right factor may be stored as S, another type than T that the sums are in: it is converted on its way into the
+// registers, which pays where it is read once.
+
 /// Whether element (i, k) of the left factor is a[i * lda + k] or a[k * lda + i].
 enum class Left { RowMajor, ColumnMajor };
 enum class Into { Overwrite, Add };
 
 /// c[i][0 .. NV * W) (+)= sum_k A(i, k) * b[k][0 .. NV * W) for i < M.
-template <Into INTO, Left LEFT, int M, int NV, class T>
-inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+template <Into INTO, Left LEFT, int M, int NV, class T, class S>
+inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
   Vec<T> sum[M][NV] = {};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < K; ++k) {
@@ -39,8 +42,8 @@ inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_
     }
 }
 
-template <Into INTO, Left LEFT, int M, int NV, class T>
-inline void block_of(int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+template <Into INTO, Left LEFT, int M, int NV, class T, class S>
+inline void block_of(int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
   if (rows == M) {
     block<INTO, LEFT, M, NV>(c, ldc, a, lda, b, ldb, K);
   } else if constexpr (M > 1) {
@@ -49,9 +52,9 @@ inline void block_of(int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, c
 }
 
 /// `rows` rows of one panel of NV vectors.
-template <Into INTO, Left LEFT, int NV, class T>
+template <Into INTO, Left LEFT, int NV, class T, class S>
 __attribute__((noinline)) void panel(
-    int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+    int64_t rows, T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
   const int64_t step = LEFT == Left::RowMajor ? lda : 1;
   int64_t i = 0;
   for (; i + ROWS <= rows; i += ROWS) block<INTO, LEFT, ROWS, NV>(c + i * ldc, ldc, a + i * step, lda, b, ldb, K);
@@ -59,17 +62,17 @@ __attribute__((noinline)) void panel(
 }
 
 /// c[rows][columns] (+)= A b, for `columns` a multiple of W.
-template <Into INTO, Left LEFT, class T>
+template <Into INTO, Left LEFT, class T, class S>
 inline void product(
-    int64_t rows, int64_t columns, T* c, int64_t ldc, const T* a, int64_t lda, const T* b, int64_t ldb, int64_t K) {
+    int64_t rows, int64_t columns, T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
   int64_t j = 0;
   for (; j + VECTORS * W<T> <= columns; j += VECTORS * W<T>)
     panel<INTO, LEFT, VECTORS>(rows, c + j, ldc, a, lda, b + j, ldb, K);
   for (; j < columns; j += W<T>) panel<INTO, LEFT, 1>(rows, c + j, ldc, a, lda, b + j, ldb, K);
 }
 
-template <int ROWS_X, int ROWS_Y, class T>
-inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t K) {
+template <int ROWS_X, int ROWS_Y, class T, class S>
+inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K) {
   Vec<T> sum[ROWS_X][4] = {};
   for (int64_t k = 0; k < K; k += W<T>) {
     Vec<T> right[ROWS_Y];
@@ -89,8 +92,8 @@ inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const T* y, i
   }
 }
 
-template <int ROWS_Y, class T>
-inline void dots_rows(int64_t rows_x, T* s, int64_t lds, const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t K) {
+template <int ROWS_Y, class T, class S>
+inline void dots_rows(int64_t rows_x, T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K) {
   constexpr int TOGETHER = VECTOR_REGISTERS == 32 ? 4 : 2;
   int64_t i = 0;
   for (; i + TOGETHER <= rows_x; i += TOGETHER)
@@ -99,9 +102,9 @@ inline void dots_rows(int64_t rows_x, T* s, int64_t lds, const T* x, int64_t ldx
 }
 
 /// s[i][j] = sum_k x[i][k] * y[j][k], for few rows x and K a multiple of W: nothing is transposed, y is read once.
-template <class T>
+template <class T, class S>
 inline void dots(
-    int64_t rows_x, int64_t rows_y, T* s, int64_t lds, const T* x, int64_t ldx, const T* y, int64_t ldy, int64_t K) {
+    int64_t rows_x, int64_t rows_y, T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K) {
   int64_t j = 0;
   for (; j + 4 <= rows_y; j += 4) dots_rows<4>(rows_x, s + j, lds, x, ldx, y + j * ldy, ldy, K);
   for (; j < rows_y; ++j) dots_rows<1>(rows_x, s + j, lds, x, ldx, y + j * ldy, ldy, K);

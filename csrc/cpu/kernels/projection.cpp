@@ -1,4 +1,4 @@
-// Products of a few rows with a large square weight, which is read once for every 4 * PROJECTION_ROWS of them.
+// Products of a few rows with a large square weight, which leaves memory once for every PROJECTION_ROWS of them.
 #include "cpu/kernels/attention.h"
 
 namespace diffmas {
@@ -10,17 +10,18 @@ void project(const Projection<S>& p, int64_t begin, int64_t end, Acc<S>* scratch
   using T = Acc<S>;
   const int64_t width = end - begin, stride = padded<T>(width);
   Pieces<T> pieces(scratch);
-  T* converted = pieces.take(PROJECTION_ROWS * stride);
+  T* spare = pieces.take(PROJECTION_ROWS * stride);
   T* y = pieces.take(PROJECTION_ROWS * stride);
   for (int64_t first = 0; first < p.rows; first += PROJECTION_ROWS) {
     const int64_t rows = smaller(PROJECTION_ROWS, p.rows - first);
     fill(y, rows * stride, T(0));
     for (int64_t k = 0; k < p.size; k += PROJECTION_ROWS) {
       const int64_t count = smaller(PROJECTION_ROWS, p.size - k);
-      const auto weight =
-          as_tile<true>(p.weight + k * p.weight_stride + begin, p.weight_stride, count, width, converted);
-      product<Into::Add, Left::RowMajor>(
-          rows, stride, y, stride, p.x + first * p.stride + k, p.stride, weight.data, weight.stride, count);
+      const S* weight = p.weight + k * p.weight_stride + begin;
+      in_vectors(weight, p.weight_stride, count, width, spare, [&](const auto* weight_rows, int64_t weight_stride) {
+        product<Into::Add, Left::RowMajor>(
+            rows, stride, y, stride, p.x + first * p.stride + k, p.stride, weight_rows, weight_stride, count);
+      });
     }
     for (int64_t r = 0; r < rows; ++r) write_row(p.y + (first + r) * p.stride + begin, y + r * stride, width);
   }
@@ -33,8 +34,10 @@ void project_transposed(const Projection<S>& p, int64_t begin, int64_t end, Acc<
   using T = Acc<S>;
   for (int64_t j = begin; j < end; j += together) {
     const int64_t count = smaller(together, end - j);
-    const auto weight = as_tile<true>(p.weight + j * p.weight_stride, p.weight_stride, count, p.size, scratch);
-    dots(p.rows, count, p.y + j, p.stride, p.x, p.stride, weight.data, weight.stride, padded<T>(p.size));
+    const S* weight = p.weight + j * p.weight_stride;
+    in_vectors(weight, p.weight_stride, count, p.size, scratch, [&](const auto* weight_rows, int64_t weight_stride) {
+      dots(p.rows, count, p.y + j, p.stride, p.x, p.stride, weight_rows, weight_stride, padded<T>(p.size));
+    });
   }
 }
 

@@ -35,8 +35,7 @@ void narrow(const QueryGradient<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   T* grad_q = pieces.take(NARROW * stride);
   T* scores = pieces.take(NARROW * STEP);
   T* grads = pieces.take(NARROW * STEP);
-  T* key_rows = pieces.take(STEP * stride);
-  T* value_rows = pieces.take(STEP * stride);
+  T* spare = pieces.take(STEP * stride);
   T lse[NARROW], delta[NARROW];
   int64_t positions[NARROW];
   for (int64_t r = 0; r < rows; ++r) {
@@ -49,18 +48,22 @@ void narrow(const QueryGradient<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   fill(grad_q, rows * stride, T(0));
   for (int64_t c = tile.column_begin; c < tile.column_end; c += STEP) {
     const int64_t count = smaller(STEP, tile.column_end - c);
-    const auto keys = as_tile<true>(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, count, p.dim, key_rows);
-    const auto values =
-        as_tile<true>(p.values.at(tile.row, tile.head, c), p.values.column_stride, count, p.dim, value_rows);
-    dots(rows, count, scores, STEP, q, stride, keys.data, keys.stride, stride);
-    dots(rows, count, grads, STEP, grad_out, stride, values.data, values.stride, stride);
+    const S *keys = p.keys.at(tile.row, tile.head, c), *values = p.values.at(tile.row, tile.head, c);
+    in_vectors(keys, p.keys.column_stride, count, p.dim, spare, [&](const auto* key_rows, int64_t key_stride) {
+      dots(rows, count, scores, STEP, q, stride, key_rows, key_stride, stride);
+    });
+    in_vectors(values, p.values.column_stride, count, p.dim, spare, [&](const auto* value_rows, int64_t value_stride) {
+      dots(rows, count, grads, STEP, grad_out, stride, value_rows, value_stride, stride);
+    });
     for (int64_t r = 0; r < rows; ++r) {
       T *s = scores + r * STEP, *g = grads + r * STEP;
       for (int64_t n = larger(0, smaller(count, positions[r] + 1 - c)); n < count; ++n) s[n] = -infinity<T>();
       for (int64_t n = 0; n < count; n += W<T>)
         store(g + n, exponential(load(s + n) - lse[r]) * (load(g + n) - delta[r]));
     }
-    product<Into::Add, Left::RowMajor>(rows, stride, grad_q, stride, grads, STEP, keys.data, keys.stride, count);
+    in_vectors(keys, p.keys.column_stride, count, p.dim, spare, [&](const auto* key_rows, int64_t key_stride) {
+      product<Into::Add, Left::RowMajor>(rows, stride, grad_q, stride, grads, STEP, key_rows, key_stride, count);
+    });
   }
   for (int64_t r = 0; r < rows; ++r) write_result(p, tile, tile.first + r, grad_q + r * stride);
 }
@@ -131,9 +134,9 @@ void wide(const QueryGradient<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   for (int64_t c = tile.column_begin; c < tile.column_end; c += STEP) {
     const int64_t columns = smaller(STEP, tile.column_end - c);
     const auto keys =
-        as_tile<false>(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
+        as_tile(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
     const auto values =
-        as_tile<false>(p.values.at(tile.row, tile.head, c), p.values.column_stride, columns, p.dim, value_rows);
+        as_tile(p.values.at(tile.row, tile.head, c), p.values.column_stride, columns, p.dim, value_rows);
     for (int64_t i = 0; i < count; ++i) panels[i].step(keys, values, c, columns, p.dim, scores, grads);
   }
   for (int64_t i = 0; i < count; ++i) {

@@ -35,16 +35,35 @@ struct Tile {
   int64_t stride;
 };
 
-/// `count` rows of `dim` elements: in place where they already have the type (and, for PAD, full vectors), otherwise
-/// converted into `scratch` [count, padded(dim)].
-template <bool PAD, class S>
-inline Tile<Acc<S>> as_tile(const S* source, int64_t stride, int64_t count, int64_t dim, Acc<S>* scratch) {
-  using T = Acc<S>;
-  if constexpr (std::is_same_v<S, T>)
-    if (!PAD || dim % W<T> == 0) return {source, stride};
-  const int64_t target_stride = padded<T>(dim);
+template <class S>
+inline Tile<Acc<S>> converted(const S* source, int64_t stride, int64_t count, int64_t dim, Acc<S>* scratch) {
+  const int64_t target_stride = padded<Acc<S>>(dim);
   for (int64_t i = 0; i < count; ++i) read_row(scratch + i * target_stride, source + i * stride, dim);
   return {scratch, target_stride};
+}
+
+/// `count` rows of `dim` elements: in place where they already have the type, otherwise converted into `scratch`
+/// [count, padded(dim)].
+template <class S>
+inline Tile<Acc<S>> as_tile(const S* source, int64_t stride, int64_t count, int64_t dim, Acc<S>* scratch) {
+  if constexpr (std::is_same_v<S, Acc<S>>) {
+    return {source, stride};
+  } else {
+    return converted(source, stride, count, dim, scratch);
+  }
+}
+
+/// Calls f(rows, stride) with rows that are readable in whole vectors, zero beyond `dim`: in place, as stored, where
+/// `dim` fills vectors, otherwise converted into `scratch` [count, padded(dim)].
+template <class S, class F>
+inline void in_vectors(
+    const S* source, int64_t stride, int64_t count, int64_t dim, Acc<S>* scratch, const F& f) {
+  if (dim % W<Acc<S>> == 0) {
+    f(source, stride);
+  } else {
+    const Tile<Acc<S>> tile = converted(source, stride, count, dim, scratch);
+    f(tile.data, tile.stride);
+  }
 }
 
 }  // namespace DIFFMAS_ISA

@@ -92,7 +92,8 @@ inline void store(BFloat16* p, Vec<float> v) {
 inline void store(Half* p, Vec<float> v) {
   using Bits = Lanes<float>::BitsVec;
   const Bits bits = bit_copy<Bits>(v), sign = bits & 0x80000000u, magnitude = bits ^ sign;
-  constexpr uint32_t overflow = (127 + 16) << 23, normal = 113u << 23, subnormal_shift = ((127 - 15) + (23 - 10) + 1) << 23;
+  constexpr uint32_t overflow = (127 + 16) << 23, normal = 113u << 23;
+  constexpr uint32_t subnormal_shift = ((127 - 15) + (23 - 10) + 1) << 23;
   const Bits special = magnitude > 0x7f800000u ? Bits{} + 0x7e00u : Bits{} + 0x7c00u;
   const Bits subnormal =
       bit_copy<Bits>(bit_copy<Vec<float>>(magnitude) + bit_copy<float>(subnormal_shift)) - subnormal_shift;

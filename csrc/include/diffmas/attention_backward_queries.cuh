@@ -29,6 +29,29 @@ struct QueriesArguments : AttentionInputs<T> {
   OwnColumnArguments<T> own;
 };
 
+/// lse times `unit`, and delta, of a tile's rows; a row that does not exist has lse = inf and so no probabilities. Writes delta
+/// out where it is asked for, from the blocks that see column 0. A warp takes a row at a time.
+template <class T>
+__device__ __forceinline__ void query_statistics(
+    const QueriesArguments<T>& a, const Work& work, int rows, Acc<T>* lse, Acc<T>* delta, Acc<T> unit) {
+  using A = Acc<T>;
+  const int lane = threadIdx.x % 32;
+  for (int r = threadIdx.x / 32; r < rows; r += blockDim.x / 32) {
+    A row_lse = INFINITY, row_delta = 0;
+    if (work.rows.valid(r)) {
+      const T *out = work.rows.at(a.out, r), *grad_out = work.rows.at(a.grad_out, r);
+      for (int d = lane; d < a.dim; d += 32) row_delta += accurate(out[d]) * accurate(grad_out[d]);
+      row_delta = warp_sum(row_delta);
+      row_lse = *work.rows.at(a.lse, r);
+      if (lane == 0 && work.first && a.delta.data != nullptr) *work.rows.at(a.delta, r) = row_delta;
+    }
+    if (lane == 0) {
+      lse[r] = row_lse * unit;
+      delta[r] = row_delta;
+    }
+  }
+}
+
 template <class T, int D, int ROW_WARPS>
 __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const QueriesArguments<T> a) {
   using Tiles = AttentionTiles<D, ROW_WARPS, 2>;
@@ -59,20 +82,7 @@ __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const Q
 #pragma unroll
   for (int tile = 0; tile < STAGES - 1; ++tile) copy(tile);
 
-  for (int r = warp; r < Tiles::ROWS; r += 4) {
-    float delta = 0, lse = INFINITY;
-    if (work.rows.valid(r)) {
-      const T *out = work.rows.at(a.out, r), *grad_out = work.rows.at(a.grad_out, r);
-      for (int d = lane; d < D; d += 32) delta += accurate(out[d]) * accurate(grad_out[d]);
-      delta = warp_sum(delta);
-      lse = *work.rows.at(a.lse, r);
-      if (lane == 0 && work.first && a.delta.data != nullptr) *work.rows.at(a.delta, r) = delta;
-    }
-    if (lane == 0) {
-      shared.lse[r] = lse * LOG2E;
-      shared.delta[r] = delta;
-    }
-  }
+  query_statistics(a, work, Tiles::ROWS, shared.lse, shared.delta, LOG2E);
   __syncthreads();
 
   const int own_rows[2] = {row_warp * 16 + lane / 4, row_warp * 16 + lane / 4 + 8};

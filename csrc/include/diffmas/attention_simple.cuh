@@ -131,15 +131,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_sim
   load_tile(q, ROWS, D, [&](int r) { return work.rows.at(a.q, r); }, valid_row);
   load_tile(grad_out, ROWS, D, [&](int r) { return work.rows.at(a.grad_out, r); }, valid_row);
   for (int i = threadIdx.x; i < ROWS * stride; i += SIMPLE_THREADS) grad_q[i] = 0;
-  __syncthreads();
-  for (int r = threadIdx.x; r < ROWS; r += SIMPLE_THREADS) {
-    lse[r] = INFINITY;
-    delta[r] = 0;
-    if (!valid_row(r)) continue;
-    lse[r] = *work.rows.at(a.lse, r);
-    for (int d = 0; d < D; ++d) delta[r] += accurate(work.rows.at(a.out, r)[d]) * grad_out[r * stride + d];
-    if (work.first && a.delta.data != nullptr) *work.rows.at(a.delta, r) = delta[r];
-  }
+  query_statistics(a, work, ROWS, lse, delta, A(1));
   for (int first = work.begin; first < work.end; first += COLUMNS) {
     const auto valid = [&](int c) { return first + c < work.end; };
     __syncthreads();

@@ -152,6 +152,13 @@ __device__ __forceinline__ A warp_sum(A x) {
   return x;
 }
 
+template <class A>
+__device__ __forceinline__ A warp_max(A x) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) x = max(x, __shfl_xor_sync(ALL_LANES, x, offset));
+  return x;
+}
+
 /// Reductions over the four lanes that hold one row of an accumulator fragment.
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
@@ -162,6 +169,9 @@ __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(ALL_LANES, x, 1);
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
+
+/// Elements of a head that a lane holds, dims lane, lane + 32, …, of head dims up to 256.
+constexpr int LANE_ELEMENTS = 8;
 
 DIFFMAS_HD int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,4 +1,4 @@
-// All address arithmetic of the kernels, CPU and CUDA, in 64 bits. Strides count elements; the last dimension has stride 1.
+// All address arithmetic of the kernels, CPU and CUDA, in 64 bits. Strides count elements; the last one is 1.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 #if defined(__CUDACC__)
 #define DIFFMAS_HD __host__ __device__ __forceinline__
 #else
-// Always inlined: the CPU kernels compile this header for several instruction sets, and an out-of-line copy of one could be
-// linked into another.
+// Always inlined: the CPU kernels compile this header for several instruction sets, and an out-of-line copy of one
+// could be linked into another.
 #define DIFFMAS_HD inline __attribute__((always_inline))
 #endif
 

@@ -22,9 +22,6 @@ struct OwnColumnArguments {
   Acc<T> scale;
 };
 
-/// Elements of a head a lane holds, of head dims up to 256.
-constexpr int LANE_ELEMENTS = 8;
-
 template <class T>
 __device__ __forceinline__ void load_lane(Acc<T> (&x)[LANE_ELEMENTS], const T* source, int dim) {
 #pragma unroll

@@ -178,7 +178,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product_simple_kernel(const P
       a.parts[a.part(blockIdx.y, first_row + own_row + r) + first_column + column] = y[r];
 }
 
-constexpr int FINISH_THREADS = 256;
+/// A block has a whole row, of which there are few.
+constexpr int FINISH_THREADS = 1024;
 
 /// Sum over the block, the same in all threads.
 template <class A>
@@ -193,17 +194,24 @@ __device__ __forceinline__ A block_sum(A x) {
   return total;
 }
 
-/// Rows of a product's parts, added up; or, without a product (`splits` 0), the rows themselves.
+/// Rows of a product given in parts; or, without a product (`splits` 0), the rows themselves.
 template <class T>
 struct ProductRows {
   ProductArguments<T> product;
   int splits;
 
-  __device__ __forceinline__ Acc<T> operator()(int row, int c) const {
+  /// Adds up the parts of an element and keeps the sum in the place of the first one.
+  __device__ __forceinline__ Acc<T> collect(int row, int c) const {
     if (splits == 0) return accurate(product.x.at(row)[c]);
     Acc<T> sum = 0;
+#pragma unroll 8
     for (int s = 0; s < splits; ++s) sum += product.parts[product.part(s, row) + c];
-    return sum;
+    return product.parts[product.part(0, row) + c] = sum;
+  }
+
+  /// An element that this thread has collected.
+  __device__ __forceinline__ Acc<T> operator()(int row, int c) const {
+    return splits == 0 ? accurate(product.x.at(row)[c]) : product.parts[product.part(0, row) + c];
   }
 };
 
@@ -215,7 +223,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) rescale_kernel(
   const int row = blockIdx.x, size = y.product.size;
   A square = 0;
   for (int c = threadIdx.x; c < size; c += FINISH_THREADS) {
-    const A x = y(row, c);
+    const A x = y.collect(row, c);
     square += x * x;
   }
   const A length = sqrt(block_sum(square)), scale = length > 0 ? target_norm / length : A(0);
@@ -237,7 +245,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) rescale_backward_kernel(
   const A scale = norm[row] > 0 ? target_norm / norm[row] : A(0);
   const A along = scale * (block_sum(dot) / target_norm / target_norm);
   for (int c = threadIdx.x; c < size; c += FINISH_THREADS) {
-    grad_hidden[int64_t(row) * size + c] = rounded<T>(scale * y(row, c) - along * y(below, c));
+    grad_hidden[int64_t(row) * size + c] = rounded<T>(scale * y.collect(row, c) - along * y.collect(below, c));
     if (grad_y != nullptr) grad_y[int64_t(row) * size + c] = scale * accurate(grad[c]) - along * accurate(out[c]);
   }
 }

@@ -1,0 +1,56 @@
+"""Shapes and dtypes of what the compiled operators return, for fake tensors, `torch.compile` and export.
+
+Imported once the library that defines the operators is loaded.
+"""
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+from diffmas_ops.dtypes import accumulation_dtype
+
+
+def _nothing(*args) -> None:
+    return None
+
+
+for _name in ("kv_append", "kv_concat", "kv_concat_backward", "cached_attention_backward_columns"):
+    register_fake(f"diffmas::{_name}", _nothing)
+
+
+@register_fake("diffmas::kv_gather")
+def _(keys: Tensor, values, q_begin, q_end, starts, max_new, total: int, dtype: torch.dtype):
+    shape = (total, keys.shape[1], keys.shape[3])
+    return keys.new_empty(shape, dtype=dtype), values.new_empty(shape, dtype=dtype)
+
+
+@register_fake("diffmas::latent_project")
+def _(hidden: Tensor, weight, target_norm):
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+
+
+@register_fake("diffmas::latent_project_backward")
+def _(grad_out, hidden: Tensor, weight: Tensor | None, out, norm: Tensor, target_norm, need_weight: bool):
+    needed = weight is not None and need_weight
+    return hidden.new_empty(hidden.shape), norm.new_empty(weight.shape if needed else 0)
+
+
+@register_fake("diffmas::cached_attention")
+def _(q: Tensor, k, v, keys, values, q_begin, q_end, starts, max_new, max_kv, scale):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
+
+
+@register_fake("diffmas::cached_attention_backward_queries")
+def _(grad_out, q: Tensor, out, lse: Tensor, keys, values, q_begin, q_end, starts, max_new, max_kv, scale):
+    return q.new_empty(q.shape), lse.new_empty(lse.shape)
+
+
+@register_fake("diffmas::cached_attention_backward_token")
+def _(grad_out, q: Tensor, out, lse, keys: Tensor, *rest):
+    of_keys = (q.shape[0], keys.shape[1], keys.shape[3])
+    return q.new_empty(q.shape), q.new_empty(of_keys), q.new_empty(of_keys)
+
+
+@register_fake("diffmas::merge_states")
+def _(outs: Tensor, lses: Tensor):
+    return outs.new_empty(outs.shape[1:]), lses.new_empty(lses.shape[1:])

@@ -1,0 +1,92 @@
+"""The CUDA kernels and launchers, compiled for the CPU by `tests/cuda_host` and tested like the CUDA library.
+
+Covered: the launchers (choice of kernel, grids, splits, shared-memory sizes within what compute capability 8.0 grants),
+index arithmetic, masks, tiling, pipelining depth, split and merge, deferred rows, and the exact lane-by-lane layout
+of `mma`, `ldmatrix` and shuffle operands as the PTX manual documents them. Threads and blocks run in permuted
+orders, asynchronous copies land only when waited for, and shared memory starts as NaN, so that a missing barrier or
+wait is likely to show.
+
+Not covered: that the GPU's instructions do what the manual says, true concurrency (races inside a warp between
+two barriers, memory ordering, blocks at once), the PTX wrappers in `device.cuh`, the approximation of `ex2`, fusing
+of multiplications and additions, register pressure, streams, graphs, devices, and every question of speed.
+"""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cases
+import pytest
+import test_triton as suite
+import torch
+from test_cuda import (  # noqa: F401
+    everything,
+    test_append_and_gather,
+    test_attention,
+    test_attention_in_float64,
+    test_concat,
+    test_concat_of_many_senders,
+    test_concat_of_overlapping_segments,
+    test_deferred_rows,
+    test_groups_of_heads,
+    test_head_dim_too_large,
+    test_head_dims,
+    test_latent_project,
+    test_merge_states,
+    test_senders_of_two_dtypes,
+    test_token_backward,
+    use,
+)
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+TORCH = Path(torch.__file__).parent
+
+
+@pytest.fixture(scope="session")
+def host_library(tmp_path_factory):
+    """The launchers and kernels under a namespace of their own; the schemas and registrations are the CPU library's."""
+    build = tmp_path_factory.mktemp("cuda_host")
+    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    flags = [
+        "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-U_FORTIFY_SOURCE",
+        "-Wall", "-Wno-unknown-pragmas", "-Werror", "-Ddiffmas=diffmas_cuda_host",
+        "-DTORCH_TARGET_VERSION=0x020B000000000000", "-isystem", TORCH / "include", "-I", ROOT / "tests/cuda_host",
+        "-I", ROOT / "csrc", "-I", ROOT / "csrc/include",
+    ]  # fmt: skip
+
+    def compile(source):
+        target = build / f"{source.name}.o"
+        subprocess.run(["g++", *flags, "-x", "c++", "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, sources))
+    subprocess.run(
+        ["g++", "-shared", "-o", build / "library.so", *objects, f"-L{TORCH / 'lib'}", "-ltorch_cpu"], check=True
+    )
+    torch.ops.load_library(build / "library.so")
+    return torch.ops.diffmas_cuda_host
+
+
+@pytest.fixture(autouse=True)
+def operators(host_library, monkeypatch):
+    for module in (cases, suite):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    # Few enough that small problems are unsplit as well as split.
+    monkeypatch.setenv("DIFFMAS_HOST_MULTIPROCESSORS", "12")
+    use(monkeypatch, host_library)
+    return host_library
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_order_of_threads_and_blocks(operators, monkeypatch, dtype):
+    """The same bits whatever the order in which threads and blocks take their turns."""
+    results = []
+    for seed in range(3):
+        monkeypatch.setenv("DIFFMAS_HOST_SEED", str(seed))
+        results.append(everything(operators, dtype))
+    for other in results[1:]:
+        assert all(map(suite.same, other, results[0]))

@@ -1,0 +1,123 @@
+"""`torch.library.opcheck` of every compiled operator: schema, mutation, fake tensors, AOT dispatch."""
+
+import pytest
+import torch
+from cases import RAGGED, Problem, indices, random
+
+from diffmas_ops import backends, library
+from diffmas_ops.cached_attention import reference as attention
+
+DEVICES = [device for device in ("cpu", "cuda") if library.failure(device) is None]
+OPERATORS = [name for functions in backends.OPERATORS.values() for name in functions]
+pytestmark = pytest.mark.skipif(not DEVICES, reason=str(library.failure("cpu")))
+
+
+def concat_plan(rotary, dtype):
+    begin, counts, dest = indices(0, 2, 1, 3), indices(5, 0, 2, 7), indices(0, 1, 5, 1)
+    angles = [random(2, 2, rotary // 2, dtype=dtype) for _ in range(2)] if rotary else [None, None]
+    return (*(x.view(2, 2) for x in (begin, counts, dest)), *angles, False)
+
+
+def samples():
+    """Arguments of every operator, several of a kind where it takes optional ones."""
+    problem, single = Problem(RAGGED["prefix"], torch.float32), Problem(RAGGED["some single"], torch.float32)
+    q, k, v, keys, values = (x.contiguous() for x in (problem.q, problem.k, problem.v, problem.keys, problem.values))
+    rows, sizes, case = problem.rows, problem.sizes, problem.case
+    grads = problem.grad_keys, problem.grad_values
+    yield "kv_append", (k, v, keys, values, *rows, case.max_new)
+    yield "kv_gather", (*grads, *rows, case.max_new, len(k), torch.float16)
+    sources = [[random(2, 2, 3, 11, 16, dtype=torch.float32) for _ in range(2)] for _ in range(2)]
+    traces = [random(2, 2, 3, 17, 16, dtype=torch.float32) for _ in range(2)]
+    for rotary in (None, 8):
+        yield "kv_concat", (*sources, *traces, *concat_plan(rotary, torch.float32))
+        yield "kv_concat_backward", (*traces, *sources, *concat_plan(rotary, torch.float32))
+    hidden, weight = random(3, 20, dtype=torch.float32), random(20, 20, dtype=torch.float32)
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    for w, need in ((None, False), (weight, False), (weight, True)):
+        yield "latent_project", (hidden, w, 1.5)
+        yield "latent_project_backward", (hidden, hidden, w, hidden, hidden.norm(dim=-1), 1.5, need)
+    yield "cached_attention", (q, k, v, keys, values, *rows, *sizes)
+    yield "cached_attention", (q, None, None, keys, values, *rows, *sizes)
+    out, lse = attention.cached_attention(q, None, None, keys, values, *rows, *sizes)
+    yield "cached_attention_backward_queries", (problem.grad, q, out, lse, keys, values, *rows, *sizes)
+    window = (torch.zeros_like(problem.column_end), problem.column_end)
+    yield (
+        "cached_attention_backward_columns",
+        (problem.grad, q, lse, lse, keys, values, *grads, *rows, *window, *sizes),
+    )
+    heads, dim, batch = single.case.heads, single.case.head_dim, len(single.case.new)
+    pending = [random(batch, 4, heads, *tail, dtype=torch.float32) for tail in ((dim,), (dim,), (), ())]
+    out, lse = attention.cached_attention(
+        single.q, None, None, single.keys, single.values, *single.rows, *single.sizes
+    )
+    yield (
+        "cached_attention_backward_token",
+        (
+            single.grad, single.q, out, lse, single.keys, single.values, single.grad_keys, single.grad_values,
+            *pending, 1, *single.rows, *single.sizes[1:],
+        ),
+    )  # fmt: skip
+    yield "merge_states", (random(3, 5, 2, 16, dtype=torch.float32), random(3, 5, 2, dtype=torch.float32))
+
+
+def finite(x):
+    """opcheck compares results: unclaimed tokens and unwritten columns hold numbers here, not poison."""
+    if isinstance(x, torch.Tensor) and x.is_floating_point():
+        return x.nan_to_num(0.5)
+    return type(x)(map(finite, x)) if isinstance(x, list | tuple) else x
+
+
+def moved(x, device):
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    return type(x)(moved(y, device) for y in x) if isinstance(x, list | tuple) else x
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_opcheck(operator, device):
+    if not library.has_kernel(operator, device):
+        pytest.skip(f"no {device} kernel is registered for {operator}")
+    checked = 0
+    for name, arguments in samples():
+        if name == operator:
+            torch.library.opcheck(getattr(torch.ops.diffmas, name).default, moved(finite(arguments), device))
+            checked += 1
+    assert checked, f"no sample for {operator}"
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_fake_matches_reference(operator):
+    """Fake outputs have the shapes, dtypes and strides of the reference's."""
+    from importlib import import_module
+
+    folder = next(f for f, functions in backends.OPERATORS.items() if operator in functions)
+    reference = getattr(import_module(f"diffmas_ops.{folder}.reference"), operator)
+    for name, arguments in samples():
+        if name != operator:
+            continue
+        arguments = finite(arguments)
+        with torch._subclasses.FakeTensorMode() as mode:
+            faked = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            fake = getattr(torch.ops.diffmas, operator)(*faked)
+        real = reference(*arguments)
+        pairs = zip(fake or (), real or (), strict=True)
+        assert all((f.shape, f.dtype, f.stride()) == (r.shape, r.dtype, r.stride()) for f, r in pairs)
+
+
+def test_compiled_graph_is_whole():
+    """An operator inside a compiled function breaks no graph; its mutation is seen."""
+    problem = Problem(RAGGED["few"], torch.float32)
+    if not library.has_kernel("cached_attention", problem.q.device.type):
+        pytest.skip("no kernel is registered for cached_attention")
+
+    def layer(q, k, v, keys, values, q_begin, q_end, starts):
+        out, _ = torch.ops.diffmas.cached_attention(q * 2, k, v, keys, values, q_begin, q_end, starts, *problem.sizes)
+        return out.sin(), keys.clone()
+
+    q, k, v, keys, values = (finite(x) for x in (problem.q, problem.k, problem.v, problem.keys, problem.values))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    got = compiled(q, k, v, torch.zeros_like(keys), torch.zeros_like(values), *problem.rows)
+    want = layer(q, k, v, torch.zeros_like(keys), torch.zeros_like(values), *problem.rows)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
