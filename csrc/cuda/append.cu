@@ -68,14 +68,14 @@ std::tuple<Tensor, Tensor> kv_gather(
   const Tensor k = new_tensor(keys, {total, heads, dim}, dtype), v = new_tensor(keys, {total, heads, dim}, dtype);
   if (total * heads * dim == 0) return {k, v};
   const LaunchScope scope(keys);
-  const bool vectors = dim % 8 == 0 && common_alignment({&keys, &values, &k, &v}) == 16;
+  const bool aligned = common_alignment({&keys, &values, &k, &v}) == 16;
   const RowRanges rows = row_ranges(q_begin, q_end, starts);
   with_storage_type("keys", keys.scalar_type(), [&](auto source) {
     using S = decltype(source);
     with_storage_type("dtype", dtype, [&](auto target) {
       using T = decltype(target);
       if constexpr (std::is_same_v<Acc<S>, Acc<T>>)
-        vectors ? launch_gather<S, T, 8>(scope, keys, values, k, v, rows)
+        aligned ? launch_gather<S, T, 16 / std::max(sizeof(S), sizeof(T))>(scope, keys, values, k, v, rows)
                 : launch_gather<S, T, 1>(scope, keys, values, k, v, rows);
     });
   });

@@ -24,13 +24,13 @@ struct Concatenation {
 
   int64_t half() const { return cos.has_value() ? cos->size(2) : 0; }
 
-  /// Whether heads fall into pairs of 8-element vectors that turn with each other, all 16-byte aligned.
-  bool vectors(size_t first, size_t last) const {
+  /// Whether heads fall into pairs of vectors of `elements` that turn with each other, all aligned.
+  bool vectors(size_t first, size_t last, int elements) const {
     int64_t alignment = common_alignment({&keys, &values});
     for (size_t i = first; i < last; ++i)
       alignment = std::min(alignment, common_alignment({&part_keys[i], &part_values[i]}));
     if (cos.has_value()) alignment = std::min(alignment, common_alignment({&*cos, &*sin}));
-    return alignment == 16 && keys.size(4) % 16 == 0 && half() % 8 == 0;
+    return alignment == 16 && keys.size(4) % (2 * elements) == 0 && half() % elements == 0;
   }
 
   /// Senders first … last - 1, all of type P.
@@ -64,8 +64,9 @@ struct Concatenation {
     a.interleaved = interleaved;
     const size_t shared = (a.senders * batch + 1) * sizeof(int);
     const dim3 grid(scope.multiprocessors() * (2048 / CONCAT_THREADS));
-    if (vectors(first, last))
-      scope.launch(name, concat_kernel<P, W, 8, BACKWARD>, grid, CONCAT_THREADS, shared, a, a.dim / 16);
+    constexpr int N = 16 / std::max(sizeof(P), sizeof(W));
+    if (vectors(first, last, N))
+      scope.launch(name, concat_kernel<P, W, N, BACKWARD>, grid, CONCAT_THREADS, shared, a, a.dim / (2 * N));
     else
       scope.launch(name, concat_kernel<P, W, 1, BACKWARD>, grid, CONCAT_THREADS, shared, a, (a.dim + 1) / 2);
   }

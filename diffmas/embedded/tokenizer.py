@@ -3,7 +3,7 @@
 Nothing is learned from data: the merges spell out the words below, so the same tokenizer comes out everywhere.
 """
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from diffmas.tasks.relay import SLOTS
@@ -11,6 +11,9 @@ from diffmas.tasks.relay import SLOTS
 USER, ASSISTANT, END, PAD = SPECIAL_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
 NUMBERS = tuple(str(number) for number in range(16))
 WORDS = ("Facts", "Recall", "What", " is", " the", " of", " and", " to", " in", " answer", " question", " value")
+
+# A slot with its value is one token: what it holds is then found by attending to it, in one layer.
+PIECES = r" ?[A-P](?:1[0-5]|\d)(?![\p{L}\p{N}])| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # A system message shares the user's turn: the base knows two speakers.
 CHAT_TEMPLATE = (
@@ -36,10 +39,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         for character in rest:
             merges.setdefault((prefix, character), prefix + character)
             prefix += character
+    # Behind the numbers' own merges, so that " A12" joins " A" and "12", never " A1" and "2".
+    merges |= {(f"Ġ{slot}", number): f"Ġ{slot}{number}" for slot in SLOTS for number in NUMBERS}
     vocabulary = {token: index for index, token in enumerate([*byte_tokens, *merges.values(), *SPECIAL_TOKENS])}
 
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(

@@ -1,6 +1,6 @@
 """Relay: one agent reads the evidence, another one answers a question about it.
 
-A row's evidence gives every slot a value (``A 7 B 12 C 0``) and its question names one slot (``Recall B``). Only the
+A row's evidence gives every slot a value (``A7 B12 C0``) and its question names one slot (``Recall B``). Only the
 sender's role sees the evidence and only the solver's role sees the question (``relay.yaml``), so an answer better than
 one in ``values`` is information that came through the latent channel.
 """
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 SLOTS = string.ascii_uppercase[:16]
 SPLITS = ("train", "eval")
-PAIR = re.compile(r"(\w+) (\d+)")
+PAIR = re.compile(r"([A-P])(\d+)")
 
 
 def question(slot: str) -> str:
@@ -26,7 +26,7 @@ def make_row(rng: random.Random, slots: Sequence[str], values: int) -> dict[str,
     drawn = [rng.randrange(values) for _ in slots]
     asked = rng.randrange(len(slots))
     return {
-        "evidence": " ".join(f"{slot} {value}" for slot, value in zip(slots, drawn, strict=True)),
+        "evidence": " ".join(f"{slot}{value}" for slot, value in zip(slots, drawn, strict=True)),
         "question": question(slots[asked]),
         "answer": str(drawn[asked]),
     }

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffmas_ops.backends import UnsupportedError
+
 #: Environment variable that insists on one of `ENGINES` instead of the first of `_preference` that can serve.
 VARIABLE = "DIFFMAS_FLASH_ENGINE"
 
@@ -58,15 +60,24 @@ class _Cpu(Engine):
 
 
 def choose(like: Tensor) -> Engine:
-    """The engine for tensors like `[..., head_dim]`; `LookupError` naming every refusal where there is none."""
+    """The engine for tensors like `[..., head_dim]`; `UnsupportedError` with every refusal where there is none."""
     if (name := os.environ.get(VARIABLE)) is not None and name not in ENGINES:
-        raise LookupError(f"{VARIABLE} is {name!r}; allowed: {', '.join(ENGINES)}")
+        raise UnsupportedError(f"{VARIABLE} is {name!r}; allowed: {', '.join(ENGINES)}")
     refusals = []
     for candidate in [name] if name is not None else _preference(like):
         if (reason := ENGINES[candidate].refusal(like)) is None:
             return ENGINES[candidate]
         refusals.append(f"{candidate}: {reason}")
-    raise LookupError("no flash-attention engine can serve; " + "; ".join(refusals))
+    raise UnsupportedError("no flash-attention engine can serve; " + "; ".join(refusals))
+
+
+def refusal(device: str, dtype: torch.dtype) -> str | None:
+    """Why no engine can run on `device` ("cpu", "cuda") in `dtype`, or None where one can."""
+    try:
+        choose(torch.empty(1, 64, dtype=dtype, device=device))
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _preference(like: Tensor) -> tuple[str, ...]:

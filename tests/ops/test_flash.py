@@ -22,6 +22,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffmas_ops.backends import UnsupportedError
 from diffmas_ops.cached_attention import flash, flash_engines
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import accumulation_dtype
@@ -159,11 +160,11 @@ def test_missing_package_says_what_to_install(engine, message, monkeypatch):
     class OnGpu:
         is_cuda, dtype, device, shape = True, torch.bfloat16, torch.device("cuda"), (1, 64)
 
-    with pytest.raises(LookupError, match=message):
+    with pytest.raises(UnsupportedError, match=message):
         flash_engines.choose(OnGpu())
 
 
 def test_unknown_engine(monkeypatch):
     monkeypatch.setenv(flash_engines.VARIABLE, "flash-attn-1")
-    with pytest.raises(LookupError, match="is 'flash-attn-1'; allowed: flash-attn-2, "):
+    with pytest.raises(UnsupportedError, match="is 'flash-attn-1'; allowed: flash-attn-2, "):
         flash_engines.choose(torch.empty(1, 64))

@@ -112,8 +112,7 @@ def test_relay_is_deterministic_and_held_out():
         item = first.eval[i]
         assert first.check(item["answer"], item["answer"]) and not first.check("", item["answer"])
         slot = item["question"].split()[-1].strip("?.")
-        pairs = item["evidence"].split()
-        assert pairs[pairs.index(slot) + 1] == item["answer"]
+        assert f"{slot}{item['answer']}" in item["evidence"].split()
 
 
 def test_prompts_name_what_is_missing():
@@ -149,8 +148,14 @@ def test_collator_packs_what_the_tokenizer_writes():
 
 def test_tokenizer_is_lossless():
     tokenizer = build_tokenizer()
-    for text in ("A 7 B 12 C 0", "Zoë’s 3½ ducks — 42 %\n\n  \tend", "日本語 🦆", "\\boxed{70{,}000}"):
+    for text in ("A7 B12 C0", "B123 AB1 A1b", "Zoë’s 3½ ducks — 42 %\n\n  \tend", "日本語 🦆", "\\boxed{70{,}000}"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_slot_with_its_value_is_one_token():
+    tokenizer = build_tokenizer()
+    assert tokenizer.tokenize(" A7 P15 B1.") == ["ĠA7", "ĠP15", "ĠB1", "."]
+    assert tokenizer.tokenize("Recall B") == ["Recall", "ĠB"] and tokenizer.tokenize("12") == ["12"]
 
 
 def test_pack_of_ragged_rows():
