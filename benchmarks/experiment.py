@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -32,8 +34,8 @@ class Contender:
     prepare: Callable[[], Any] = lambda: None
     read: Callable[[Any], tuple[Tensor, ...]] = tuple
     timed: bool = True
-    #: Further columns of the result, taken in a run of its own.
-    extra: Callable[[], dict[str, Any]] = dict
+    #: Entered around the run that is checked; yields a record that is complete on leaving it.
+    watch: Callable[[], AbstractContextManager[dict[str, int]]] = lambda: nullcontext({})
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Experiment:
         ours: the contender that speed-ups are of.
         implementations: contenders whose error is checked, `ours` included.
         plain: plain PyTorch in the same dtype, most welcome first; the first that runs is the yardstick.
-        exact: the result in float64, or in the best precision there is.
+        exact: the result in float64, or in the best precision there is; a name: that contender's own result.
         factor: errors up to this many times plain PyTorch's pass.
         tolerance: instead of `factor`, an absolute bound on the relative error.
     """
@@ -57,7 +59,7 @@ class Experiment:
     ours: str
     implementations: tuple[str, ...]
     plain: tuple[str, ...]
-    exact: Callable[[], tuple[Tensor, ...]]
+    exact: Callable[[], tuple[Tensor, ...]] | str
     factor: float = 2.0
     tolerance: float | None = None
     device: str = "cpu"
@@ -70,21 +72,23 @@ def measure(experiment: Experiment, *, seconds: float, clock: Clock, pedantic: C
     Raises:
         WrongResult: nothing is timed then.
     """
-    errors, reasons = _errors(experiment)
-    allowed = _check(experiment, errors, reasons)
-    racing = {n: c for n, c in experiment.contenders.items() if n in errors and c.timed}
-    order = sorted(racing, key=lambda name: name != experiment.ours)
-    timings = race({n: (racing[n].prepare, racing[n].run) for n in order}, clock, seconds=seconds, pedantic=pedantic)
+    checked = _run_all(experiment)
+    allowed = _check(experiment, checked)
+    racing = [n for n, c in experiment.contenders.items() if checked[n].errors is not None and c.timed]
+    racing.sort(key=lambda name: name != experiment.ours)
+    timings = race(
+        {n: (experiment.contenders[n].prepare, experiment.contenders[n].run) for n in racing}, clock,
+        seconds=seconds, round_seconds=sum(checked[n].seconds for n in racing), pedantic=pedantic,
+    )  # fmt: skip
     rows = []
-    for name, contender in experiment.contenders.items():
+    for name, one in checked.items():
         row: dict[str, Any] = {"name": name}
-        if name in reasons:
-            row["unavailable"] = reasons[name]
+        if one.errors is None:
+            row["unavailable"] = one.reason
         else:
-            row["errors"] = dict(zip(experiment.outputs, errors[name], strict=True))
+            row["errors"] = dict(zip(experiment.outputs, one.errors, strict=True))
         if name in timings:
-            row |= asdict(timings[name]) | contender.extra()
-            row["peak_bytes"] = peak_bytes(contender.run, contender.prepare(), experiment.device)
+            row |= asdict(timings[name]) | one.memory
         rows.append(row)
     return {
         "operator": experiment.operator,
@@ -110,42 +114,66 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return difference / float(exact.norm()) if difference else 0.0
 
 
-def _errors(experiment: Experiment) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Errors of every output of the contenders that ran, and why the others did not."""
-    exact = experiment.exact()
-    errors, reasons = {}, {}
+@dataclass
+class _Checked:
+    """What became of a contender: errors of its outputs and what it took, or the reason why it is out."""
+
+    errors: list[float] | None = None
+    reason: str = ""
+    seconds: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)
+
+
+def _run_all(experiment: Experiment) -> dict[str, _Checked]:
+    checked = {name: _Checked() for name in experiment.contenders}
+    if isinstance(experiment.exact, str):
+        exact = _run(experiment, experiment.exact, None, checked[experiment.exact])
+    else:
+        exact = experiment.exact()
     for name, contender in experiment.contenders.items():
         if isinstance(contender, str):
-            reasons[name] = contender
-            continue
-        try:
-            result = contender.read(contender.run(contender.prepare()))
-            errors[name] = [relative_error(a, e) for a, e in zip(result, exact, strict=True)]
-        except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:
-            if name in experiment.implementations:
-                raise
-            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        else:
-            if name not in experiment.implementations and max(errors[name]) > _OTHER_RESULT:
-                reasons[name] = f"wrong result: relative error {max(errors.pop(name)):.1e}"
-        result = None
-        gc.collect()
-        if experiment.device == "cuda":
-            torch.cuda.empty_cache()
-    return errors, reasons
+            checked[name].reason = contender
+        elif name != experiment.exact:
+            try:
+                _run(experiment, name, exact, checked[name])
+            except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:
+                if name in experiment.implementations:
+                    raise
+                checked[name].reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            gc.collect()
+            if experiment.device == "cuda":
+                torch.cuda.empty_cache()
+    return checked
 
 
-def _check(experiment: Experiment, errors: dict[str, list[float]], reasons: dict[str, str]) -> list[float]:
+def _run(experiment: Experiment, name: str, exact: tuple[Tensor, ...] | None, one: _Checked) -> tuple[Tensor, ...]:
+    """Fill `one` from a single run; without `exact`, its own result is."""
+    contender = experiment.contenders[name]
+    begin = time.perf_counter()
+    state = contender.prepare()
+    with contender.watch() as seen:
+        output, peak = peak_bytes(contender.run, state, experiment.device)
+    one.seconds = time.perf_counter() - begin
+    result = contender.read(output)
+    errors = [relative_error(a, e) for a, e in zip(result, exact or result, strict=True)]
+    if name not in experiment.implementations and max(errors) > _OTHER_RESULT:
+        one.reason = f"wrong result: relative error {max(errors):.1e}"
+    else:
+        one.errors, one.memory = errors, {"peak_bytes": peak, **seen}
+    return result
+
+
+def _check(experiment: Experiment, checked: dict[str, _Checked]) -> list[float]:
     if experiment.tolerance is not None:
         allowed = [experiment.tolerance] * len(experiment.outputs)
     else:
-        plain = next((name for name in experiment.plain if name in errors), None)
+        plain = next((name for name in experiment.plain if checked[name].errors is not None), None)
         if plain is None:
-            raise WrongResult(f"no plain PyTorch to compare with: {[reasons[n] for n in experiment.plain]}")
-        allowed = [experiment.factor * error for error in errors[plain]]
+            raise WrongResult(f"no plain PyTorch to compare with: {[checked[n].reason for n in experiment.plain]}")
+        allowed = [experiment.factor * error for error in checked[plain].errors]
     for name in experiment.implementations:
-        for output, error, most in zip(experiment.outputs, errors[name], allowed, strict=True):
-            if error > most:
+        for output, error, most in zip(experiment.outputs, checked[name].errors, allowed, strict=True):
+            if not error <= most:
                 where = f"{experiment.operator} {experiment.direction}, {experiment.case.label}"
                 raise WrongResult(f"{where}: error of {output} by {name} is {error:.2e}; allowed: {most:.2e}")
     return allowed

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -45,8 +46,7 @@ def build(case: Step, device: str) -> Experiment:
     def checkpointing() -> None:
         system.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def exact() -> tuple[Tensor, ...]:
-        # float32 is held to the peer's own numbers, anything less to the peer's in float32.
+    def in_float32() -> tuple[Tensor, ...]:
         wide = copy.deepcopy(twin).float().get_base_model()
         loss = peers.sequential_loss(wide, prompts, answer, case.latent)
         loss.backward()
@@ -66,7 +66,8 @@ def build(case: Step, device: str) -> Experiment:
         ours=OURS,
         implementations=(OURS, CHECKPOINTED),
         plain=(PEER,),
-        exact=exact,
+        # float32 is held to the peer's own numbers, anything less to the peer's in float32.
+        exact=PEER if dtype == torch.float32 else in_float32,
         factor=3.0,
         tolerance=1e-5 if dtype == torch.float32 else None,
         device=device,
@@ -84,15 +85,22 @@ def _contender(model, forward: Callable[[], Tensor], configure: Callable[[], Non
         loss.backward()
         return loss.detach()
 
-    def extra():
-        prepare()
-        return {"saved_bytes": saved_bytes(forward, model), "trace_bytes": trace_bytes}
+    @contextlib.contextmanager
+    def watch():
+        record = {"trace_bytes": trace_bytes}
+        with saved_bytes(model) as sizes:
+            yield record
+        record["saved_bytes"] = sum(sizes.values())
 
-    return Contender(run, prepare, lambda loss: (loss, _gradients(model)), extra=extra)
+    return Contender(run, prepare, lambda loss: (loss, _gradients(model)), watch=watch)
 
 
-def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
-    """Bytes that `forward` keeps for its backward, every storage once, the model's own weights left out."""
+@contextlib.contextmanager
+def saved_bytes(model: torch.nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes kept for the backward of what runs inside, by storage; the model's own weights are left out.
+
+    To count right, nothing may be freed before the last forward inside has ended: addresses come back.
+    """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -103,10 +111,7 @@ def saved_bytes(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        # Held until all is counted: freed storages' addresses come back.
-        loss = forward()
-    del loss
-    return sum(sizes.values())
+        yield sizes
 
 
 def _gradients(model: torch.nn.Module) -> Tensor:

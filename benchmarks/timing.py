@@ -77,11 +77,15 @@ def race(
     clock: Clock,
     *,
     seconds: float,
+    round_seconds: float,
     pedantic: Callable = repeat,
 ) -> dict[str, Timing]:
     """Time `run(prepare())` of every contender `(prepare, run)`, interleaved, for about `seconds` in all.
 
-    `prepare` is not timed. `pedantic`: pytest-benchmark's, which then also keeps the time of the first contender.
+    Args:
+        contenders: already run once; `prepare` is not timed.
+        round_seconds: what one lap of each takes, roughly.
+        pedantic: pytest-benchmark's, which then also keeps the time of the first contender.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     first, *others = contenders
@@ -98,12 +102,6 @@ def race(
     def target(state):
         samples[first].append(clock.seconds(contenders[first][1], state))
 
-    begin = time.perf_counter()
-    for name in contenders:
-        lap(name)
-    round_seconds = time.perf_counter() - begin
-    for laps in samples.values():
-        laps.clear()
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(seconds / round_seconds)))
     gc.collect()
     gc.disable()
@@ -114,23 +112,21 @@ def race(
     return {name: Timing.of(laps) for name, laps in samples.items()}
 
 
-def peak_bytes(run: Callable[[Any], Any], state: Any, device: str) -> int:
-    """Most memory `run(state)` held at once beyond what was held before it, in bytes."""
+def peak_bytes(run: Callable[[Any], Any], state: Any, device: str) -> tuple[Any, int]:
+    """`run(state)`, and the most memory it held at once beyond what was held before it, in bytes."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         result = run(state)
         torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
+        return result, torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run(state)
-    del result
-    # The allocator reports its running total with every event; torch has no public reader for them yet.
+    # torch has no public reader of allocations and releases in their order.
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return result, peak

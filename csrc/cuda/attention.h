@@ -30,10 +30,11 @@ struct AttentionCall {
         (int64_t(1) << 32) / (group() * group()), " with ", group(), " query heads per head of keys");
   }
 
-  bool tensor_cores(std::initializer_list<const Tensor*> others) const {
+  /// Whether the tensor-core kernels serve, which need `shared` bytes at head dim 256 (and 99 KB below).
+  bool tensor_cores(const LaunchScope& scope, int64_t shared, std::initializer_list<const Tensor*> others) const {
     const int64_t d = dim();
-    return (d == 64 || d == 96 || d == 128 || d == 256) && suits_tensor_cores({&q, &keys, &values}) &&
-           common_alignment(others) == 16;
+    return (d == 64 || d == 96 || d == 128 || (d == 256 && shared <= scope.shared_limit())) &&
+           suits_tensor_cores({&q, &keys, &values}) && common_alignment(others) == 16;
   }
 
   WorkPlan unsplit() const {
@@ -55,7 +56,7 @@ struct SplitWork {
   std::optional<Tensor> out, lse;  // memory of the partial results
 
   SplitWork(const LaunchScope& scope, const AttentionCall& call, int tile_rows, bool with_lse) : plan(call.unsplit()) {
-    // As many as the kernels' shared memory lets a multiprocessor hold at head dim 128: one wave of blocks of equal work.
+    // One wave of blocks of equal work; more would fit at some head dims.
     constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 2;
     const int64_t tiles = divide_up(call.packed_rows(), tile_rows) * call.kv_heads(), batch = call.batch();
     const int64_t wanted = scope.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR;

@@ -33,7 +33,7 @@ struct QueryGradient {
       scope.launch(call.name, kernel, work.grid, threads, shared, a);
       work.merge(scope, call, a.grad_q, Packed<A>{});
     };
-    if (call.tensor_cores({&grad_out, &out, &grad_q}))
+    if (call.tensor_cores(scope, sizeof(QueriesShared<Half, 256, 1>), {&grad_out, &out, &grad_q}))
       with_half_type(call.q.scalar_type(), [&](auto storage) {
         using T = decltype(storage);
         with_head_dim(call.dim(), [&](auto dim) {

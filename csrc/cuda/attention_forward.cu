@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> cached_attention(
   const Tensor lse = new_tensor(q, {q.size(0), q.size(1)}, accumulation_dtype("q", q.scalar_type()));
   if (call.empty()) return {out, lse};
   const LaunchScope scope(q);
-  const bool tensor_cores = call.tensor_cores({&out});
+  const bool tensor_cores = call.tensor_cores(scope, sizeof(ForwardShared<Half, 256, 1>), {&out});
   const bool appends = tensor_cores && k && max_new == 1;
   if (k && !appends) kv_append(*k, *v, keys, values, q_begin, q_end, starts, max_new);
 

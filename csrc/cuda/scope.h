@@ -26,15 +26,26 @@ class LaunchScope {
     return count;
   }
 
+  /// Most shared memory that a block can have, in bytes.
+  int64_t shared_limit() const {
+    int bytes = 0;
+    check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return bytes;
+  }
+
   /// Launches `kernel` with `shared` bytes of dynamic shared memory; `name` is the operator's, for the error.
   template <class... Parameters, class... Arguments>
   void launch(
       const char* name, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
       Arguments&&... arguments) const {
     // The driver grants more than this only where asked to.
-    if (shared > 48 * 1024)
+    if (shared > 48 * 1024) {
+      STD_TORCH_CHECK(
+          static_cast<int64_t>(shared) <= shared_limit(), name, " needs ", shared,
+          " bytes of shared memory a block with this head dim and dtype; this device has ", shared_limit());
       check(name, cudaFuncSetAttribute(
           kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+    }
     kernel<<<grid, threads, shared, stream>>>(std::forward<Arguments>(arguments)...);
     check(name, cudaGetLastError());
   }

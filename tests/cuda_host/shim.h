@@ -59,8 +59,13 @@ using std::sqrt;
 /// One block at a time.
 class HostBlock {
  public:
-  /// The least that a device this library supports offers (compute capability 8.0).
-  static constexpr size_t SHARED_LIMIT = 163 * 1024, STACK = 256 * 1024, GUARD = 4096;
+  static constexpr size_t SHARED_SIZE = 163 * 1024, STACK = 256 * 1024, GUARD = 4096;
+
+  /// What compute capability 8.0 grants a block; 8.6 and 8.9 have less.
+  static size_t shared_limit() {
+    const char* limit = std::getenv("DIFFMAS_HOST_SHARED_LIMIT");
+    return limit ? std::atoi(limit) : SHARED_SIZE;
+  }
 
   static HostBlock& instance() {
     static HostBlock block;
@@ -70,7 +75,7 @@ class HostBlock {
   unsigned char* shared() { return shared_; }
 
   void run(size_t shared_size, const std::function<void()>& kernel, std::mt19937& random) {
-    if (shared_size > SHARED_LIMIT) host_failure(std::to_string(shared_size) + " bytes of shared memory");
+    if (shared_size > shared_limit()) host_failure(std::to_string(shared_size) + " bytes of shared memory");
     std::memset(shared_, 0xff, shared_size);
     std::memset(shared_ + shared_size, 0x5a, GUARD);
     kernel_ = &kernel;
@@ -134,7 +139,7 @@ class HostBlock {
   };
   void copy(void* target, const void* source, int size, bool valid) {
     const auto address = static_cast<unsigned char*>(target);
-    if (address < shared_ || address + size > shared_ + SHARED_LIMIT) host_failure("a copy outside of shared memory");
+    if (address < shared_ || address + size > shared_ + SHARED_SIZE) host_failure("a copy outside of shared memory");
     if (reinterpret_cast<uintptr_t>(target) % size || (valid && reinterpret_cast<uintptr_t>(source) % size))
       host_failure("a misaligned copy");
     Copy copy{target, {}, size, current_->group};
@@ -206,7 +211,7 @@ class HostBlock {
     if (_setjmp(self->resumption) == 0) _longjmp(scheduler_, 1);
   }
 
-  alignas(128) unsigned char shared_[SHARED_LIMIT + GUARD];
+  alignas(128) unsigned char shared_[SHARED_SIZE + GUARD];
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<Warp> warps_;
   const std::function<void()>* kernel_ = nullptr;

@@ -21,8 +21,10 @@ import cases
 import pytest
 import test_triton as suite
 import torch
+from cases import Case
 from test_cuda import (  # noqa: F401
     everything,
+    sized,
     test_append_and_gather,
     test_attention,
     test_attention_in_float64,
@@ -79,6 +81,17 @@ def operators(host_library, monkeypatch):
     monkeypatch.setenv("DIFFMAS_HOST_MULTIPROCESSORS", "12")
     use(monkeypatch, host_library)
     return host_library
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("new", [1, 5])
+def test_devices_of_little_shared_memory(monkeypatch, new, head_dim, dtype):
+    """What compute capability 8.6 and 8.9 grant is enough, if need be for the simple kernels."""
+    monkeypatch.setenv("DIFFMAS_HOST_SHARED_LIMIT", str(99 * 1024))
+    case = sized(Case((new,), (140,)), head_dim, "more than a tile")
+    suite.check_forward(case, dtype)
+    suite.check_backward(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,9 +14,10 @@ struct ColumnTiles {
   /// registers. Both compute the scores.
   static constexpr int DIM_WARPS = D > 128 ? 2 : 1;
   static constexpr int COLUMNS = 64 / DIM_WARPS, DIMS = D / DIM_WARPS;
-  static constexpr int ROWS = D > 128 ? 32 : 64, STAGES = 2;
+  /// As many query rows as let two tiles of them lie in flight within 99 KB, beside K and V.
+  static constexpr int ROWS = D > 128 ? 16 : D == 128 ? 32 : 64, STAGES = 2;
   /// Fragments of eight query rows a warp handles at once.
-  static constexpr int STEP = 4;
+  static constexpr int STEP = ROWS < 32 ? 2 : 4;
   static constexpr int STRIDE = TILE_STRIDE<D>;
 };
 

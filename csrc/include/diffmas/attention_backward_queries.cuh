@@ -8,7 +8,7 @@ namespace diffmas {
 
 template <class T, int D, int ROW_WARPS>
 struct QueriesShared {
-  using Tiles = AttentionTiles<D, ROW_WARPS, 2>;
+  using Tiles = AttentionTiles<D, ROW_WARPS>;
   union alignas(128) {
     T columns[Tiles::STAGES][2][Tiles::COLUMNS * Tiles::STRIDE];
     float result[Tiles::COLUMN_WARPS][Tiles::ROWS][Tiles::RESULT_STRIDE];
@@ -54,7 +54,7 @@ __device__ __forceinline__ void query_statistics(
 
 template <class T, int D, int ROW_WARPS>
 __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const QueriesArguments<T> a) {
-  using Tiles = AttentionTiles<D, ROW_WARPS, 2>;
+  using Tiles = AttentionTiles<D, ROW_WARPS>;
   constexpr int STEP = Tiles::STEP, STAGES = Tiles::STAGES;
   using Shared = QueriesShared<T, D, ROW_WARPS>;
   DIFFMAS_SHARED(Shared, shared);

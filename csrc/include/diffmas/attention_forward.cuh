@@ -8,15 +8,15 @@ namespace diffmas {
 
 /// Four warps. ROW_WARPS = 1: all four share 16 query rows and take every fourth 16 columns; for few query rows, where
 /// reading K and V is the cost. ROW_WARPS = 4: each has 16 query rows of its own and takes all columns.
-template <int D, int ROW_WARPS, int OPERANDS>
+template <int D, int ROW_WARPS>
 struct AttentionTiles {
   static constexpr int THREADS = 128, COLUMN_WARPS = 4 / ROW_WARPS;
   static constexpr int ROWS = 16 * ROW_WARPS;
-  static constexpr int COLUMNS = ROW_WARPS == 4 && D > 128 ? 32 : 64;
+  static constexpr int COLUMNS = ROW_WARPS == 4 && D >= 128 ? 32 : 64;
   /// Fragments of eight columns a warp handles at once.
   static constexpr int STEP = ROW_WARPS == 4 ? 4 : 2;
-  /// As many tiles in flight as let two blocks share a multiprocessor of 227 KB, and at least two.
-  static constexpr int STAGES = ROW_WARPS == 4 || D > 128 ? 2 : D == 128 ? (OPERANDS == 1 ? 3 : 2) : D == 96 ? 3 : 4;
+  /// Tiles in flight: up to head dim 128 as many as the 99 KB hold that every device of compute capability 8.0 and up grants.
+  static constexpr int STAGES = ROW_WARPS == 4 || D >= 128 ? 2 : D == 96 ? 3 : 4;
   static constexpr int STRIDE = TILE_STRIDE<D>;
   /// Row length of the float32 results that the warps exchange at the end.
   static constexpr int RESULT_STRIDE = D + 4;
@@ -24,7 +24,7 @@ struct AttentionTiles {
 
 template <class T, int D, int ROW_WARPS>
 struct ForwardShared {
-  using Tiles = AttentionTiles<D, ROW_WARPS, 1>;
+  using Tiles = AttentionTiles<D, ROW_WARPS>;
   union alignas(128) {
     T columns[Tiles::STAGES][2][Tiles::COLUMNS * Tiles::STRIDE];
     float result[Tiles::COLUMN_WARPS][Tiles::ROWS][Tiles::RESULT_STRIDE];
@@ -86,7 +86,7 @@ __device__ __forceinline__ void copy_columns(
 
 template <class T, int D, int ROW_WARPS>
 __global__ void __launch_bounds__(128) attention_forward_kernel(const ForwardArguments<T> a) {
-  using Tiles = AttentionTiles<D, ROW_WARPS, 1>;
+  using Tiles = AttentionTiles<D, ROW_WARPS>;
   constexpr int STEP = Tiles::STEP, STAGES = Tiles::STAGES;
   using Shared = ForwardShared<T, D, ROW_WARPS>;
   DIFFMAS_SHARED(Shared, shared);

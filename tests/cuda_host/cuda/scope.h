@@ -15,6 +15,8 @@ class LaunchScope {
     return count ? std::atoi(count) : 2;
   }
 
+  int64_t shared_limit() const { return static_cast<int64_t>(HostBlock::shared_limit()); }
+
   template <class... Parameters, class... Arguments>
   void launch(
       const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Arguments&&... arguments) const {
