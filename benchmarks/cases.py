@@ -258,7 +258,7 @@ def operator_cases(device: str) -> list[Case]:
 def step_cases(device: str) -> list[Step]:
     """Training steps for `device`, most important first."""
     if device == "cpu":
-        return [FULL_STEP, *SMALL_STEPS]
+        return [*SMALL_STEPS, FULL_STEP]
     qwen3 = dict(layers=28, hidden=1024, intermediate=3072, heads=16, kv_heads=8, head_dim=128, vocab=32768)
     task = dict(agents=4, prompt=512, answer=128, dtype="bfloat16")
     return [

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -63,11 +64,16 @@ def run_cases(
 def check(results: Results, name: str, command: list[str], seconds: float) -> None:
     """Run a command of the build or the tests and keep how it ended."""
     begin = time.monotonic()
+    # A group of its own, so that a compiler started by the build ends with it.
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, seconds))
-        code, output = done.returncode, done.stdout + done.stderr
+        output, _ = process.communicate(timeout=max(1.0, seconds))
     except subprocess.TimeoutExpired:
-        code, output = None, f"not finished after {seconds:.0f} s"
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0] + f"\nnot finished after {seconds:.0f} s"
+    code = process.returncode
     entry = {"name": name, "returncode": code, "seconds": round(time.monotonic() - begin, 1), "tail": output[-2000:]}
     results.data["checks"].append(entry)
     results.save()

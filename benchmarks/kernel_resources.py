@@ -1,8 +1,8 @@
 """What the CUDA kernels occupy, by nvcc's own report: `python -m benchmarks.kernel_resources [--arch 80 90a] [--all]`.
 
 Needs nvcc and no GPU. Prints registers, shared memory, stack and spills of the kernels and how many blocks of each
-fit a multiprocessor. Fails where a hot kernel spills registers or has a stack frame; hot is everything but the
-`simple` kernels, which serve the types and head dims that the others do not.
+fit a multiprocessor. Fails where a hot kernel spills registers or has a stack frame; hot is everything but float64
+and the `simple` kernels, which serve the types and head dims that the others do not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHARED_STRUCTS = {
     "attention_backward_columns_kernel": ("ColumnsShared", 2, "attention_backward_columns"),
     "product_kernel": ("ProductShared", 2, "project"),
 }
-THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128}
+THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rescale": 1024}
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\S+)'.*?(?P<stack>\d+) bytes stack frame, "
@@ -56,7 +56,7 @@ class Kernel:
 
     @property
     def hot(self) -> bool:
-        return "_simple_" not in self.name
+        return "_simple_" not in self.name and "<double" not in self.name
 
     @property
     def threads(self) -> int:
@@ -119,7 +119,7 @@ def add_dynamic_shared(nvcc: str, kernels: list[Kernel], directory: Path) -> Non
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=["80", "90a"], choices=sorted(SHARED))
-    parser.add_argument("--all", action="store_true", help="list the simple kernels too")
+    parser.add_argument("--all", action="store_true", help="list the other kernels too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
     nvcc, failed = find_nvcc(), False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,6 +14,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks import peers
 from benchmarks.cases import Step
 from benchmarks.experiment import Contender, Experiment
+from benchmarks.memory import saved_bytes
 from diffmas.system import MultiAgentSystem
 from diffmas.topology import Agent, Topology
 
@@ -80,38 +81,24 @@ def _contender(model, forward: Callable[[], Tensor], configure: Callable[[], Non
         configure()
         model.zero_grad(set_to_none=True)
 
+    record: dict[str, int] | None = None
+
     def run(_):
-        loss = forward()
+        if record is None:
+            loss = forward()
+        else:
+            record["saved_bytes"], loss = saved_bytes(forward, model)
         loss.backward()
         return loss.detach()
 
     @contextlib.contextmanager
     def watch():
+        nonlocal record
         record = {"trace_bytes": trace_bytes}
-        with saved_bytes(model) as sizes:
-            yield record
-        record["saved_bytes"] = sum(sizes.values())
+        yield record
+        record = None
 
     return Contender(run, prepare, lambda loss: (loss, _gradients(model)), watch=watch)
-
-
-@contextlib.contextmanager
-def saved_bytes(model: torch.nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes kept for the backward of what runs inside, by storage; the model's own weights are left out.
-
-    To count right, nothing may be freed before the last forward inside has ended: addresses come back.
-    """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        yield sizes
 
 
 def _gradients(model: torch.nn.Module) -> Tensor:

@@ -69,8 +69,7 @@ struct SplitWork {
       out = new_tensor(call.q, {slots, call.kv_heads(), call.packed_rows(), call.dim()}, acc);
       if (with_lse) lse = new_tensor(call.q, {slots, call.kv_heads(), call.packed_rows()}, acc);
     }
-    grid = dim3(
-        divide_up(call.packed_rows(), tile_rows), call.kv_heads(), plan.slots > 0 ? plan.slots : static_cast<int>(batch));
+    grid = dim3(divide_up(call.packed_rows(), tile_rows), call.kv_heads(), plan.slots > 0 ? plan.slots : batch);
   }
 
   template <class A>
@@ -83,7 +82,8 @@ struct SplitWork {
 
   template <class T>
   void merge(
-      const LaunchScope& scope, const AttentionCall& call, const Packed<T>& result, const Packed<Acc<T>>& result_lse) const {
+      const LaunchScope& scope, const AttentionCall& call, const Packed<T>& result,
+      const Packed<Acc<T>>& result_lse) const {
     if (!out) return;
     const dim3 merge_grid(call.packed_rows(), call.kv_heads(), call.batch());
     scope.launch(

@@ -33,7 +33,8 @@ void cached_attention_backward_columns(
     scope.launch(call.name, kernel, grid, threads, shared, a);
   };
   // Accumulators are updated two neighbours at a time.
-  if (call.tensor_cores(scope, sizeof(ColumnsShared<Half, 256>), {&grad_out}) && common_alignment({&grad_keys, &grad_values}) >= 8)
+  if (call.tensor_cores(scope, sizeof(ColumnsShared<Half, 256>), {&grad_out}) &&
+      common_alignment({&grad_keys, &grad_values}) >= 8)
     with_half_type(q.scalar_type(), [&](auto storage) {
       using T = decltype(storage);
       with_head_dim(call.dim(), [&](auto dim) {

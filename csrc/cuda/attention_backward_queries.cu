@@ -80,7 +80,8 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
   check_backward_token(
       grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending_q, pending_grad, pending_lse, pending_delta,
       slot, q_begin, q_end, starts, max_kv);
-  const AttentionCall call{"cached_attention_backward_token", q, keys, values, q_begin, q_end, starts, 1, max_kv, scale};
+  const AttentionCall call{
+      "cached_attention_backward_token", q, keys, values, q_begin, q_end, starts, 1, max_kv, scale};
   call.check();
   const Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Tensor grad_k = new_tensor(q, {q.size(0), keys.size(1), q.size(2)}, q.scalar_type());

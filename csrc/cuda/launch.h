@@ -19,8 +19,8 @@ void with_storage_type(const char* name, ScalarType dtype, F f) {
   }
 }
 
-/// The largest power of two, up to 16, that divides every address of the last dimension's rows of these tensors and those
-/// rows' length, in bytes.
+/// The largest power of two, up to 16, that divides every address of the last dimension's rows of these tensors and
+/// those rows' length, in bytes.
 inline int64_t common_alignment(std::initializer_list<const Tensor*> tensors) {
   int64_t bits = 16;
   for (const Tensor* tensor : tensors) {

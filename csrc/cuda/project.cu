@@ -47,7 +47,8 @@ Product<T> multiply(
     }
   }
   scope.launch(
-      name, product_simple_kernel<T, TRANSPOSED>, grid, PRODUCT_THREADS, sizeof(SimpleProductShared<Acc<T>>), arguments);
+      name, product_simple_kernel<T, TRANSPOSED>, grid, PRODUCT_THREADS, sizeof(SimpleProductShared<Acc<T>>),
+      arguments);
   return {{arguments, splits}, parts};
 }
 

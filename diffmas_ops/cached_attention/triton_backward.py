@@ -23,7 +23,7 @@ def _walk_columns(
         v = load_rows(values, wide * values_c, present, D, BLOCK_D, MASKED)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
         if MASKED:
-            p = tl.where((column[None, :] <= position[:, None]) & present[None, :], p, 0.0)
+            p = tl.where(column[None, :] <= position[:, None], p, 0.0)
         grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision="ieee")

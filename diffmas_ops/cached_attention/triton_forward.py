@@ -28,7 +28,8 @@ def load_rows(pointer, offset, present, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 def query_block(q_begin, q_end, starts, splits, chunk, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which queries and columns this program of a `(blocks, kv heads * splits, rows)` grid works on.
 
-    Columns `first … unmasked - 1` are whole blocks that every query sees, `unmasked … last - 1` need the mask.
+    Columns `first … unmasked - 1` are whole blocks that every query sees, `unmasked … last - 1` need the mask. A
+    part is whole blocks (`chunk` is a multiple of BLOCK_N), so no block reaches into columns of the next one.
     """
     # The last queries see most: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -63,8 +64,7 @@ def _attend(
         k = load_rows(keys, wide * keys_c, present, D, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            visible = (column[None, :] <= position[:, None]) & present[None, :]
-            scores = tl.where(visible, scores, float("-inf"))
+            scores = tl.where(column[None, :] <= position[:, None], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         reference = new_highest
         if MASKED:

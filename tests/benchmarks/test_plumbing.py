@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
@@ -131,16 +132,6 @@ def test_step_agrees_and_saves_less(clock):
     assert saved[step.CHECKPOINTED] < saved[step.OURS] < saved[step.PEER]
 
 
-def test_saved_bytes_count_a_storage_once_and_no_weight():
-    layer = torch.nn.Linear(4, 4, bias=False)
-    x = torch.randn(3, 4, requires_grad=True)
-    with step.saved_bytes(layer) as sizes:
-        loss = (layer(x) * x.view(3, 4)).sum()
-    # x, which a view of it shares, and what the layer returned.
-    assert sum(sizes.values()) == nbytes(x, x)
-    loss.backward()
-
-
 def test_race_interleaves_and_prepares_every_lap(clock):
     log = []
     contenders = {
@@ -208,10 +199,17 @@ def test_a_suite_cut_off_leaves_what_it_has(tmp_path, clock):
     assert suite(tmp_path, {"a": fine}, deadline=1, clock=lambda: 0).data["complete"]
 
 
+def test_checks_are_recorded_and_end_in_time(tmp_path):
+    results = gpu_suite.Results(tmp_path)
+    gpu_suite.check(results, "fails", [sys.executable, "-c", "import sys; print('why'); sys.exit(3)"], 60)
+    gpu_suite.check(results, "hangs", ["sh", "-c", "sleep 600 & wait"], 1)
+    fails, hangs = json.loads((tmp_path / report.RESULTS_FILE).read_text())["checks"]
+    assert fails["returncode"] == 3 and "why" in fails["tail"]
+    assert hangs["returncode"] < 0 and "not finished after 1 s" in hangs["tail"]
+
+
 def test_report_of_a_folder(tmp_path, clock):
-    measures = {
-        c.label: lambda c=c: measure(operators.build(c, "forward", "cpu"), seconds=0, clock=clock) for c in TINY
-    }
+    measures = {str(c): lambda c=c: measure(operators.build(c, "forward", "cpu"), seconds=0, clock=clock) for c in TINY}
     suite(tmp_path, measures, deadline=1, clock=lambda: 0)
     text = report.write(tmp_path).read_text()
     assert text.count("←") == len(TINY) + 1  # one a case, and the legend

@@ -1,7 +1,8 @@
-// Runs the kernels of csrc/include/diffmas/*.cuh, and the launchers of csrc/cuda, on the CPU. A block's threads are fibers that
-// take turns at barriers and warp-wide instructions, in an order that DIFFMAS_HOST_SEED permutes, as it does the blocks'.
-// Tensor-core and matrix-load instructions work on the documented fragment layouts lane by lane; asynchronous copies land when
-// they are waited for, and not before; shared memory starts as NaN. What goes wrong aborts with a message.
+// Runs the kernels of csrc/include/diffmas/*.cuh, and the launchers of csrc/cuda, on the CPU. A block's threads are
+// fibers that take turns at barriers and warp-wide instructions, in an order that DIFFMAS_HOST_SEED permutes, as it
+// does the blocks'. Tensor-core and matrix-load instructions work on the documented fragment layouts lane by lane;
+// asynchronous copies land when they are waited for, and not before; shared memory starts as NaN. What goes wrong
+// aborts with a message.
 #pragma once
 
 #include <algorithm>

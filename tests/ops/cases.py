@@ -195,3 +195,12 @@ def logarithm_terms(lse: torch.Tensor) -> float:
 def score_terms(problem: Problem, delta: torch.Tensor) -> float:
     """A score's gradient is `P (dP - delta)`; with a single key both are equal and nothing is left of them."""
     return problem.case.scale * float(delta[problem.claimed].norm()) * problem.case.head_dim**0.5
+
+
+def check_delta(problem: Problem, out: torch.Tensor, delta: torch.Tensor) -> None:
+    """`delta` is the sum of products `out * grad`, which may cancel."""
+    mask, acc = problem.claimed, accumulation_dtype(problem.dtype)
+    plain = (out.to(acc) * problem.grad.to(acc)).sum(-1)[mask]
+    products = (out.double() * problem.grad.double())[mask]
+    terms = float(products.abs().sum(-1).norm())
+    assert_within("delta", delta[mask], plain, products.sum(-1), BACKWARD, terms)

@@ -14,6 +14,7 @@ from cases import (
     Problem,
     assert_within,
     cases,
+    check_delta,
     logarithm_terms,
     plain_backward,
     plain_forward,
@@ -83,8 +84,7 @@ def check(case, dtype, seed=0):
     for name, mine in (("grad_q", got_q), ("grad_q, fused", fused_q)):
         assert mine.dtype == dtype
         assert_within(name, mine[mask], plain_q[mask], best_q[mask], BACKWARD, terms)
-    want_delta = (low.double() * double.grad).sum(-1)
-    assert_within("delta", got_delta[mask], want_delta.to(acc)[mask], want_delta[mask], BACKWARD)
+    check_delta(problem, low, got_delta)
     for grads in (apart, together):
         for name, mine, theirs, exact_grad in zip(("grad_keys", "grad_values"), grads, plain, best, strict=True):
             assert_within(name, mine, theirs, exact_grad, BACKWARD, terms)

@@ -20,6 +20,7 @@ from cases import (
     Problem,
     assert_within,
     cases,
+    check_delta,
     indices,
     logarithm_terms,
     plain_backward,
@@ -45,9 +46,12 @@ from diffmas_ops.latent_project import triton as latent_triton
 from diffmas_ops.merge_states import reference as merge
 from diffmas_ops.merge_states import triton as merge_triton
 
-pytestmark = pytest.mark.skipif(
-    triton_device.refusal(DEVICE, torch.float32) is not None, reason=str(triton_device.refusal(DEVICE, torch.float32))
-)
+REFUSAL = triton_device.refusal(DEVICE, torch.float32)
+pytestmark = [
+    pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
+    # Merging the parts of tokens that no row claims computes with whatever memory held.
+    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning:triton.runtime.interpreter"),
+]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_case = pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
 
@@ -103,8 +107,7 @@ def check_backward(case, dtype, seed=0):
     assert grad_q.dtype == dtype and delta.dtype == acc and grad_q.is_contiguous()
     terms = score_terms(problem, exact_delta)
     assert_within("grad_q", grad_q[mask], plain_q[mask], exact_q[mask], BACKWARD, terms)
-    rounded_delta = (low_out.double() * double.grad).sum(-1)
-    assert_within("delta", delta[mask], rounded_delta.to(acc)[mask], rounded_delta[mask], BACKWARD)
+    check_delta(problem, low_out, delta)
     got = [problem.grad_keys.clone(), problem.grad_values.clone()]
     attention_triton.cached_attention_backward_columns(
         problem.grad, problem.q, low_lse, low_delta, problem.keys, problem.values, *got,

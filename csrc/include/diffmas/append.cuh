@@ -34,10 +34,12 @@ __device__ __forceinline__ int find_row(const RowRanges& rows, int batch, int64_
   return -1;
 }
 
-/// Grid: one block for each packed token. Elements move N at a time, `width` times per head, and change type on the way.
+/// Grid: one block for each packed token. Elements move N at a time, `width` times per head, and change type on the
+/// way.
 template <class S, class T, int N>
 __global__ void gather_kernel(
-    Trace<const S> keys, Trace<const S> values, Packed<T> k, Packed<T> v, RowRanges rows, int batch, int heads, int width) {
+    Trace<const S> keys, Trace<const S> values, Packed<T> k, Packed<T> v, RowRanges rows, int batch, int heads,
+    int width) {
   const int64_t token = blockIdx.x;
   const int row = find_row(rows, batch, token);
   const int64_t column = row < 0 ? 0 : int64_t(rows.starts[row]) + token - rows.begin[row];

@@ -25,7 +25,8 @@ struct AttentionInputs {
   Acc<T> scale;
 };
 
-/// Results of the slots before they are merged: out [slots, kv heads, packed rows, dim], lse [slots, kv heads, packed rows].
+/// Results of the slots before they are merged: out [slots, kv heads, packed rows, dim], lse [slots, kv heads, packed
+/// rows].
 template <class A>
 struct Partials {
   A *out, *lse;
@@ -36,7 +37,8 @@ struct Partials {
   }
 };
 
-/// Columns [begin, end) of one batch row; `slots` and `first_slot` are those of all the row's chunks. row = -1: nothing to do.
+/// Columns [begin, end) of one batch row; `slots` and `first_slot` are those of all the row's chunks. row = -1: nothing
+/// to do.
 struct Chunk {
   int row, begin, end, first_slot, slots;
 };
@@ -51,9 +53,9 @@ DIFFMAS_HD int visible_columns(const RowRanges& rows, int row) {
   return count > 0 ? static_cast<int>(rows.position(row, count)) : 0;
 }
 
-/// The chunk in `slot`, or, where slot < 0, the first chunk of `row`. All lanes of a warp call this together.
-/// Rows are cut into chunks of one size for the whole batch, chosen from the lengths on the device so that all chunks fit in
-/// the slots and long rows take more of them than short ones.
+/// The chunk in `slot`, or, where slot < 0, the first chunk of `row`. All lanes of a warp call this together. Rows are
+/// cut into chunks of one size for the whole batch, chosen from the lengths on the device so that all chunks fit in the
+/// slots and long rows take more of them than short ones.
 __device__ __forceinline__ Chunk find_chunk(const WorkPlan& plan, int slot, int row) {
   const int lane = threadIdx.x % 32;
   int64_t total = 0;
@@ -94,8 +96,8 @@ __device__ __forceinline__ Chunk find_chunk(const WorkPlan& plan, int slot, int 
   return {-1, 0, 0, 0, 0};
 }
 
-/// Query rows of one (batch row, kv head): packed row r is token r / group and query head r % group of the group, so that one
-/// read of K and V serves all of them. A tile starts at packed row `first`; r below counts within the tile.
+/// Query rows of one (batch row, kv head): packed row r is token r / group and query head r % group of the group, so
+/// that one read of K and V serves all of them. A tile starts at packed row `first`; r below counts within the tile.
 struct QueryRows {
   int64_t token, head;
   int start, first, count;
@@ -103,8 +105,8 @@ struct QueryRows {
 
   QueryRows() = default;
   __device__ __forceinline__ QueryRows(const WorkPlan& plan, int row, int kv_head, int first)
-      : token(plan.rows.begin[row]), head(int64_t(kv_head) * plan.group.value), start(plan.rows.starts[row]), first(first),
-        count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)), group(plan.group) {}
+      : token(plan.rows.begin[row]), head(int64_t(kv_head) * plan.group.value), start(plan.rows.starts[row]),
+        first(first), count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)), group(plan.group) {}
 
   DIFFMAS_HD bool valid(int r) const { return first + r < count; }
   DIFFMAS_HD int position(int r) const { return start + static_cast<int>(group.quotient(first + r)); }

@@ -1,5 +1,5 @@
-// cached_attention_backward_columns for 16-bit data: a block owns a tile of columns and streams the query rows past it, so that
-// dK and dV are summed in registers in a fixed order and each accumulator element is read and written once.
+// cached_attention_backward_columns for 16-bit data: a block owns a tile of columns and streams the query rows past it,
+// so that dK and dV are summed in registers in a fixed order and each accumulator element is read and written once.
 #pragma once
 
 #include "diffmas/attention.cuh"
@@ -10,8 +10,8 @@ namespace diffmas {
 template <int D>
 struct ColumnTiles {
   static constexpr int THREADS = 128;
-  /// Warps that share 16 columns, each summing an equal part of the head dims: 256 dims of dK and dV are more than one warp's
-  /// registers. Both compute the scores.
+  /// Warps that share 16 columns, each summing an equal part of the head dims: 256 dims of dK and dV are more than one
+  /// warp's registers. Both compute the scores.
   static constexpr int DIM_WARPS = D > 128 ? 2 : 1;
   static constexpr int COLUMNS = 64 / DIM_WARPS, DIMS = D / DIM_WARPS;
   /// As many query rows as let two tiles of them lie in flight within 99 KB, beside K and V.

@@ -29,8 +29,8 @@ struct QueriesArguments : AttentionInputs<T> {
   OwnColumnArguments<T> own;
 };
 
-/// lse times `unit`, and delta, of a tile's rows; a row that does not exist has lse = inf and so no probabilities. Writes delta
-/// out where it is asked for, from the blocks that see column 0. A warp takes a row at a time.
+/// lse times `unit`, and delta, of a tile's rows; a row that does not exist has lse = inf and so no probabilities.
+/// Writes delta out where it is asked for, from the blocks that see column 0. A warp takes a row at a time.
 template <class T>
 __device__ __forceinline__ void query_statistics(
     const QueriesArguments<T>& a, const Work& work, int rows, Acc<T>* lse, Acc<T>* delta, Acc<T> unit) {

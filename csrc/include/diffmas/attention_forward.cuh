@@ -15,7 +15,8 @@ struct AttentionTiles {
   static constexpr int COLUMNS = ROW_WARPS == 4 && D >= 128 ? 32 : 64;
   /// Fragments of eight columns a warp handles at once.
   static constexpr int STEP = ROW_WARPS == 4 ? 4 : 2;
-  /// Tiles in flight: up to head dim 128 as many as the 99 KB hold that every device of compute capability 8.0 and up grants.
+  /// Tiles in flight: up to head dim 128 as many as the 99 KB hold that every device of compute capability 8.0 and up
+  /// grants.
   static constexpr int STAGES = ROW_WARPS == 4 || D >= 128 ? 2 : D == 96 ? 3 : 4;
   static constexpr int STRIDE = TILE_STRIDE<D>;
   /// Row length of the float32 results that the warps exchange at the end.

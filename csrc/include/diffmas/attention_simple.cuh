@@ -1,5 +1,5 @@
-// The attention kernels for every other type and head dim: float32 and float64 exactly, plain multiply-adds on tiles in shared
-// memory. Work, splitting and results are those of the tensor-core kernels.
+// The attention kernels for every other type and head dim: float32 and float64 exactly, plain multiply-adds on tiles in
+// shared memory. Work, splitting and results are those of the tensor-core kernels.
 #pragma once
 
 #include "diffmas/attention_backward_columns.cuh"
@@ -12,7 +12,8 @@ constexpr int SIMPLE_ROWS = 16, SIMPLE_THREADS = 128;
 template <class T>
 constexpr int SIMPLE_COLUMNS = std::is_same_v<T, double> ? 8 : 16;
 
-/// f(m, n, sum over k of x(m, k) * y(n, k)) for m < M, n < N; a thread computes four m at once and so reads y once for them.
+/// f(m, n, sum over k of x(m, k) * y(n, k)) for m < M, n < N; a thread computes four m at once and so reads y once for
+/// them.
 template <class A, int M, class X, class Y, class F>
 __device__ __forceinline__ void tile_product(int N, int K, X x, Y y, F f) {
   for (int i = threadIdx.x; i < M / 4 * N; i += SIMPLE_THREADS) {
@@ -49,8 +50,8 @@ struct TileAllocator {
   }
 };
 
-/// Elements of shared memory the simple kernels need: `tiles` row tiles, `column_tiles` column tiles, two score tiles and
-/// three numbers per query row; at least what `own_column` needs.
+/// Elements of shared memory the simple kernels need: `tiles` row tiles, `column_tiles` column tiles, two score tiles
+/// and three numbers per query row; at least what `own_column` needs.
 template <class T>
 constexpr int64_t simple_shared_elements(int dim, int row_tiles, int column_tiles) {
   return (row_tiles * SIMPLE_ROWS + column_tiles * SIMPLE_COLUMNS<T>) * int64_t(dim + 1) +
@@ -112,7 +113,8 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_forward_simple_kerne
 }
 
 template <class T>
-__global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_simple_kernel(const QueriesArguments<T> a) {
+__global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_simple_kernel(
+    const QueriesArguments<T> a) {
   using A = Acc<T>;
   constexpr int ROWS = SIMPLE_ROWS, COLUMNS = SIMPLE_COLUMNS<T>, S = COLUMNS + 1;
   DIFFMAS_SHARED(A, shared);
@@ -124,7 +126,8 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_sim
   if (!work.find(a.plan, blockIdx.z - a.own.blocks, ROWS)) return;
   const int D = a.dim, stride = D + 1;
   TileAllocator<A> allocate{&shared, D};
-  A *q = allocate(ROWS), *grad_out = allocate(ROWS), *grad_q = allocate(ROWS), *k = allocate(COLUMNS), *v = allocate(COLUMNS);
+  A *q = allocate(ROWS), *grad_out = allocate(ROWS), *grad_q = allocate(ROWS);
+  A *k = allocate(COLUMNS), *v = allocate(COLUMNS);
   A *p = allocate.next, *grad = p + ROWS * S, *lse = grad + ROWS * S, *delta = lse + ROWS;
 
   const auto valid_row = [&](int r) { return work.rows.valid(r); };
@@ -165,7 +168,8 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_sim
 
 /// Grid: (tiles of SIMPLE_COLUMNS, kv heads, batch).
 template <class T>
-__global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_columns_simple_kernel(const ColumnsArguments<T> a) {
+__global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_columns_simple_kernel(
+    const ColumnsArguments<T> a) {
   using A = Acc<T>;
   constexpr int ROWS = SIMPLE_ROWS, COLUMNS = SIMPLE_COLUMNS<T>, S = COLUMNS + 1;
   DIFFMAS_SHARED(A, shared);

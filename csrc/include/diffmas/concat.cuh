@@ -1,4 +1,5 @@
-// kv_concat and its backward: all layers, heads, rows and senders in one launch, K and V together, keys rotated on the way.
+// kv_concat and its backward: all layers, heads, rows and senders in one launch, K and V together, keys rotated on the
+// way.
 #pragma once
 
 #include "diffmas/device.cuh"
@@ -20,8 +21,8 @@ struct Layers {
   }
 };
 
-/// Segment s = sender * batch + row is columns source_begin[s]… of the sender's row, and dest_begin[s]… of the row of the whole.
-/// P is the senders' element type, W that of the whole.
+/// Segment s = sender * batch + row is columns source_begin[s]… of the sender's row, and dest_begin[s]… of the row of
+/// the whole. P is the senders' element type, W that of the whole.
 template <class P, class W>
 struct ConcatArguments {
   Layers<P> part_keys[MAX_SENDERS], part_values[MAX_SENDERS];
@@ -52,8 +53,8 @@ __device__ __forceinline__ void prefix_sums(int* starts, const int32_t* counts, 
   if (lane == 0) starts[0] = 0;
 }
 
-/// Two vectors of N neighbouring elements of one head that are read together because elements of one turn with elements of the
-/// other. Half-split: dims p N… and half + p N…; interleaved, and beyond the rotated dims: 2 N neighbours.
+/// Two vectors of N neighbouring elements of one head that are read together because elements of one turn with elements
+/// of the other. Half-split: dims p N… and half + p N…; interleaved, and beyond the rotated dims: 2 N neighbours.
 template <class A, int N>
 struct ElementPair {
   int low, high, angle;
@@ -123,8 +124,8 @@ __device__ __forceinline__ void concat_pair(
   value.store(a.values.at(layer, row, head, dest), a.dim);
 }
 
-/// Segments of one sender's accumulators may overlap. The first one with a column adds what all of them owe to it, in their
-/// order; the others leave it.
+/// Segments of one sender's accumulators may overlap. The first one with a column adds what all of them owe to it, in
+/// their order; the others leave it.
 template <int N, class P, class W>
 __device__ __forceinline__ void concat_pair_backward(
     const ConcatArguments<P, W>& a, int layer, int head, int segment, int offset, int p) {
@@ -161,7 +162,8 @@ __device__ __forceinline__ void concat_pair_backward(
 /// Any grid: blocks draw tiles of CONCAT_COLUMNS columns in turn, over the columns that exist, counted on the device.
 /// Dynamic shared memory: segments + 1 integers. N elements move as one vector; `pairs` is how many pairs cover a head.
 template <class P, class W, int N, bool BACKWARD>
-__global__ void __launch_bounds__(CONCAT_THREADS) concat_kernel(const __grid_constant__ ConcatArguments<P, W> a, int pairs) {
+__global__ void __launch_bounds__(CONCAT_THREADS) concat_kernel(
+    const __grid_constant__ ConcatArguments<P, W> a, int pairs) {
   DIFFMAS_SHARED(int, first_start);
   int* starts = &first_start;
   const int segments = a.senders * a.batch;

@@ -1,5 +1,5 @@
-// Merging results over disjoint sets of columns: merge_states, and the slots of a split attention kernel. Sums run in a fixed
-// order.
+// Merging results over disjoint sets of columns: merge_states, and the slots of a split attention kernel. Sums run in a
+// fixed order.
 #pragma once
 
 #include "diffmas/attention.cuh"
@@ -20,8 +20,8 @@ __device__ __forceinline__ A merged_lse(int count, Lse lse) {
 
 constexpr int MERGE_WARPS = 4, MERGE_THREADS = MERGE_WARPS * 32;
 
-/// outs [sets, tokens, heads, dim] and lses [sets, tokens, heads]; a trace's row, head and column are here set, token and head.
-/// A warp for each token and head. Grid: divide_up(tokens * heads, MERGE_WARPS).
+/// outs [sets, tokens, heads, dim] and lses [sets, tokens, heads]; a trace's row, head and column are here set, token
+/// and head. A warp for each token and head. Grid: divide_up(tokens * heads, MERGE_WARPS).
 template <class T>
 __global__ void __launch_bounds__(MERGE_THREADS) merge_states_kernel(
     Trace<const T> outs, Trace<const Acc<T>> lses, T* out, Acc<T>* lse, int sets, int64_t tokens, int heads, int dim) {
@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_states_kernel(
   if (threadIdx.x % 32 == 0) lse[row] = merged;
 }
 
-/// Merges the slots of a split kernel into its output, weighted by their lse, or, where `lse` is null, by plain addition.
-/// Rows whose columns fit one slot are final already. A block for each row, its warps share the slots.
-/// Grid: (packed rows, kv heads, batch).
+/// Merges the slots of a split kernel into its output, weighted by their lse, or, where `lse` is null, by plain
+/// addition. Rows whose columns fit one slot are final already. A block for each row, its warps share the slots. Grid:
+/// (packed rows, kv heads, batch).
 template <class T>
 __global__ void __launch_bounds__(MERGE_THREADS) merge_slots_kernel(
     WorkPlan plan, Partials<Acc<T>> partials, Packed<T> out, Packed<Acc<T>> lse) {

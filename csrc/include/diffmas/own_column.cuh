@@ -1,5 +1,5 @@
-// The part of a single-token call's backward that is not dQ: it puts the call's queries on the pending list and reads out the
-// gradient of the call's own key and value.
+// The part of a single-token call's backward that is not dQ: it puts the call's queries on the pending list and reads
+// out the gradient of the call's own key and value.
 #pragma once
 
 #include "diffmas/attention.cuh"

@@ -1,5 +1,5 @@
-// latent_project and its backward: products with the weight, streamed once by many blocks that each take a part of its columns
-// and of the sum, and the row-wise kernels that finish them.
+// latent_project and its backward: products with the weight, streamed once by many blocks that each take a part of its
+// columns and of the sum, and the row-wise kernels that finish them.
 #pragma once
 
 #include "diffmas/tiles.cuh"
@@ -148,7 +148,8 @@ struct SimpleProductShared {
 template <class T, bool TRANSPOSED>
 __global__ void __launch_bounds__(PRODUCT_THREADS) product_simple_kernel(const ProductArguments<T> a) {
   using A = Acc<T>;
-  constexpr int ROWS = SIMPLE_PRODUCT_ROWS, DEPTH = SIMPLE_PRODUCT_DEPTH, OWN = ROWS * PRODUCT_COLUMNS / PRODUCT_THREADS;
+  constexpr int ROWS = SIMPLE_PRODUCT_ROWS, DEPTH = SIMPLE_PRODUCT_DEPTH;
+  constexpr int OWN = ROWS * PRODUCT_COLUMNS / PRODUCT_THREADS;
   DIFFMAS_SHARED(SimpleProductShared<A>, shared);
   const int first_row = blockIdx.z * ROWS, first_column = blockIdx.x * PRODUCT_COLUMNS;
   const int column = threadIdx.x % PRODUCT_COLUMNS, own_row = threadIdx.x / PRODUCT_COLUMNS * OWN;
@@ -231,9 +232,9 @@ __global__ void __launch_bounds__(FINISH_THREADS) rescale_kernel(
   for (int c = threadIdx.x; c < size; c += FINISH_THREADS) out[int64_t(row) * size + c] = rounded<T>(y(row, c) * scale);
 }
 
-/// With u = out / target_norm and s = target_norm / norm, dy = s (g - u (u·g)). `y` holds the rows of g W^T, and under them those
-/// of out W^T, so that no operand of the product was rounded; or g and out themselves.
-/// Writes dy W^T and, where `grad_y` is not null, dy. Grid: rows.
+/// With u = out / target_norm and s = target_norm / norm, dy = s (g - u (u·g)). `y` holds the rows of g W^T, and under
+/// them those of out W^T, so that no operand of the product was rounded; or g and out themselves. Writes dy W^T and,
+/// where `grad_y` is not null, dy. Grid: rows.
 template <class T>
 __global__ void __launch_bounds__(FINISH_THREADS) rescale_backward_kernel(
     ProductRows<T> y, const Acc<T>* norm, Acc<T> target_norm, T* grad_hidden, Acc<T>* grad_y) {

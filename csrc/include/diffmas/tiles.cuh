@@ -25,8 +25,8 @@ __device__ __forceinline__ void copy_tile(T* tile, Source source, Valid valid) {
   }
 }
 
-/// s [16, 8 N] += a b^T over DIMS dims, for 16 rows of tile `a` and 8 N rows of tile `b`, both of row length D and from the
-/// elements pointed to; s[j] is the fragment of columns 8j….
+/// s [16, 8 N] += a b^T over DIMS dims, for 16 rows of tile `a` and 8 N rows of tile `b`, both of row length D and from
+/// the elements pointed to; s[j] is the fragment of columns 8j….
 template <int D, int DIMS, int N, class T>
 __device__ __forceinline__ void add_row_products(float (&s)[N][4], const T* a, const T* b) {
   const int lane = threadIdx.x % 32;
@@ -56,7 +56,8 @@ __device__ __forceinline__ void multiply_rows(float (&s)[N][4], const T* a, cons
   add_row_products<D, D>(s, a, b);
 }
 
-/// o [16, N] += p b for 16 rows of tile `b` of row length D, from its element pointed to; o[j] is the fragment of dims 8j….
+/// o [16, N] += p b for 16 rows of tile `b` of row length D, from its element pointed to; o[j] is the fragment of dims
+/// 8j….
 template <int D, int N, class T>
 __device__ __forceinline__ void accumulate_rows(float (&o)[N / 8][4], const uint32_t (&p)[4], const T* b) {
   const int lane = threadIdx.x % 32;

@@ -19,7 +19,8 @@ class LaunchScope {
 
   template <class... Parameters, class... Arguments>
   void launch(
-      const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared, Arguments&&... arguments) const {
+      const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
+      Arguments&&... arguments) const {
     host_launch(kernel, grid, threads, shared, arguments...);
   }
 };
