@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from diffmas_ops import library
+from diffmas_ops import library, triton_device
 
 #: Functions of each operator, by the folder that holds them.
 OPERATORS = {
@@ -27,10 +27,13 @@ OPERATORS = {
     "merge_states": ("merge_states",),
 }
 
-#: Per device type, the implementations `auto` tries in order.
-AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
+#: Per device type, the implementations `auto` tries in order: for what is bound by memory, and for the work of
+#: multi-token calls in `cached_attention` (the flush of deferred rows included), which is bound by matmul.
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+AUTO_MANY = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
-IMPLEMENTATIONS = ("reference", "cpu", "cuda")
+#: "flash" is multi-token attention through flash-attention packages; for everything else it means `auto`.
+IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton", "flash")
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -43,6 +46,12 @@ def refusal(implementation: str, operator: str, device: str, dtype: torch.dtype)
     """Why `implementation` cannot run `operator` on `device` ("cpu", "cuda") in `dtype`, or None where it can."""
     if implementation == "reference":
         return None
+    if implementation == "triton":
+        return triton_device.refusal(device, dtype)
+    if implementation == "flash":
+        from diffmas_ops.cached_attention import flash_engines
+
+        return flash_engines.refusal(device, dtype)
     if device != implementation:
         return f"it runs on {implementation} tensors only, not on {device}"
     if (reason := library.failure(implementation)) is not None:
@@ -54,13 +63,15 @@ def refusal(implementation: str, operator: str, device: str, dtype: torch.dtype)
 
 
 @lru_cache(maxsize=256)
-def resolve(operator: str, implementation: str, device: str, dtype: torch.dtype) -> str:
+def resolve(operator: str, implementation: str, device: str, dtype: torch.dtype, many: bool = False) -> str:
     """Name of the implementation that will run: the request itself, or the first of `AUTO` that can serve.
+
+    `many`: it is for a multi-token call of `cached_attention`.
 
     Raises `ValueError` for an unknown name and `UnsupportedError` where an explicit request cannot be served.
     """
-    if implementation == "auto":
-        for name in AUTO.get(device, ("reference",)):
+    if implementation == "auto" or (implementation == "flash" and not many):
+        for name in (AUTO_MANY if many else AUTO).get(device, ("reference",)):
             if refusal(name, operator, device, dtype) is None:
                 return name
     if implementation not in IMPLEMENTATIONS:
@@ -72,13 +83,16 @@ def resolve(operator: str, implementation: str, device: str, dtype: torch.dtype)
 
 
 @lru_cache(maxsize=256)
-def _functions(operator: str, implementation: str, device: str, dtype: torch.dtype) -> Any:
-    name = resolve(operator, implementation, device, dtype)
+def _functions(operator: str, implementation: str, device: str, dtype: torch.dtype, many: bool) -> Any:
+    name = resolve(operator, implementation, device, dtype, many)
     if name in ("cpu", "cuda"):
         return torch.ops.diffmas
     return importlib.import_module(f"diffmas_ops.{operator}.{name}")
 
 
-def functions(operator: str, like: torch.Tensor, implementation: str = "auto") -> Any:
-    """Namespace of `operator`'s functions for tensors of the device and dtype of `like`."""
-    return _functions(operator, implementation, like.device.type, like.dtype)
+def functions(operator: str, like: torch.Tensor, implementation: str = "auto", *, many: bool = False) -> Any:
+    """Namespace of `operator`'s functions for tensors of the device and dtype of `like`.
+
+    `many`: for a multi-token call of `cached_attention`, or its deferred rows together.
+    """
+    return _functions(operator, implementation, like.device.type, like.dtype, many)

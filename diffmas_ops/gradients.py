@@ -82,7 +82,7 @@ class TraceGradients:
             return
         keys, values, grad_keys, grad_values = self._layer(layer)
         q_begin, q_end, starts = pending.ranges()
-        ops = backends.functions("cached_attention", pending.q, self._implementation)
+        ops = backends.functions("cached_attention", pending.q, self._implementation, many=True)
         ops.cached_attention_backward_columns(
             pending.grad.flatten(0, 1), pending.q.flatten(0, 1), pending.lse.flatten(0, 1),
             pending.delta.flatten(0, 1), keys, values, grad_keys, grad_values, q_begin, q_end, starts,
@@ -93,14 +93,18 @@ class TraceGradients:
         self.flush(layer, call.ends, call.max_kv)
         keys, values, grad_keys, grad_values = self._layer(layer)
         rows = (call.q_begin, call.q_end, call.starts)
-        ops = backends.functions("cached_attention", q, self._implementation)
-        grad_q, delta = ops.cached_attention_backward_queries(
-            grad_out, q, out, lse, keys, values, *rows, call.max_new, call.max_kv, scale
-        )
-        ops.cached_attention_backward_columns(
-            grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows,
-            self.frozen, call.ends, call.max_new, call.max_kv, scale,
-        )  # fmt: skip
+        ops = backends.functions("cached_attention", q, self._implementation, many=True)
+        sizes, columns = (call.max_new, call.max_kv, scale), (self.frozen, call.ends)
+        if (together := getattr(ops, "cached_attention_backward", None)) is not None:
+            grads = (keys, values, grad_keys, grad_values)
+            grad_q = together(grad_out, q, out, lse, *grads, *rows, *columns, *sizes)
+        else:
+            grad_q, delta = ops.cached_attention_backward_queries(
+                grad_out, q, out, lse, keys, values, *rows, *sizes
+            )
+            ops.cached_attention_backward_columns(
+                grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, *columns, *sizes
+            )
         gather = backends.functions("kv_append", grad_keys, self._implementation).kv_gather
         return grad_q, *gather(grad_keys, grad_values, *rows, call.max_new, q.shape[0], q.dtype)
 

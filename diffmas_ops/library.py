@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -43,3 +44,8 @@ def failure(device: str) -> str | None:
 def has_kernel(function: str, device: str) -> bool:
     """Whether `torch.ops.diffmas.<function>` has a kernel for `device` ("cpu" or "cuda")."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas::{function}", device.upper())
+
+
+if failure("cpu") is None:
+    # The operators are defined now; their fake implementations can be registered.
+    importlib.import_module("diffmas_ops.fake")

@@ -52,12 +52,12 @@ def conversation(rng: random.Random) -> str:
 def make_model(tokenizer: PreTrainedTokenizerBase, **overrides) -> Qwen3ForCausalLM:
     """An untrained base, float32."""
     shape = {
-        "hidden_size": 128,
+        "hidden_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "head_dim": 64,
-        "intermediate_size": 384,
+        "intermediate_size": 192,
         "initializer_range": 0.05,
     }
     return Qwen3ForCausalLM(
@@ -111,7 +111,7 @@ def pretrain(model, tokenizer, steps: int, batch: int, learning_rate: float, rng
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write model and tokenizer to")
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -10,6 +10,8 @@ from diffmas_ops import backends
 from diffmas_ops.trace import Call
 
 
+# Dynamo would specialise on the call handle and compile anew for every call.
+@torch.compiler.disable
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, *, layer: int, scale: float | None = None) -> Tensor:
     """Append `k, v` to the trace and attend: query token at position p of a row sees its columns 0 … p.
 
@@ -43,7 +45,8 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, call: Call, *, layer: int,
 
 def _forward(q, k, v, call, layer, scale):
     keys, values = call.storage.keys[layer], call.storage.values[layer]
-    return backends.functions("cached_attention", q, call.implementation).cached_attention(
+    many = call.run is None
+    return backends.functions("cached_attention", q, call.implementation, many=many).cached_attention(
         q, k, v, keys, values, call.q_begin, call.q_end, call.starts, call.max_new, call.max_kv, scale
     )
 

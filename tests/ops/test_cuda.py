@@ -42,7 +42,12 @@ def sized(case, head_dim, heads="gqa"):
     return replace(case, head_dim=head_dim, heads=query_heads, kv_heads=kv_heads, scale=head_dim**-0.5)
 
 
-LONG = {"long single": Case((1, 0, 1, 1), (700, 40, 3, 129)), "long few": Case((3, 2), (640, 1))}
+LONG = {
+    "long single": Case((1, 0, 1, 1), (700, 40, 3, 129)),
+    "long few": Case((3, 2), (640, 1)),
+    # More chunks than slots, were the rounding of every row's last chunk forgotten.
+    "long rows": Case((1, 1, 1), (999, 1099, 899)),
+}
 CASES = {**RAGGED, **LONG}
 
 
