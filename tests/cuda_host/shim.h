@@ -88,16 +88,22 @@ class HostBlock {
     std::vector<int> order(threads);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), random);
+    std::vector<int> warp_order(warps_.size());
+    std::iota(warp_order.begin(), warp_order.end(), 0);
+    std::shuffle(warp_order.begin(), warp_order.end(), random);
     for (int t = 0; t < threads; ++t) fibers_[t]->start(t);
-    while (live_ > 0) {
-      progress_ = false;
-      for (int t : order) {
-        if (fibers_[t]->done) continue;
-        current_ = fibers_[t].get();
-        threadIdx = dim3(t, 0, 0);
-        if (_setjmp(scheduler_) == 0) current_->resume();
+    // A warp runs until it can get no further before the next one starts: as far apart as warps can be.
+    for (bool any = true; live_ > 0;) {
+      if (!any) host_failure("threads wait for each other for ever");
+      any = false;
+      for (int warp : warp_order) {
+        do {
+          progress_ = false;
+          for (int t : order)
+            if (t / 32 == warp && !fibers_[t]->done) resume(t);
+          any |= progress_;
+        } while (progress_);
       }
-      if (!progress_) host_failure("threads wait for each other for ever");
     }
     for (size_t i = 0; i < GUARD; ++i)
       if (shared_[shared_size + i] != 0x5a) host_failure("a write behind the block's shared memory");
@@ -200,6 +206,12 @@ class HostBlock {
     block.progress_ = true;
     if (--block.live_ > 0 && block.arrived_ >= block.live_) block.release_barrier();
     _longjmp(block.scheduler_, 1);
+  }
+
+  void resume(int t) {
+    current_ = fibers_[t].get();
+    threadIdx = dim3(t, 0, 0);
+    if (_setjmp(scheduler_) == 0) current_->resume();
   }
 
   void release_barrier() {
