@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from diffmas.alignment import Alignment
 from diffmas.attention import attach, rotary_of
 from diffmas.checkpointing import ActivationCheckpointing
+from diffmas.lora import fuse_lora
 from diffmas.topology import Agent, Topology
 from diffmas_ops import KVTrace, Segment, kv_concat
 
@@ -87,6 +88,7 @@ class MultiAgentSystem(nn.Module):
         self.latent_steps, self.detach_trace, self.implementation = latent_steps, detach_trace, implementation
         base = self.language_model
         attach(base)
+        fuse_lora(base)
         self.rotary = rotary_of(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(

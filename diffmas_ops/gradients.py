@@ -99,9 +99,7 @@ class TraceGradients:
             grads = (keys, values, grad_keys, grad_values)
             grad_q = together(grad_out, q, out, lse, *grads, *rows, *columns, *sizes)
         else:
-            grad_q, delta = ops.cached_attention_backward_queries(
-                grad_out, q, out, lse, keys, values, *rows, *sizes
-            )
+            grad_q, delta = ops.cached_attention_backward_queries(grad_out, q, out, lse, keys, values, *rows, *sizes)
             ops.cached_attention_backward_columns(
                 grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, *columns, *sizes
             )

@@ -213,8 +213,11 @@ def _batches(*ranges: Tensor) -> list[_Batch]:
             continue
         new = _Batch(row, row + 1, begin, count, start, low, last_column)
         before = batches[-1] if batches else None
-        if before and before.last == row and before[3:] == new[3:] and (
-            before.begin + (row - before.first) * count == begin
+        if (
+            before
+            and before.last == row
+            and before[3:] == new[3:]
+            and (before.begin + (row - before.first) * count == begin)
         ):
             batches[-1] = before._replace(last=row + 1)
         else:

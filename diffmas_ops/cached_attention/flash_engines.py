@@ -182,9 +182,7 @@ def _cpu_forward(q, k, v, scale, causal):
 
 
 def _cpu_backward(grad, q, k, v, out, lse, scale, causal):
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal, scale=scale
-    )
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
 ENGINES = {

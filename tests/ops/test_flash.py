@@ -63,9 +63,7 @@ def check(case, dtype, seed=0):
     assert_within("lse", lse[mask], plain_lse[mask], exact_lse[mask], FORWARD, logarithm_terms(exact_lse[mask]))
 
     low, low_lse, rows = exact.to(dtype), exact_lse.to(acc), (*problem.rows, torch.zeros_like(problem.rows[0]))
-    best_q, delta = attention.cached_attention_backward_queries(
-        double.grad, double.q, exact, exact_lse, *arguments[3:]
-    )
+    best_q, delta = attention.cached_attention_backward_queries(double.grad, double.q, exact, exact_lse, *arguments[3:])
     best = [double.grad_keys.clone(), double.grad_values.clone()]
     attention.cached_attention_backward_columns(
         double.grad, double.q, exact_lse, delta, double.keys, double.values, *best, *rows, problem.column_end,

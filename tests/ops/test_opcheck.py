@@ -47,9 +47,7 @@ def samples():
     )
     heads, dim, batch = single.case.heads, single.case.head_dim, len(single.case.new)
     pending = [random(batch, 4, heads, *tail, dtype=torch.float32) for tail in ((dim,), (dim,), (), ())]
-    out, lse = attention.cached_attention(
-        single.q, None, None, single.keys, single.values, *single.rows, *single.sizes
-    )
+    out, lse = attention.cached_attention(single.q, None, None, single.keys, single.values, *single.rows, *single.sizes)
     yield (
         "cached_attention_backward_token",
         (

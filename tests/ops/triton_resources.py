@@ -73,9 +73,7 @@ def launch_everything(head_dim: int, dtype: torch.dtype) -> None:
         inputs = (q, q, q, lse, keys, keys)
         if tokens == 1:
             pending = [torch.empty(1, 32, 32, head_dim, dtype=dtype)] * 2 + [torch.empty(1, 32, 32)] * 2
-            attention.cached_attention_backward_token(
-                *inputs, gradients, gradients, *pending, 3, *rows, max_kv, 0.1
-            )
+            attention.cached_attention_backward_token(*inputs, gradients, gradients, *pending, 3, *rows, max_kv, 0.1)
         else:
             attention.cached_attention_backward_queries(*inputs, *rows, tokens, max_kv, 0.1)
             attention.cached_attention_backward_columns(

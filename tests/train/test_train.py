@@ -30,7 +30,9 @@ def assert_same_weights(a, b):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("changes", [{}, {"alignment": "learned"}, {"detach_trace": True}, {"checkpointing": "prefill"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"alignment": "learned"}, {"detach_trace": True}, {"checkpointing": "prefill"}]
+)
 def test_run_folder(flags, tmp_path, changes):
     assert train.main(flags(**changes)) == 0
     run = tmp_path / "run"
@@ -175,7 +177,9 @@ def test_load_run_gives_the_trained_system(flags, tmp_path):
 
 
 def test_gsm8k_from_a_local_folder_trains_and_evaluates(flags, tmp_path):
-    items = [{"question": f"{i} + {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"} for i in range(9)]
+    items = [
+        {"question": f"{i} + {i}?", "answer": f"It is <<{i}+{i}={2 * i}>>{2 * i}.\n#### {2 * i}"} for i in range(9)
+    ]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     changes = dict(task="gsm8k", data_dir=tmp_path, topology="sequential", handover=None, max_steps=2, max_new_tokens=4)
