@@ -48,10 +48,11 @@ def table(summaries: dict[str, dict]) -> str:
         key = "accuracy" if variant == "matched" else f"accuracy_{variant}"
         lines.append(f"| {label} | " + " | ".join(f"{100 * s[key]:.1f} %" for s in summaries.values()) + " |")
     seconds = " | ".join(f"{s['seconds']:.0f} s" for s in summaries.values())
-    machine = next(iter(summaries.values()))["machine"]
+    first = next(iter(summaries.values()))
+    machine = first["machine"]
     lines += [f"| whole command | {seconds} |", ""]
     lines += [
-        f"{next(iter(summaries.values()))['eval_items']} held-out items; {machine['device']}, {machine['threads']} threads, "
+        f"{first['eval_items']} held-out items; {machine['device']}, {machine['threads']} threads, "
         f"torch {machine['torch']}, transformers {machine['transformers']}. Made by `python -m benchmarks.relay`."
     ]
     return "\n".join(lines)
@@ -79,7 +80,7 @@ def plot(summaries: dict[str, dict]) -> None:
             label=LABELS[name],
         )
     left.set(xlabel="training step", ylabel="held-out accuracy, %", ylim=(0, 103))
-    left.legend(frameon=False, loc="center right")
+    left.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.66))
     shown = ["matched", "mismatched", "zero", "noise", "training_free"][::-1]
     exact = summaries["exact"]
     values = [100 * exact["accuracy" if v == "matched" else f"accuracy_{v}"] for v in shown]

@@ -5,8 +5,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyArrowPatch, Rectangle  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, Rectangle
 
 AGENTS = (("planner", "#54aeff"), ("critic", "#4ac26b"), ("refiner", "#d4a72c"), ("solver", "#c297ff"))
 PROMPT, LATENT, ANSWER, SIZE, GAP = 4, 3, 4, 0.8, 0.9

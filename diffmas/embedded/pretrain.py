@@ -1,9 +1,9 @@
 """Pre-train the embedded base: ``python -m diffmas.embedded.pretrain --output DIR``.
 
-The corpus is text in the chat format, drawn on the fly: evidence in the user's turn, then either the whole list spelled
-out in another order, or a question answered at once; further questions follow alone. Spelling out (`` B 12``) asks for a
-value right behind its slot; that is learned first, and answering (``Recall B``) grows out of it. Same seed, thread count
-and machine: same weights.
+The corpus is text in the chat format, drawn on the fly: evidence in the user's turn, then either values spelled out in
+any order, or a question answered at once; further questions follow alone. Spelling out (`` B 12``) asks for a value
+right behind its slot; that is learned first, and answering (``Recall B``) grows out of it. Same seed, thread count and
+machine: same weights.
 """
 
 import argparse

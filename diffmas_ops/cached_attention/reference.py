@@ -1,6 +1,6 @@
-"""`cached_attention` and its three backward operators in plain PyTorch: the specification, any dtype, any device.
+"""`cached_attention` and its backward operators in plain PyTorch: the specification, any dtype, any device.
 
-The backward formulas are those of FlashAttention-2 (arXiv 2307.08691, section 2.3), with the log-sum-exp in natural log.
+The backward formulas are those of FlashAttention-2 (arXiv 2307.08691, section 2.3); the log-sum-exp is natural.
 """
 
 import torch
@@ -88,7 +88,7 @@ def cached_attention_backward_columns(
     max_kv: int,
     scale: float,
 ) -> None:
-    """Add what the rows' queries owe to columns `column_begin[b] … column_end[b] - 1` into the accumulators, in place."""
+    """Add what the rows' queries owe to columns `column_begin[b] … column_end[b] - 1`, in place."""
     ranges = row_ranges(q_begin, q_end, starts, column_begin, column_end)
     for row, (begin, end, start, first, last) in enumerate(ranges):
         if begin == end or first >= last:

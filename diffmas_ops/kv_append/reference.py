@@ -30,7 +30,7 @@ def kv_gather(
     total: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Read columns `starts[b] + i` back as two packed `[total, Hkv, D]` tensors of `dtype`; unclaimed tokens are zero."""
+    """Columns `starts[b] + i` as two packed `[total, Hkv, D]` tensors of `dtype`; unclaimed tokens are zero."""
     k = torch.zeros(total, keys.shape[1], keys.shape[3], dtype=dtype, device=keys.device)
     v = torch.zeros_like(k)
     for row, (begin, end, start) in enumerate(row_ranges(q_begin, q_end, starts)):

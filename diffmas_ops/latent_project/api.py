@@ -20,7 +20,8 @@ def latent_project(
         target_norm: ρ > 0, the mean row norm of the model's input embedding.
 
     Returns:
-        `[rows, hidden_size]` in the dtype of `hidden`; computed in float32 (float64 for float64). A zero row stays zero.
+        `[rows, hidden_size]` in the dtype of `hidden`; computed in float32 (float64 for float64).
+        A zero row stays zero.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or norm that does not fit, named.

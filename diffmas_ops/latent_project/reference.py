@@ -22,7 +22,7 @@ def latent_project_backward(
     target_norm: float,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `hidden` (its dtype) and, where asked for, of `weight` (accumulation dtype, else an empty tensor)."""
+    """Gradients of `hidden` (its dtype) and, where asked for, `weight` (accumulation dtype; else empty)."""
     acc = accumulation_dtype(hidden.dtype)
     grad, unit = grad_out.to(acc), out.to(acc) / target_norm
     grad_y = (grad - unit * (unit * grad).sum(-1, keepdim=True)) * _scale(norm, target_norm)
