@@ -17,6 +17,7 @@ from diffmas.alignment import Alignment
 from diffmas.attention import attach, rotary_of
 from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.lora import fuse_lora
+from diffmas.norm import fuse_norms
 from diffmas.topology import Agent, Topology
 from diffmas_ops import KVTrace, Segment, kv_concat
 
@@ -89,6 +90,7 @@ class MultiAgentSystem(nn.Module):
         base = self.language_model
         attach(base)
         fuse_lora(base)
+        fuse_norms(base)
         self.rotary = rotary_of(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
