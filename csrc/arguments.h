@@ -182,6 +182,16 @@ inline void check_concat_plan(
 }
 
 /// Returns the accumulation dtype.
+inline void check_few_rows(const Tensor& x, const Tensor& weight, bool transposed) {
+  const ScalarType dtype = x.scalar_type();
+  accumulation_dtype("x", dtype);
+  check_dim("x", x, 2);
+  check_tensor("x", x, {ANY, ANY}, dtype, x);
+  check_dim("weight", weight, 2);
+  const int64_t size = x.size(1);
+  check_tensor("weight", weight, {transposed ? ANY : size, transposed ? size : ANY}, dtype, x);
+}
+
 inline ScalarType check_project(const Tensor& hidden, const OptionalTensor& weight) {
   const ScalarType dtype = hidden.scalar_type(), acc = accumulation_dtype("hidden", dtype);
   check_dim("hidden", hidden, 2);

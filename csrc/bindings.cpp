@@ -40,6 +40,7 @@ STABLE_TORCH_LIBRARY(diffmas, m) {
       "Tensor values, Tensor grad_keys, Tensor grad_values, Tensor(a!) pending_q, Tensor(b!) pending_grad, "
       "Tensor(c!) pending_lse, Tensor(d!) pending_delta, int slot, Tensor q_begin, Tensor q_end, "
       "Tensor starts, int max_kv, float scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def("few_rows_matmul(Tensor x, Tensor weight, bool transposed) -> Tensor");
   m.def(
       "merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
 }
@@ -55,5 +56,6 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) {
   m.impl("cached_attention_backward_queries", TORCH_BOX(&diffmas::cached_attention_backward_queries));
   m.impl("cached_attention_backward_columns", TORCH_BOX(&diffmas::cached_attention_backward_columns));
   m.impl("cached_attention_backward_token", TORCH_BOX(&diffmas::cached_attention_backward_token));
+  m.impl("few_rows_matmul", TORCH_BOX(&diffmas::few_rows_matmul));
   m.impl("merge_states", TORCH_BOX(&diffmas::merge_states));
 }

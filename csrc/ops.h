@@ -59,6 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& pending_grad, const Tensor& pending_lse, const Tensor& pending_delta, int64_t slot,
     const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_kv, double scale);
 
+Tensor few_rows_matmul(const Tensor& x, const Tensor& weight, bool transposed);
+
 std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);
 
 }  // namespace diffmas

@@ -14,6 +14,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from diffmas_ops import few_rows_matmul
+
 
 def fuse_lora(model: nn.Module) -> None:
     """Run the LoRA layers inside `model` as one operation wherever they are plain.
@@ -57,7 +59,8 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, scaling):
         rows = x.reshape(-1, x.shape[-1])
         low = rows @ a.T
-        y = F.linear(rows, weight, bias).addmm_(low, b.T, alpha=scaling)
+        y = few_rows_matmul(rows, weight, True) if bias is None else F.linear(rows, weight, bias)
+        y.addmm_(low, b.T, alpha=scaling)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
@@ -71,7 +74,7 @@ class _LoraLinear(torch.autograd.Function):
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = (grad @ b).mul_(ctx.scaling)
         return (
-            (grad @ weight).addmm_(grad_low, a).view(shape) if need_x else None,
+            few_rows_matmul(grad, weight, False).addmm_(grad_low, a).view(shape) if need_x else None,
             grad.T @ rows if need_weight else None,
             grad.sum(0) if need_bias else None,
             grad_low.T @ rows if need_a else None,

@@ -1,6 +1,7 @@
 """Kernels and autograd for attention through key/value traces shared between language-model agents."""
 
 from diffmas_ops.cached_attention.api import cached_attention
+from diffmas_ops.few_rows_matmul.api import few_rows_matmul
 from diffmas_ops.kv_concat.api import Rotary, Segment, kv_concat
 from diffmas_ops.latent_project.api import latent_project
 from diffmas_ops.merge_states.api import merge_states
@@ -13,6 +14,7 @@ __all__ = [
     "Rotary",
     "Segment",
     "cached_attention",
+    "few_rows_matmul",
     "kv_concat",
     "latent_project",
     "merge_states",

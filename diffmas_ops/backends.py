@@ -18,6 +18,7 @@ OPERATORS = {
     "kv_append": ("kv_append", "kv_gather"),
     "kv_concat": ("kv_concat", "kv_concat_backward"),
     "latent_project": ("latent_project", "latent_project_backward"),
+    "few_rows_matmul": ("few_rows_matmul",),
     "cached_attention": (
         "cached_attention",
         "cached_attention_backward_queries",

@@ -35,6 +35,11 @@ def _(grad_out, hidden: Tensor, weight: Tensor | None, out, norm: Tensor, target
     return hidden.new_empty(hidden.shape), norm.new_empty(weight.shape if needed else 0)
 
 
+@register_fake("diffmas::few_rows_matmul")
+def _(x: Tensor, weight: Tensor, transposed: bool):
+    return x.new_empty(x.shape[0], weight.shape[0 if transposed else 1])
+
+
 @register_fake("diffmas::cached_attention")
 def _(q: Tensor, k, v, keys, values, q_begin, q_end, starts, max_new, max_kv, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))

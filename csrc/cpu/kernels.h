@@ -122,20 +122,25 @@ struct MergeRow {
   Acc<S>* lse;
 };
 
-/// Products with a [size, size] weight. Accumulation-type operands are [rows, stride], zero beyond `size`.
+/// Products y = x weight or x weightᵀ, summed over `size`. x is [rows, x_stride], y is [rows, y_stride], both zero
+/// beyond their sizes.
 template <class S>
 struct Projection {
   const Acc<S>* x;
   Acc<S>* y;
-  int64_t rows, size, stride;
+  int64_t rows, size, x_stride, y_stride;
   const S* weight;
   int64_t weight_stride;
 };
 
 /// Scratch elements of the projections: a few rows of converted weight or a tile of outputs.
 constexpr int64_t PROJECTION_ROWS = 32, PROJECTION_COLUMNS = 256;
+/// Up to this many rows stream a weight by its rows; with more, reading them again for every row costs more.
+constexpr int64_t STREAMED_ROWS = 8;
+/// Weight rows read side by side while streaming.
+constexpr int64_t STREAMS = 8;
 inline __attribute__((always_inline)) int64_t projection_scratch(int64_t stride) {
-  return 4 * stride + 2 * PROJECTION_ROWS * PROJECTION_COLUMNS;
+  return STREAMS * stride + 2 * PROJECTION_ROWS * PROJECTION_COLUMNS;
 }
 
 /// grad[size, size] = x[rows, size]ᵀ @ y[rows, size]; x and y are [rows, stride].
@@ -176,6 +181,9 @@ struct MoveColumns {
   void merge_row(const MergeRow<S, Out>&, Acc<S>* scratch);                                     \
   template <class S>                                                                            \
   void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);              \
+  template <class S>                                                                            \
+  void project_streamed(const Projection<S>&, int64_t begin, int64_t end, int64_t width,        \
+                        Acc<S>* scratch);                                                       \
   template <class S>                                                                            \
   void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);   \
   template <class T>                                                                            \

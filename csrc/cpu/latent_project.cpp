@@ -1,71 +1,10 @@
 #include <cmath>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
+#include "cpu/few_rows.h"
 
 namespace diffmas {
 
 namespace {
-
-/// An [N, H] operand in the accumulation type, rows padded with zeros to whole vectors.
-template <class A>
-struct Rows {
-  Rows(int64_t rows, int64_t size)
-      : rows(rows), size(size), stride((size + PADDING - 1) / PADDING * PADDING), memory(rows * stride) {}
-
-  A* row(int64_t i) { return memory.data() + i * stride; }
-
-  int64_t rows, size, stride;
-  Buffer<A> memory;
-};
-
-template <class S>
-Rows<Acc<S>> read(const Tensor& tensor) {
-  using A = Acc<S>;
-  Rows<A> result(tensor.size(0), tensor.size(1));
-  const auto convert = DIFFMAS_KERNEL(move_columns<S, A>);
-  for (int64_t i = 0; i < result.rows; ++i) {
-    MoveColumns<S, A> move{};
-    move.source = static_cast<const S*>(tensor.data_ptr()) + i * tensor.stride(0);
-    move.target = result.row(i);
-    move.count = 1;
-    move.dim = result.size;
-    convert(move, scratch<A>(2 * (result.size + PADDING)));
-    std::fill(result.row(i) + result.size, result.row(i) + result.stride, A(0));
-  }
-  return result;
-}
-
-template <class S>
-void write(Rows<Acc<S>>& rows, const Tensor& tensor) {
-  using A = Acc<S>;
-  const auto convert = DIFFMAS_KERNEL(move_columns<A, S>);
-  for (int64_t i = 0; i < rows.rows; ++i) {
-    MoveColumns<A, S> move{};
-    move.source = rows.row(i);
-    move.target = static_cast<S*>(tensor.data_ptr()) + i * tensor.stride(0);
-    move.count = 1;
-    move.dim = rows.size;
-    convert(move, scratch<A>(2 * (rows.size + PADDING)));
-  }
-}
-
-/// x @ weight, or x @ weightᵀ.
-template <class S>
-Rows<Acc<S>> multiply(Rows<Acc<S>>& x, const Tensor& weight, bool transposed) {
-  using A = Acc<S>;
-  Rows<A> y(x.rows, x.size);
-  const Projection<S> projection{
-      x.memory.data(), y.memory.data(), x.rows, x.size, x.stride, static_cast<const S*>(weight.data_ptr()),
-      weight.stride(0)};
-  const auto kernel = transposed ? DIFFMAS_KERNEL(project_transposed<S>) : DIFFMAS_KERNEL(project<S>);
-  // Long stretches of a weight's rows stream well; a transposed product reads whole rows anyway.
-  const int64_t width = transposed ? PROJECTION_ROWS : PROJECTION_COLUMNS;
-  parallel_tasks((x.size + width - 1) / width, x.rows * x.size * x.size, [&](int64_t task) {
-    kernel(projection, task * width, std::min(x.size, (task + 1) * width), scratch<A>(projection_scratch(x.stride)));
-  });
-  return y;
-}
 
 template <class A>
 A scale(A norm, double target_norm) {

@@ -1,4 +1,4 @@
-// Products of a few rows with a large square weight, which leaves memory once for every PROJECTION_ROWS of them.
+// Products of a few rows with a large weight, which leaves memory once for every PROJECTION_ROWS of them.
 #include "cpu/kernels/attention.h"
 
 namespace diffmas {
@@ -20,10 +20,25 @@ void project(const Projection<S>& p, int64_t begin, int64_t end, Acc<S>* scratch
       const S* weight = p.weight + k * p.weight_stride + begin;
       in_vectors(weight, p.weight_stride, count, width, spare, [&](const auto* weight_rows, int64_t weight_stride) {
         product<Into::Add, Left::RowMajor>(
-            rows, stride, y, stride, p.x + first * p.stride + k, p.stride, weight_rows, weight_stride, count);
+            rows, stride, y, stride, p.x + first * p.x_stride + k, p.x_stride, weight_rows, weight_stride, count);
       });
     }
-    for (int64_t r = 0; r < rows; ++r) write_row(p.y + (first + r) * p.stride + begin, y + r * stride, width);
+    for (int64_t r = 0; r < rows; ++r) write_row(p.y + (first + r) * p.y_stride + begin, y + r * stride, width);
+  }
+}
+
+/// y = x[:, begin .. end) @ weight[begin .. end, :), `width` columns wide: a part of the sum, from whole weight rows.
+template <class S>
+void project_streamed(const Projection<S>& p, int64_t begin, int64_t end, int64_t width, Acc<S>* scratch) {
+  using T = Acc<S>;
+  fill(p.y, p.rows * p.y_stride, T(0));
+  for (int64_t k = begin; k < end; k += STREAMS) {
+    const int64_t count = smaller(STREAMS, end - k);
+    const S* weight = p.weight + k * p.weight_stride;
+    in_vectors(weight, p.weight_stride, count, width, scratch, [&](const auto* weight_rows, int64_t weight_stride) {
+      product<Into::Add, Left::RowMajor>(
+          p.rows, padded<T>(width), p.y, p.y_stride, p.x + k, p.x_stride, weight_rows, weight_stride, count);
+    });
   }
 }
 
@@ -36,7 +51,7 @@ void project_transposed(const Projection<S>& p, int64_t begin, int64_t end, Acc<
     const int64_t count = smaller(together, end - j);
     const S* weight = p.weight + j * p.weight_stride;
     in_vectors(weight, p.weight_stride, count, p.size, scratch, [&](const auto* weight_rows, int64_t weight_stride) {
-      dots(p.rows, count, p.y + j, p.stride, p.x, p.stride, weight_rows, weight_stride, padded<T>(p.size));
+      dots(p.rows, count, p.y + j, p.y_stride, p.x, p.x_stride, weight_rows, weight_stride, padded<T>(p.size));
     });
   }
 }
@@ -55,6 +70,7 @@ void outer_product(const OuterProduct<T>& p, int64_t begin, int64_t end, T* scra
 
 #define INSTANTIATE(S)                                                                 \
   template void project<S>(const Projection<S>&, int64_t, int64_t, Acc<S>*);           \
+  template void project_streamed<S>(const Projection<S>&, int64_t, int64_t, int64_t, Acc<S>*); \
   template void project_transposed<S>(const Projection<S>&, int64_t, int64_t, Acc<S>*);
 DIFFMAS_FOR_STORAGE_TYPES(INSTANTIATE)
 template void outer_product<float>(const OuterProduct<float>&, int64_t, int64_t, float*);
