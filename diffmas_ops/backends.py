@@ -6,6 +6,7 @@ An implementation is a namespace holding the operator functions under their `tor
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +49,8 @@ def refusal(implementation: str, operator: str, device: str, dtype: torch.dtype)
     if implementation == "reference":
         return None
     if implementation == "triton":
+        if importlib.util.find_spec(f"diffmas_ops.{operator}.triton") is None:
+            return f"there is no Triton kernel for {operator}"
         return triton_device.refusal(device, dtype)
     if implementation == "flash":
         from diffmas_ops.cached_attention import flash_engines

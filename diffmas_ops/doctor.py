@@ -27,13 +27,14 @@ def main() -> None:
         where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         table = Table("operator", "auto", "others", title=f"Operators on {where}, {dtype}", title_justify="left")
-        for operator in backends.OPERATORS:
-            chosen = backends.resolve(operator, "auto", device, dtype)
+        for operator, many in [*((o, False) for o in backends.OPERATORS), ("cached_attention", True)]:
+            chosen = backends.resolve(operator, "auto", device, dtype, many)
             others = []
             for name in backends.IMPLEMENTATIONS:
-                if name != chosen:
+                if name != chosen and (many or name != "flash"):
                     others.append(f"{name}: {backends.refusal(name, operator, device, dtype) or 'available'}")
-            table.add_row(operator, chosen, "\n".join(others))
+            kind = {"cached_attention": " (several tokens)" if many else " (one token a row)"}.get(operator, "")
+            table.add_row(operator + kind, chosen, "\n".join(others))
         console.print(table)
 
 
