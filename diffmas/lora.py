@@ -30,26 +30,25 @@ def fuse_lora(model: nn.Module) -> None:
 
 
 def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
-    base, name = self.base_layer, self.active_adapters[0]
-    if not args and not kwargs and _is_plain(self, base, name, x):
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        return _LoraLinear.apply(x, base.weight, base.bias, a, b, self.scaling[name])
-    return Linear.forward(self, x, *args, **kwargs)
-
-
-def _is_plain(layer: Linear, base: nn.Linear, name: str, x: Tensor) -> bool:
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or name not in layer.lora_A:
-        return False
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    return (
-        name not in layer.lora_variant
-        and type(layer.lora_dropout[name]) is nn.Identity
-        and x.dtype == base.weight.dtype == a.weight.dtype
-        and b.bias is None
-        and not torch.is_autocast_enabled(x.device.type)
-        and not base._forward_hooks
-        and not base._forward_pre_hooks
-    )
+    names = self.active_adapters
+    if args or kwargs or len(names) != 1 or names[0] not in self.lora_A:
+        return Linear.forward(self, x, *args, **kwargs)
+    base, name = self.base_layer, names[0]
+    a, b = self.lora_A[name], self.lora_B[name]
+    weight, low = base.weight, a.weight
+    if (
+        self.disable_adapters
+        or self.merged
+        or name in self.lora_variant
+        or type(self.lora_dropout[name]) is not nn.Identity
+        or not x.dtype == weight.dtype == low.dtype
+        or b.bias is not None
+        or torch.is_autocast_enabled(x.device.type)
+        or base._forward_hooks
+        or base._forward_pre_hooks
+    ):
+        return Linear.forward(self, x)
+    return _LoraLinear.apply(x, weight, base.bias, low, b.weight, self.scaling[name])
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -72,12 +71,13 @@ class _LoraLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
         shape = (*grad.shape[:-1], rows.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
-        grad_low = (grad @ b).mul_(ctx.scaling)
+        # beta = 0 ignores what is added to: a scaled product in one operation.
+        grad_low = torch.addmm(low, grad, b, beta=0, alpha=ctx.scaling)
         return (
             few_rows_matmul(grad, weight, False).addmm_(grad_low, a).view(shape) if need_x else None,
             grad.T @ rows if need_weight else None,
             grad.sum(0) if need_bias else None,
             grad_low.T @ rows if need_a else None,
-            (grad.T @ low).mul_(ctx.scaling) if need_b else None,
+            torch.addmm(b, grad.T, low, beta=0, alpha=ctx.scaling) if need_b else None,
             None,
         )
