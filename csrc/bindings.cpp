@@ -56,6 +56,5 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) {
   m.impl("cached_attention_backward_queries", TORCH_BOX(&diffmas::cached_attention_backward_queries));
   m.impl("cached_attention_backward_columns", TORCH_BOX(&diffmas::cached_attention_backward_columns));
   m.impl("cached_attention_backward_token", TORCH_BOX(&diffmas::cached_attention_backward_token));
-  m.impl("few_rows_matmul", TORCH_BOX(&diffmas::few_rows_matmul));
   m.impl("merge_states", TORCH_BOX(&diffmas::merge_states));
 }

@@ -1,3 +1,5 @@
+#include <torch/csrc/stable/library.h>
+
 #include "cpu/few_rows.h"
 
 namespace diffmas {
@@ -15,3 +17,6 @@ Tensor few_rows_matmul(const Tensor& x, const Tensor& weight, bool transposed) {
 }
 
 }  // namespace diffmas
+
+// Here and not in bindings.cpp, which other devices' builds share: this operator is the CPU's alone.
+STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) { m.impl("few_rows_matmul", TORCH_BOX(&diffmas::few_rows_matmul)); }
