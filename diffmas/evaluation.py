@@ -14,7 +14,7 @@ from diffmas.controls import CONTROLS
 from diffmas.data import Collator
 from diffmas.generation import Decoding, generate
 from diffmas.system import MultiAgentSystem
-from diffmas.tasks import Item, Task
+from diffmas.tasks import Item, Task, gold
 from diffmas.topology import TOPOLOGIES
 
 #: What an evaluation measures, in the order it is reported; the key is the suffix of `accuracy` in summaries.
@@ -93,10 +93,9 @@ class Evaluator:
         answers = generate(system, trace, ids[-1], lengths[-1], self.decoding, list(stops))
         prompts = self.tokenizer.batch_decode(ids[-1].split(lengths[-1]))
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        golds = [str(row.get("gold", row["answer"])) for row in rows]
         return [
-            Record(variant, i, prompt, text, gold, self.task.check(text, gold), len(answer))
-            for i, prompt, text, gold, answer in zip(indices, prompts, texts, golds, answers, strict=True)
+            Record(variant, i, prompt, text, gold(row), self.task.check(text, row), len(answer))
+            for i, prompt, text, row, answer in zip(indices, prompts, texts, rows, answers, strict=True)
         ]
 
 

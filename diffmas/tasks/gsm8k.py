@@ -8,6 +8,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from diffmas.prompts import Prompts
+from diffmas.tasks import base
 from diffmas.tasks.jsonl import read
 
 _DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
@@ -17,13 +19,13 @@ _ALONE = re.compile(rf"[-+]?\$?\s?{_DIGITS}")
 _BOXED = re.compile(r"\\boxed\s*\{")
 
 
-def load(data_dir: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def load(args: base.TaskArguments) -> base.Task:
     """Train and test items with `question`, `answer` (the worked solution) and `gold` (the number).
 
-    Read from `train.jsonl` and `test.jsonl` in `data_dir`, or from the hub through `datasets` where that is None.
+    Read from `train.jsonl` and `test.jsonl` in `args.data_dir`, or from the hub through `datasets` where that is None.
     """
-    if data_dir is not None:
-        splits = [read(Path(data_dir) / f"{name}.jsonl", name="data_dir") for name in ("train", "test")]
+    if args.data_dir is not None:
+        splits = [read(Path(args.data_dir) / f"{name}.jsonl", name="data_dir") for name in ("train", "test")]
     else:
         try:
             from datasets import load_dataset
@@ -34,7 +36,8 @@ def load(data_dir: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any
             ) from None
         hub = load_dataset("openai/gsm8k", "main")
         splits = [list(hub[name]) for name in ("train", "test")]
-    return tuple([{**item, "gold": gold_answer(item)} for item in split] for split in splits)
+    train, evaluation = ([{**item, "gold": gold_answer(item)} for item in split] for split in splits)
+    return base.Task("gsm8k", train, evaluation, Prompts.load(args.prompts or "reasoning"), check, extract)
 
 
 def gold_answer(item: Mapping[str, Any]) -> str:
@@ -52,22 +55,28 @@ def gold_answer(item: Mapping[str, Any]) -> str:
     return format(value, "f")
 
 
-def check(prediction: str, gold: str) -> bool:
-    """Whether the number `prediction` ends on equals `gold`: in the last `\\boxed{}`, behind `####`, or the last one.
+def check(prediction: str, item: base.Item) -> bool:
+    """Whether the number `prediction` ends on is the item's: in the last `\\boxed{}`, behind `####`, or the last one.
 
     A gold answer that is no number is compared as text. An answer that cannot be read is wrong.
     """
     found = extract(prediction)
-    if found is None:
-        return False
-    a, b = _decimal(found), _decimal(gold)
-    if a is None or b is None:
-        return found.strip().casefold() == gold.strip().casefold()
-    return a == b
+    return found is not None and found == normal(base.gold(item))
 
 
 def extract(text: str) -> str | None:
-    """The final answer in a worked solution, as written; None where there is none."""
+    """The final answer in a worked solution in normal form; None where there is none."""
+    found = _final(text)
+    return None if found is None else normal(found)
+
+
+def normal(answer: str) -> str:
+    """A number without separators, units of money or trailing zeros; anything else stripped and in lower case."""
+    value = _decimal(answer)
+    return answer.strip().casefold() if value is None else format(value, "f")
+
+
+def _final(text: str) -> str | None:
     if (boxed := _last_boxed(text)) is not None:
         return boxed
     _, mark, tail = text.rpartition("####")

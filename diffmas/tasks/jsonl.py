@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffmas.prompts import Prompts
+from diffmas.tasks import base
+
 
 def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file; errors name the argument `name`.
@@ -34,7 +37,16 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
     return items
 
 
-def load(
+def load(args: base.TaskArguments) -> base.Task:
+    """The file `args.task`, checked as mathematics; its answers may be worked solutions that end on `####`."""
+    from diffmas.tasks import gsm8k
+
+    train, evaluation = items(args.task, args.eval_file, args.fields, args.eval_size)
+    prompts = Prompts.load(args.prompts or "reasoning")
+    return base.Task(Path(args.task).stem, train, evaluation, prompts, gsm8k.check, gsm8k.extract)
+
+
+def items(
     path: str, eval_file: str | None, fields: str, eval_size: int | None
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Train and evaluation items, with `question` and `answer` taken from `fields` ("question,answer").
@@ -44,16 +56,16 @@ def load(
     names = [f.strip() for f in fields.split(",")]
     if len(names) != 2 or not all(names):
         raise ValueError(f"fields is {fields!r}; allowed: two names, question and answer, separated by a comma")
-    items = [_mapped(item, names, path, i) for i, item in enumerate(read(path, name="task"), 1)]
+    found = [_mapped(item, names, path, i) for i, item in enumerate(read(path, name="task"), 1)]
     if eval_file is not None:
         held_out = read(eval_file, name="eval_file")
-        return items, [_mapped(item, names, eval_file, i) for i, item in enumerate(held_out, 1)]
-    count = eval_size or max(1, len(items) // 10)
-    if count >= len(items):
+        return found, [_mapped(item, names, eval_file, i) for i, item in enumerate(held_out, 1)]
+    count = eval_size or max(1, len(found) // 10)
+    if count >= len(found):
         raise ValueError(
-            f"eval_size is {count} of {len(items)} items in {path}; allowed: fewer, so that some are left to train on"
+            f"eval_size is {count} of {len(found)} items in {path}; allowed: fewer, so that some are left to train on"
         )
-    return items[:-count], items[-count:]
+    return found[:-count], found[-count:]
 
 
 def _mapped(item: dict[str, Any], names: list[str], path: str, number: int) -> dict[str, Any]:

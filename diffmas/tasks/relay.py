@@ -5,11 +5,17 @@ sender's role sees the evidence and only the solver's role sees the question (``
 one in ``values`` is information that came through the latent channel.
 """
 
+from __future__ import annotations
+
 import random
 import re
 import string
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
+
+from diffmas.prompts import Prompts
+from diffmas.tasks import base
 
 SLOTS = string.ascii_uppercase[:16]
 SPLITS = ("train", "eval")
@@ -66,7 +72,22 @@ class Relay(Sequence):
                 return row
 
 
-def check(prediction: str, gold: str) -> bool:
-    """Whether the first whole number in ``prediction`` is ``gold``; a prediction without one is wrong."""
-    number = re.search(r"\d+", prediction)
-    return number is not None and int(number.group()) == int(gold)
+def load(args: base.TaskArguments) -> base.Task:
+    """Items drawn on demand, with role prompts of their own (``relay.yaml``)."""
+    train, evaluation = (
+        Relay(split, size=size, slots=args.slots, values=args.values, seed=args.task_seed)
+        for split, size in (("train", args.train_size or 131_072), ("eval", args.eval_size or 1024))
+    )
+    prompts = Prompts.load(args.prompts or Path(__file__).with_suffix(".yaml"))
+    return base.Task("relay", train, evaluation, prompts, check, extract)
+
+
+def check(prediction: str, item: base.Item) -> bool:
+    """Whether the first whole number in ``prediction`` is the item's answer; a prediction without one is wrong."""
+    return extract(prediction) == str(int(item["answer"]))
+
+
+def extract(prediction: str) -> str | None:
+    """The first whole number in ``prediction``."""
+    number = re.search(r"[0-9]+", prediction)
+    return None if number is None else number.group().lstrip("0") or "0"

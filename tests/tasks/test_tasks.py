@@ -7,7 +7,7 @@ import pytest
 from diffmas.data import Collator, pack
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.prompts import Prompts
-from diffmas.tasks import TaskArguments, gsm8k, load_task
+from diffmas.tasks import TaskArguments, gsm8k, load_task, relay
 from diffmas.topology import TOPOLOGIES
 
 CHECKS = [
@@ -44,7 +44,14 @@ CHECKS = [
 
 @pytest.mark.parametrize(("prediction", "gold", "right"), CHECKS)
 def test_gsm8k_check(prediction, gold, right):
-    assert gsm8k.check(prediction, gold) is right
+    assert gsm8k.check(prediction, {"answer": "worked out", "gold": gold}) is right
+
+
+def test_equal_answers_extract_equally():
+    same = [r"\boxed{1{,}250.50}", "so 1,250.5", "#### $1250.500", "+1250.5"]
+    assert {gsm8k.extract(text) for text in same} == {"1250.5"}
+    assert gsm8k.extract("none") is None and gsm8k.extract(r"\boxed{\text{Yes}}") == "yes"
+    assert [relay.extract(text) for text in ("7", " 07.", "it is 12", "", "x")] == ["7", "7", "12", None, None]
 
 
 def write(path, items):
@@ -58,7 +65,7 @@ def test_gsm8k_from_local_files(tmp_path):
     task = load_task(TaskArguments(task="gsm8k", data_dir=str(tmp_path), train_size=2))
     assert [len(task.train), len(task.eval)] == [2, 2]
     assert [task.train[0]["gold"], task.eval[0]["gold"]] == ["1000", "-7"]
-    assert all(task.check(item["answer"], item["gold"]) for item in [*task.train, *task.eval])
+    assert all(task.check(item["answer"], item) for item in [*task.train, *task.eval])
 
 
 def test_jsonl_holds_out_its_last_items(tmp_path):
@@ -110,7 +117,7 @@ def test_relay_is_deterministic_and_held_out():
     assert evidence.isdisjoint(first.eval[i]["evidence"] for i in range(300))
     for i in range(20):
         item = first.eval[i]
-        assert first.check(item["answer"], item["answer"]) and not first.check("", item["answer"])
+        assert first.check(item["answer"], item) and not first.check("", item)
         slot = item["question"].split()[-1].strip("?.")
         assert f"{slot}{item['answer']}" in item["evidence"].split()
 

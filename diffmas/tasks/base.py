@@ -1,0 +1,61 @@
+"""What a task is, and the arguments that describe one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffmas.prompts import Prompts
+
+Item = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Items, role prompts, and when a prediction counts as right.
+
+    Args:
+        train, eval: items; an item's `answer` is what training teaches to write, its `gold`, where it has one, what
+            tables show as the right answer (otherwise its `answer`).
+        check: whether a prediction (the whole generated text) answers the item. A prediction that cannot be read is
+            wrong; it never raises for what a model wrote. May be called from several threads.
+        extract: the final answer of a prediction in a normal form, so that equal answers are equal strings (for
+            counting agreeing samples); None where there is none.
+    """
+
+    name: str
+    train: Sequence[Item]
+    eval: Sequence[Item]
+    prompts: Prompts
+    check: Callable[[str, Item], bool]
+    extract: Callable[[str], str | None]
+
+
+def gold(item: Item) -> str:
+    """The right answer of an item, as tables show it."""
+    return str(item.get("gold", item["answer"]))
+
+
+@dataclass
+class TaskArguments:
+    """What to train and evaluate on."""
+
+    task: str = field(default="relay", metadata={"help": "relay, gsm8k, or the path of a .jsonl file."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with train.jsonl and test.jsonl to read instead of the hub."}
+    )
+    eval_file: str | None = field(
+        default=None, metadata={"help": "JSONL file to evaluate on; default: the last items of the task's own file."}
+    )
+    fields: str = field(
+        default="question,answer", metadata={"help": "JSONL fields that hold the question and the answer."}
+    )
+    prompts: str | None = field(
+        default=None, metadata={"help": "YAML file of role prompts, or a built-in family; default: the task's own."}
+    )
+    train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
+    eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
+    slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})
+    values: int = field(default=16, metadata={"help": "relay: values a slot can take."})
+    task_seed: int = field(default=0, metadata={"help": "relay: which items are drawn."})
