@@ -16,10 +16,11 @@ from transformers.utils import ModelOutput
 from diffmas.alignment import Alignment
 from diffmas.attention import attach, rotary_of
 from diffmas.checkpointing import ActivationCheckpointing
+from diffmas.latent import LatentRun, step_by_step
 from diffmas.lora import fuse_lora
 from diffmas.norm import fuse_norms
 from diffmas.topology import Agent, Topology
-from diffmas_ops import KVTrace, Segment, kv_concat
+from diffmas_ops import Call, KVTrace, Segment, kv_concat
 
 Lengths = Sequence[int]
 
@@ -92,6 +93,7 @@ class MultiAgentSystem(nn.Module):
         fuse_lora(base)
         fuse_norms(base)
         self.rotary = rotary_of(base)
+        self.latent_run: LatentRun = step_by_step
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
             base.get_input_embeddings().weight,
@@ -172,7 +174,10 @@ class MultiAgentSystem(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row."""
-        call = trace.open(lengths)
+        return self.run(trace.open(lengths), input_ids=input_ids, inputs_embeds=inputs_embeds)
+
+    def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Like :meth:`read`, of a call that is open already."""
         inputs = {"input_ids": input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
         decoder = self.language_model.get_decoder()
         with self.checkpointing.for_call(call.max_new):
@@ -185,10 +190,7 @@ class MultiAgentSystem(nn.Module):
         hidden = self.read(trace, lengths, input_ids=ids)
         prompt_end = trace.host_lengths
         if self.latent_steps:
-            hidden = hidden[last_tokens(lengths).to(hidden.device)]
-        for _ in range(self.latent_steps):
-            embeds = self.alignment(hidden)
-            hidden = self.read(trace, trace.one_each, inputs_embeds=embeds)
+            self.latent_run(self, trace, hidden[last_tokens(lengths).to(hidden.device)])
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
 
     def _receive(
