@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from diffmas.embedded import EMBEDDED_PATH
+from diffmas.loss import LOSSES
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments
 from diffmas.topology import Topology, load_topology
@@ -55,6 +56,9 @@ class SystemArguments:
     )
     implementation: str = field(
         default="auto", metadata={"help": "Operators: auto, or one implementation to insist on."}
+    )
+    loss: str = field(
+        default="auto", metadata={"help": f"How training takes the loss: {', '.join(LOSSES)}; see docs/training.md."}
     )
 
 
@@ -102,6 +106,7 @@ def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments)
         detach_trace=args.detach_trace,
         checkpointing=args.checkpointing,
         implementation=args.implementation,
+        loss=args.loss,
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from operator import index
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -18,6 +17,7 @@ from diffmas.attention import attach, rotary_of
 from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.latent import LatentRun, step_by_step
 from diffmas.lora import fuse_lora
+from diffmas.loss import AnswerLoss, plain_loss
 from diffmas.norm import fuse_norms
 from diffmas.topology import Agent, Topology
 from diffmas_ops import Call, KVTrace, Segment, kv_concat
@@ -31,7 +31,7 @@ class TrajectoryOutput(ModelOutput):
 
     Attributes:
         loss: cross-entropy summed over all answer tokens, divided by their number (or by `num_items_in_batch`).
-        logits: `[answer tokens, vocab]`, packed; row i predicts answer token i.
+        logits: `[answer tokens, vocab]`, packed; row i predicts answer token i. None where they were not asked for.
     """
 
     loss: Tensor | None = None
@@ -65,6 +65,8 @@ class MultiAgentSystem(nn.Module):
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
+        loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
+            :class:`~diffmas.loss.AnswerLoss`.
 
     Raises:
         ValueError: an argument outside its range, named.
@@ -82,8 +84,10 @@ class MultiAgentSystem(nn.Module):
         detach_trace: bool = False,
         checkpointing: str = "none",
         implementation: str = "auto",
+        loss: str = "auto",
     ):
         super().__init__()
+        self.loss = AnswerLoss(loss)
         if index(latent_steps) < 0:
             raise ValueError(f"latent_steps is {latent_steps}; allowed: integers ≥ 0")
         self.model, self.topology = model, topology
@@ -115,6 +119,7 @@ class MultiAgentSystem(nn.Module):
         answer_ids: Tensor,
         answer_lengths: Lengths,
         num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = True,
     ) -> TrajectoryOutput:
         """One whole trajectory: all agents read and think, the last one is scored on the gold answer.
 
@@ -124,6 +129,7 @@ class MultiAgentSystem(nn.Module):
             answer_ids: int64 `[answer tokens]`, packed.
             answer_lengths: the rows' answer lengths, each ≥ 1.
             num_items_in_batch: what to divide the summed loss by; default the number of answer tokens.
+            return_logits: without, the loss does not need the logits of all answer tokens at once.
         """
         self._check(prompt_ids, prompt_lengths)
         rows = len(prompt_lengths[0])
@@ -137,11 +143,11 @@ class MultiAgentSystem(nn.Module):
         ids = _interleave(prompt_ids[-1], lengths, answer_ids, answer_lengths)
         totals = [p + a for p, a in zip(lengths, answer_lengths, strict=True)]
         hidden = self.read(trace, totals, input_ids=ids)
-        logits = self.language_model.get_output_embeddings()(
-            hidden[_predicting(lengths, answer_lengths).to(hidden.device)]
-        )
+        states = hidden[_predicting(lengths, answer_lengths).to(hidden.device)]
+        head = self.language_model.get_output_embeddings()
+        logits = head(states) if return_logits else None
+        loss = plain_loss(logits, answer_ids) if return_logits else self.loss(head, states, answer_ids)
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch
-        loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), answer_ids, reduction="sum")
         return TrajectoryOutput(loss=loss / count, logits=logits)
 
     def communicate(

@@ -52,7 +52,7 @@ class SystemTrainer(Trainer):
         return batches, count
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
-        output = model(**inputs, num_items_in_batch=num_items_in_batch)
+        output = model(**inputs, num_items_in_batch=num_items_in_batch, return_logits=False)
         # Gradients are averaged over processes, the count is summed over them.
         loss = output.loss * (self.args.world_size if num_items_in_batch is not None else 1)
         return (loss, output) if return_outputs else loss
