@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.controls import CONTROLS
 from diffmas.data import Collator
-from diffmas.generation import Decoding, generate
+from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Item, Task, gold
 from diffmas.topology import TOPOLOGIES
@@ -85,17 +85,14 @@ class Evaluator:
         return records
 
     def _answer(self, system, collator, control, variant, indices, rows) -> list[Record]:
-        device = system.language_model.device
         encoded = collator.encode_prompts(rows)
-        ids, lengths = [t.to(device) for t in encoded["prompt_ids"]], encoded["prompt_lengths"]
-        trace = control(system.communicate(ids, lengths), [self.decoding.seed + i for i in indices])
-        stops = {self.tokenizer.eos_token_id, *_as_list(system.language_model.generation_config.eos_token_id)}
-        answers = generate(system, trace, ids[-1], lengths[-1], self.decoding, list(stops))
+        ids, lengths = encoded["prompt_ids"], encoded["prompt_lengths"]
+        seeds = [self.decoding.seed + i for i in indices]
+        answers = system.generate(ids, lengths, self.tokenizer, self.decoding, seeds=seeds, control=control)
         prompts = self.tokenizer.batch_decode(ids[-1].split(lengths[-1]))
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [
-            Record(variant, i, prompt, text, gold(row), self.task.check(text, row), len(answer))
-            for i, prompt, text, row, answer in zip(indices, prompts, texts, rows, answers, strict=True)
+            Record(variant, i, prompt, answer.text, gold(row), self.task.check(answer.text, row), len(answer.tokens))
+            for i, prompt, row, (answer, *_) in zip(indices, prompts, rows, answers, strict=True)
         ]
 
 
@@ -143,7 +140,3 @@ def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "id
         alignment=alignment,
         implementation=system.implementation,
     )
-
-
-def _as_list(value) -> list:
-    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

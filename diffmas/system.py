@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from diffmas.alignment import Alignment
 from diffmas.attention import attach, rotary_of
 from diffmas.checkpointing import ActivationCheckpointing
+from diffmas.controls import Control
+from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.latent import LatentRun, step_by_step
 from diffmas.lora import fuse_lora
 from diffmas.loss import AnswerLoss, plain_loss
@@ -149,6 +151,34 @@ class MultiAgentSystem(nn.Module):
         loss = plain_loss(logits, answer_ids) if return_logits else self.loss(head, states, answer_ids)
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch
         return TrajectoryOutput(loss=loss / count, logits=logits)
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Tensor],
+        prompt_lengths: Sequence[Lengths],
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding,
+        *,
+        seeds: Sequence[int] | None = None,
+        control: Control | None = None,
+    ) -> list[list[Completion]]:
+        """The last agent's answers, `[row][sample]`; see :class:`diffmas.generation.Engine` for the arguments."""
+        self._check(prompt_ids, prompt_lengths)
+        return engine.generate(self, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[Tensor],
+        prompt_lengths: Sequence[Lengths],
+        tokenizer: PreTrainedTokenizerBase,
+        decoding: Decoding,
+        *,
+        seeds: Sequence[int] | None = None,
+        control: Control | None = None,
+    ) -> Iterator[Event]:
+        """The same token by token, as they come; every answer's last event carries its completion."""
+        self._check(prompt_ids, prompt_lengths)
+        return engine.stream(self, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control)
 
     def communicate(
         self,
