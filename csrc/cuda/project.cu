@@ -16,46 +16,50 @@ int sum_splits(const LaunchScope& scope, int64_t size, int64_t tiles) {
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, size / PRODUCT_DEPTH / MIN_STEPS)));
 }
 
-/// x W or x W^T as parts to be added up, and the memory that holds them.
-template <class T>
-struct Product {
-  ProductRows<T> rows;
-  Tensor parts;
-};
-
-template <bool TRANSPOSED, class T>
-Product<T> multiply(
-    const char* name, const LaunchScope& scope, const StackedRows<T>& x, const Tensor& weight, bool tensor_cores) {
+/// Writes x W or x W^T, finished: as one launch where up to 16 rows suit the tensor cores, otherwise as two.
+template <class T, class Finish>
+void multiply_and_finish(
+    const char* name, const LaunchScope& scope, const StackedRows<T>& x, const Tensor& weight, bool tensor_cores,
+    const Finish& finish) {
   const int64_t size = weight.size(0), columns = divide_up(size, PRODUCT_COLUMNS);
   const int tile_rows = !tensor_cores ? SIMPLE_PRODUCT_ROWS : x.rows <= 16 ? 16 : 64;
   const int64_t row_tiles = divide_up(x.rows, tile_rows);
   const int splits = sum_splits(scope, size, columns * row_tiles);
-  const Tensor parts = new_tensor(weight, {splits, x.rows, size}, accumulation_dtype("weight", weight.scalar_type()));
-  const ProductArguments<T> arguments{
-      x, static_cast<const T*>(weight.data_ptr()), weight.stride(0), static_cast<int>(size),
-      static_cast<Acc<T>*>(parts.data_ptr())};
+  const int64_t elements = splits * x.rows * size;
+  // The terms of the rows' sums lie behind the parts.
+  const Tensor memory =
+      new_tensor(weight, {elements + 16 * columns}, accumulation_dtype("weight", weight.scalar_type()));
+  const auto parts = static_cast<Acc<T>*>(memory.data_ptr());
+  const ProductArguments<T> product{
+      x, static_cast<const T*>(weight.data_ptr()), weight.stride(0), static_cast<int>(size), parts};
   const dim3 grid(columns, splits, row_tiles);
+  int slot = -1;
   if constexpr (sizeof(T) == 2) {
-    if (tensor_cores) {
-      if (tile_rows == 16)
-        scope.launch(
-            name, product_kernel<T, 1, TRANSPOSED>, grid, PRODUCT_THREADS, sizeof(ProductShared<T, 1>), arguments);
-      else
-        scope.launch(
-            name, product_kernel<T, 4, TRANSPOSED>, grid, PRODUCT_THREADS, sizeof(ProductShared<T, 4>), arguments);
-      return {{arguments, splits}, parts};
+    if (tensor_cores && tile_rows == 16) {
+      slot = columns <= MAX_COUNTED_TILES ? scope.unused_slot(COUNTER_SLOTS) : -1;
+      scope.launch(
+          name, product_kernel<T, 1, Finish>, grid, PRODUCT_THREADS, sizeof(ProductShared<T, 1>), product, finish, slot,
+          parts + elements);
+    } else if (tensor_cores) {
+      scope.launch(
+          name, product_kernel<T, 4, Finish>, grid, PRODUCT_THREADS, sizeof(ProductShared<T, 4>), product, finish, slot,
+          parts + elements);
     }
   }
-  scope.launch(
-      name, product_simple_kernel<T, TRANSPOSED>, grid, PRODUCT_THREADS, sizeof(SimpleProductShared<Acc<T>>),
-      arguments);
-  return {{arguments, splits}, parts};
+  if (!tensor_cores)
+    scope.launch(
+        name, product_simple_kernel<T, Finish::TRANSPOSED>, grid, PRODUCT_THREADS, sizeof(SimpleProductShared<Acc<T>>),
+        product);
+  if (slot < 0)
+    scope.launch(
+        name, rescale_kernel<T, Finish>, dim3(finish.rows), FINISH_THREADS, 0, ProductRows<T>{product, splits}, finish);
 }
 
-/// The rows themselves, without a product.
-template <class T>
-Product<T> identity(const StackedRows<T>& x, const Tensor& hidden) {
-  return {{{x, nullptr, 0, static_cast<int>(hidden.size(1)), nullptr}, 0}, hidden};
+/// Finishes the rows themselves, without a product.
+template <class T, class Finish>
+void finish_rows(const char* name, const LaunchScope& scope, const StackedRows<T>& x, int64_t size, const Finish& finish) {
+  const ProductRows<T> rows{{x, nullptr, 0, static_cast<int>(size), nullptr}, 0};
+  scope.launch(name, rescale_kernel<T, Finish>, dim3(finish.rows), FINISH_THREADS, 0, rows, finish);
 }
 
 template <class T>
@@ -75,13 +79,13 @@ std::tuple<Tensor, Tensor> latent_project(const Tensor& hidden, const OptionalTe
     using T = decltype(storage);
     const int count = static_cast<int>(rows);
     const StackedRows<T> x{data<T>(hidden), nullptr, hidden.stride(0), 0, count, count};
-    const Product<T> y = weight && size > 0 ? multiply<false>(
-                                                  "latent_project", scope, x, *weight,
-                                                  suits_tensor_cores({&hidden, &*weight}))
-                                            : identity(x, hidden);
-    scope.launch(
-        "latent_project", rescale_kernel<T>, dim3(rows), FINISH_THREADS, 0, y.rows, static_cast<T*>(out.data_ptr()),
-        static_cast<Acc<T>*>(norm.data_ptr()), static_cast<Acc<T>>(target_norm));
+    const Rescale<T> finish{
+        static_cast<T*>(out.data_ptr()), static_cast<Acc<T>*>(norm.data_ptr()), static_cast<Acc<T>>(target_norm),
+        count};
+    if (weight && size > 0)
+      multiply_and_finish("latent_project", scope, x, *weight, suits_tensor_cores({&hidden, &*weight}), finish);
+    else
+      finish_rows("latent_project", scope, x, size, finish);
   });
   return {out, norm};
 }
@@ -105,14 +109,14 @@ std::tuple<Tensor, Tensor> latent_project_backward(
     if (rows > 0) {
       const StackedRows<T> x{
           data<T>(grad_out), data<T>(out), grad_out.stride(0), out.stride(0), count, 2 * count};
-      const Product<T> y = weight ? multiply<true>(
-                                        "latent_project_backward", scope, x, *weight,
-                                        suits_tensor_cores({&grad_out, &out, &*weight}))
-                                  : identity(x, hidden);
-      scope.launch(
-          "latent_project_backward", rescale_backward_kernel<T>, dim3(rows), FINISH_THREADS, 0, y.rows,
+      const RescaleBackward<T> finish{
           data<A>(norm), static_cast<A>(target_norm), static_cast<T*>(grad_hidden.data_ptr()),
-          weight_gradient ? static_cast<A*>(grad_y.data_ptr()) : nullptr);
+          weight_gradient ? static_cast<A*>(grad_y.data_ptr()) : nullptr, count};
+      if (weight)
+        multiply_and_finish(
+            "latent_project_backward", scope, x, *weight, suits_tensor_cores({&grad_out, &out, &*weight}), finish);
+      else
+        finish_rows("latent_project_backward", scope, x, size, finish);
     }
     if (!weight_gradient) return;
     const StackedRows<T> x{data<T>(hidden), nullptr, hidden.stride(0), 0, count, count};

@@ -1,6 +1,8 @@
 // The device and stream a launcher works on. The only part of the launchers that needs a GPU's driver.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <utility>
 
 #include <cuda_runtime.h>
@@ -48,6 +50,22 @@ class LaunchScope {
     }
     kernel<<<grid, threads, shared, stream>>>(std::forward<Arguments>(arguments)...);
     check(name, cudaGetLastError());
+  }
+
+  /// One of `slots` sets of counters that no launch in flight at the same time as this one uses: a stream's launches,
+  /// which follow each other, share one; a launch that a graph captures gets its own. -1 where all are taken.
+  int unused_slot(int slots) const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check("cudaStreamIsCapturing", cudaStreamIsCapturing(stream, &status));
+    static std::mutex mutex;
+    static std::map<std::pair<int, cudaStream_t>, int> of_streams;
+    static int taken = 0;
+    const std::lock_guard<std::mutex> lock(mutex);
+    const auto take = [&] { return taken < slots ? taken++ : -1; };
+    if (status != cudaStreamCaptureStatusNone) return take();
+    const auto found = of_streams.find({device_, stream});
+    if (found != of_streams.end()) return found->second;
+    return of_streams[{device_, stream}] = take();
   }
 
   cudaStream_t stream;

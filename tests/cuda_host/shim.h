@@ -277,6 +277,12 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
   for (int lane = 0; lane < 32; ++lane) bits |= unsigned(all[lane]) << lane;
   return bits;
 }
+inline void __threadfence() {}
+inline unsigned atomicInc(unsigned* counter, unsigned last) {
+  const unsigned before = *counter;
+  *counter = before >= last ? 0 : before + 1;
+  return before;
+}
 inline int __ffs(unsigned x) { return __builtin_ffs(int(x)); }
 
 struct BFloat16 {

@@ -27,7 +27,7 @@ HEADS = {"mha": (2, 2), "gqa": (8, 2), "mqa": (5, 1), "more than a tile": (20, 1
 
 def use(monkeypatch, operators):
     """Have the suite's checks call these operators."""
-    for name in ("attention", "append", "concat", "latent", "merge"):
+    for name in ("attention", "append", "rotary", "concat", "latent", "merge"):
         monkeypatch.setattr(suite, f"{name}_triton", operators)
 
 
@@ -135,6 +135,16 @@ def test_append_and_gather(case, head_dim, dtype):
     suite.test_append_and_gather(replace(RAGGED[case], head_dim=head_dim), dtype)
 
 
+@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(
+    "case, head_dim, half, narrow",
+    [("primes", 64, 32, True), ("some single", 64, 16, False), ("prefix", 64, 13, True), ("few", 25, 9, False)],
+)
+def test_rotary(case, head_dim, half, narrow, interleaved, dtype):
+    suite.check_rotary(replace(RAGGED[case], head_dim=head_dim), dtype, half, interleaved, narrow)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary, dim", [(None, 32), (16, 32), (32, 32), (10, 25), (24, 24)])
 @pytest.mark.parametrize(
@@ -182,6 +192,16 @@ def test_concat_of_overlapping_segments(operators):
 )
 def test_latent_project(rows, size, weighted, dtype):
     suite.test_latent_project(rows, size, weighted, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13])
+def test_latent_project_in_parts(operators, rows):
+    """Sums that are split, and finished by the last block: the counters are left as they were found."""
+    suite.test_latent_project(rows, 584, True, torch.bfloat16)
+    hidden, weight = random(rows, 584, dtype=torch.bfloat16), random(584, 584, dtype=torch.bfloat16)
+    first = operators.latent_project(hidden, weight, 1.7)
+    for _ in range(2):
+        assert all(map(suite.same, operators.latent_project(hidden, weight, 1.7), first))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -36,7 +36,9 @@ from test_cuda import (  # noqa: F401
     test_head_dim_too_large,
     test_head_dims,
     test_latent_project,
+    test_latent_project_in_parts,
     test_merge_states,
+    test_rotary,
     test_senders_of_two_dtypes,
     test_token_backward,
     use,
@@ -92,6 +94,26 @@ def test_devices_of_little_shared_memory(monkeypatch, new, head_dim, dtype):
     case = sized(Case((new,), (140,)), head_dim, "more than a tile")
     suite.check_forward(case, dtype)
     suite.check_backward(case, dtype)
+
+
+def test_latent_project_in_two_launches(monkeypatch):
+    """Where no counters are left, a second kernel finishes the rows."""
+    monkeypatch.setenv("DIFFMAS_HOST_NO_SLOTS", "1")
+    suite.test_latent_project(5, 584, True, torch.bfloat16)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whichever_block_comes_last(operators, monkeypatch, seed):
+    """The same bits for every order of the blocks of a projection."""
+    torch.manual_seed(0)
+    hidden, weight = cases.random(5, 584, dtype=torch.float16), cases.random(584, 584, dtype=torch.float16)
+    results = []
+    for at in (0, seed + 1):
+        monkeypatch.setenv("DIFFMAS_HOST_SEED", str(at))
+        out, norm = operators.latent_project(hidden, weight, 1.7)
+        grads = operators.latent_project_backward(hidden, hidden, weight, out, norm, 1.7, True)
+        results.append((out, norm, *grads))
+    assert all(map(suite.same, *results))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

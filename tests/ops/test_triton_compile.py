@@ -17,6 +17,15 @@ def test_kernels_compile(arch):
     command = [sys.executable, str(Path(__file__).with_name("triton_resources.py")), arch, "--head-dim", "128"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    kernels = ("_copy", "_move", "_merge", "_partial_product", "_rescale", "_rescale_backward")
+    kernels = (
+        "_rotary_append",
+        "_rotary_backward",
+        "_copy",
+        "_move",
+        "_merge",
+        "_partial_product",
+        "_rescale",
+        "_rescale_backward",
+    )
     kernels += ("forward_kernel", "queries_kernel", "columns_kernel", "token_kernel")
     assert all(f" {kernel} " in done.stdout for kernel in kernels)

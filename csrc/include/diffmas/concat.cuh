@@ -2,7 +2,7 @@
 // way.
 #pragma once
 
-#include "diffmas/device.cuh"
+#include "diffmas/element_pair.cuh"
 
 namespace diffmas {
 
@@ -52,63 +52,6 @@ __device__ __forceinline__ void prefix_sums(int* starts, const int32_t* counts, 
   }
   if (lane == 0) starts[0] = 0;
 }
-
-/// Two vectors of N neighbouring elements of one head that are read together because elements of one turn with elements
-/// of the other. Half-split: dims p N… and half + p N…; interleaved, and beyond the rotated dims: 2 N neighbours.
-template <class A, int N>
-struct ElementPair {
-  int low, high, angle;
-  A x[2 * N];
-
-  __device__ __forceinline__ ElementPair(int p, int half, bool interleaved) : angle(p * N) {
-    const bool split = p * N < half && !interleaved;
-    low = split ? p * N : 2 * p * N;
-    high = split ? half + p * N : low + N;
-  }
-
-  template <class T>
-  __device__ __forceinline__ void load(const T* head, int dim) {
-    const auto a = *reinterpret_cast<const Vector<T, N>*>(head + low);
-    auto b = a;
-    if (N > 1 || high < dim) b = *reinterpret_cast<const Vector<T, N>*>(head + high);
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      x[i] = accurate(a.element[i]);
-      x[N + i] = accurate(b.element[i]);
-    }
-  }
-
-  template <class T>
-  __device__ __forceinline__ void store(T* head, int dim) const {
-    Vector<T, N> a, b;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      a.element[i] = rounded<T>(x[i]);
-      b.element[i] = rounded<T>(x[N + i]);
-    }
-    *reinterpret_cast<Vector<T, N>*>(head + low) = a;
-    if (N > 1 || high < dim) *reinterpret_cast<Vector<T, N>*>(head + high) = b;
-  }
-
-  /// Turns by the angles whose cosines and sines, times `direction`, are given.
-  __device__ __forceinline__ void rotate(const A* cos, const A* sin, A direction, int half, bool interleaved) {
-    if (angle >= half) return;
-    const auto c = *reinterpret_cast<const Vector<A, N>*>(cos + angle);
-    const auto s = *reinterpret_cast<const Vector<A, N>*>(sin + angle);
-    const auto turn = [&](A& a, A& b, int i) {
-      const A sine = s.element[i] * direction, first = a;
-      a = first * c.element[i] - b * sine;
-      b = b * c.element[i] + first * sine;
-    };
-#pragma unroll
-    for (int i = 0; i < N; ++i) interleaved ? turn(x[2 * i], x[2 * i + 1], i) : turn(x[i], x[N + i], i);
-  }
-
-  __device__ __forceinline__ void add(const ElementPair& other) {
-#pragma unroll
-    for (int i = 0; i < 2 * N; ++i) x[i] += other.x[i];
-  }
-};
 
 template <int N, class P, class W>
 __device__ __forceinline__ void concat_pair(

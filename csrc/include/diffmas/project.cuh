@@ -1,5 +1,6 @@
 // latent_project and its backward: products with the weight, streamed once by many blocks that each take a part of its
-// columns and of the sum, and the row-wise kernels that finish them.
+// columns and of the sum. Up to 16 rows are finished by the same launch, by whichever block comes last; more rows, and
+// what is not for the tensor cores, by a second kernel.
 #pragma once
 
 #include "diffmas/tiles.cuh"
@@ -30,6 +31,139 @@ struct ProductArguments {
   DIFFMAS_HD int64_t part(int64_t split, int64_t row) const { return (split * x.rows + row) * size; }
 };
 
+/// Rows of a product given in parts; or, without a product (`splits` 0), the rows themselves.
+template <class T>
+struct ProductRows {
+  ProductArguments<T> product;
+  int splits;
+
+  /// Adds up the parts of N neighbouring elements and keeps the sums in the place of the first part.
+  template <int N>
+  __device__ __forceinline__ Vector<Acc<T>, N> collect(int row, int c) const {
+    if (splits == 0) return read<N>(row, c);
+    Vector<Acc<T>, N> sum{};
+#pragma unroll 8
+    for (int s = 0; s < splits; ++s) {
+      const auto part = *reinterpret_cast<const Vector<Acc<T>, N>*>(product.parts + product.part(s, row) + c);
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum.element[e] += part.element[e];
+    }
+    *reinterpret_cast<Vector<Acc<T>, N>*>(product.parts + product.part(0, row) + c) = sum;
+    return sum;
+  }
+
+  /// Elements that have been collected.
+  template <int N>
+  __device__ __forceinline__ Vector<Acc<T>, N> read(int row, int c) const {
+    if (splits == 0) return load<N>(product.x.at(row) + c);
+    return *reinterpret_cast<const Vector<Acc<T>, N>*>(product.parts + product.part(0, row) + c);
+  }
+
+  template <int N>
+  static __device__ __forceinline__ Vector<Acc<T>, N> load(const T* source) {
+    const auto stored = *reinterpret_cast<const Vector<T, N>*>(source);
+    Vector<Acc<T>, N> x;
+#pragma unroll
+    for (int e = 0; e < N; ++e) x.element[e] = accurate(stored.element[e]);
+    return x;
+  }
+
+  template <int N>
+  static __device__ __forceinline__ void store(T* target, const Vector<Acc<T>, N>& x) {
+    Vector<T, N> stored;
+#pragma unroll
+    for (int e = 0; e < N; ++e) stored.element[e] = rounded<T>(x.element[e]);
+    *reinterpret_cast<Vector<T, N>*>(target) = stored;
+  }
+};
+
+/// How the rows y = x W are finished: every row to norm `target_norm`. A row's elements need the sum of all its terms.
+template <class T>
+struct Rescale {
+  static constexpr bool TRANSPOSED = false;
+  T* out;
+  Acc<T>*norm, target_norm;
+  int rows;
+
+  template <int N>
+  __device__ __forceinline__ Acc<T> term(const ProductRows<T>& y, int row, int c) const {
+    const auto x = y.template read<N>(row, c);
+    Acc<T> square = 0;
+#pragma unroll
+    for (int e = 0; e < N; ++e) square += x.element[e] * x.element[e];
+    return square;
+  }
+
+  template <int N>
+  __device__ __forceinline__ void store(const ProductRows<T>& y, int row, int c, Acc<T> total) const {
+    const Acc<T> length = sqrt(total), scale = length > 0 ? target_norm / length : Acc<T>(0);
+    if (c == 0) norm[row] = length;
+    auto x = y.template read<N>(row, c);
+#pragma unroll
+    for (int e = 0; e < N; ++e) x.element[e] *= scale;
+    y.template store<N>(out + int64_t(row) * y.product.size + c, x);
+  }
+};
+
+/// With u = out / target_norm and s = target_norm / norm, dy = s (g - u (u·g)). The product's rows are those of g W^T,
+/// and under them those of out W^T, so that no operand of the product was rounded; without a product, g and out
+/// themselves. Stores dy W^T and, where `grad_y` is not null, dy.
+template <class T>
+struct RescaleBackward {
+  static constexpr bool TRANSPOSED = true;
+  const Acc<T>* norm;
+  Acc<T> target_norm;
+  T* grad_hidden;
+  Acc<T>* grad_y;
+  int rows;
+
+  template <int N>
+  __device__ __forceinline__ Acc<T> term(const ProductRows<T>& y, int row, int c) const {
+    const auto grad = y.template load<N>(y.product.x.at(row) + c);
+    const auto out = y.template load<N>(y.product.x.at(rows + row) + c);
+    Acc<T> dot = 0;
+#pragma unroll
+    for (int e = 0; e < N; ++e) dot += out.element[e] * grad.element[e];
+    return dot;
+  }
+
+  template <int N>
+  __device__ __forceinline__ void store(const ProductRows<T>& y, int row, int c, Acc<T> total) const {
+    const Acc<T> scale = norm[row] > 0 ? target_norm / norm[row] : Acc<T>(0);
+    const Acc<T> along = scale * (total / target_norm / target_norm);
+    const auto difference = [&](Vector<Acc<T>, N> grad, const Vector<Acc<T>, N>& out) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) grad.element[e] = scale * grad.element[e] - along * out.element[e];
+      return grad;
+    };
+    const int64_t at = int64_t(row) * y.product.size + c;
+    y.template store<N>(grad_hidden + at, difference(y.template read<N>(row, c), y.template read<N>(rows + row, c)));
+    if (grad_y == nullptr) return;
+    const T *grad = y.product.x.at(row) + c, *out = y.product.x.at(rows + row) + c;
+    *reinterpret_cast<Vector<Acc<T>, N>*>(grad_y + at) =
+        difference(y.template load<N>(grad), y.template load<N>(out));
+  }
+};
+
+/// Counters of the launches that finish their own rows: arrivals of the splits at every tile of columns, and of the
+/// tiles. All zero before and after a launch; launches in flight at the same time use different slots.
+constexpr int COUNTER_SLOTS = 1024, MAX_COUNTED_TILES = 256;
+static __device__ unsigned arrivals[COUNTER_SLOTS][MAX_COUNTED_TILES + 1];
+
+/// Whether this block is the last of `count` to come here. What the others wrote before is visible to it then.
+__device__ __forceinline__ bool last_arrival(unsigned& counter, unsigned count) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicInc(&counter, count - 1) == count - 1;  // which leaves zero
+    __threadfence();
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
 constexpr int PRODUCT_THREADS = 128, PRODUCT_COLUMNS = 64, PRODUCT_DEPTH = 64;
 
 /// Terms [begin, end) of the sum that this block adds up, a multiple of PRODUCT_DEPTH apart.
@@ -56,11 +190,49 @@ struct ProductShared {
   };
 };
 
+/// The end of a product of up to 16 rows, for all threads of every block. The last block of a tile of columns adds up its
+/// parts and its columns' terms of every row's sum; the last of those blocks has all sums and stores all rows. Every
+/// sum has its order, whoever comes last. `terms`: [rows, tiles] elements.
+template <class T, class Finish>
+__device__ __forceinline__ void finish_last(
+    const ProductRows<T>& y, const Finish& finish, unsigned* counters, float* terms) {
+  __shared__ float totals[16];
+  const int tile = blockIdx.x, tiles = gridDim.x, size = y.product.size;
+  if (!last_arrival(counters[tile], gridDim.y)) return;
+  const int column = tile * PRODUCT_COLUMNS + threadIdx.x % 16 * 4;
+  for (int first = 0; first < y.product.x.rows; first += PRODUCT_THREADS / 16) {
+    const int row = first + threadIdx.x / 16;
+    float term = 0;
+    if (row < y.product.x.rows && column < size) {
+      y.template collect<4>(row, column);
+      if (row < finish.rows) term = finish.template term<4>(y, row, column);
+    }
+#pragma unroll
+    for (int offset = 8; offset > 0; offset /= 2) term += __shfl_xor_sync(ALL_LANES, term, offset);
+    if (threadIdx.x % 16 == 0 && row < finish.rows) terms[row * tiles + tile] = term;
+  }
+
+  if (!last_arrival(counters[MAX_COUNTED_TILES], tiles)) return;
+  for (int row = threadIdx.x / 32; row < finish.rows; row += PRODUCT_THREADS / 32) {
+    float total = 0;
+    for (int t = threadIdx.x % 32; t < tiles; t += 32) total += terms[row * tiles + t];
+    total = warp_sum(total);
+    if (threadIdx.x % 32 == 0) totals[row] = total;
+  }
+  __syncthreads();
+  const int width = size / 4;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < finish.rows * width; i += PRODUCT_THREADS)
+    finish.template store<4>(y, i / width, i % width * 4, totals[i / width]);
+}
+
 /// Tensor-core product of 16-bit data, accumulated in float32. `size` and all strides are multiples of 8.
-/// Grid: (tiles of PRODUCT_COLUMNS, splits, row tiles).
-template <class T, int ROW_WARPS, bool TRANSPOSED>
-__global__ void __launch_bounds__(PRODUCT_THREADS) product_kernel(const ProductArguments<T> a) {
+/// Grid: (tiles of PRODUCT_COLUMNS, splits, row tiles). `slot`: of the counters; or -1, and another kernel finishes.
+template <class T, int ROW_WARPS, class Finish>
+__global__ void __launch_bounds__(PRODUCT_THREADS) product_kernel(
+    const ProductArguments<T> a, const Finish finish, int slot, float* terms) {
   using Shared = ProductShared<T, ROW_WARPS>;
+  constexpr bool TRANSPOSED = Finish::TRANSPOSED;
   constexpr int ROWS = Shared::ROWS, STAGES = Shared::STAGES, STRIDE = TILE_STRIDE<64>;
   DIFFMAS_SHARED(Shared, shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -134,6 +306,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product_kernel(const ProductA
       for (int e = 0; e < 4; ++e) total.element[e] += shared.result[w][r][c + e];
     *reinterpret_cast<Vector<float, 4>*>(a.parts + a.part(blockIdx.y, first_row + r) + first_column + c) = total;
   }
+  if constexpr (ROW_WARPS == 1)
+    if (slot >= 0) finish_last(ProductRows<T>{a, static_cast<int>(gridDim.y)}, finish, arrivals[slot], terms);
 }
 
 /// The same for every other type and alignment. Grid: (tiles of PRODUCT_COLUMNS, splits, tiles of SIMPLE_PRODUCT_ROWS).
@@ -195,60 +369,17 @@ __device__ __forceinline__ A block_sum(A x) {
   return total;
 }
 
-/// Rows of a product given in parts; or, without a product (`splits` 0), the rows themselves.
-template <class T>
-struct ProductRows {
-  ProductArguments<T> product;
-  int splits;
-
-  /// Adds up the parts of an element and keeps the sum in the place of the first one.
-  __device__ __forceinline__ Acc<T> collect(int row, int c) const {
-    if (splits == 0) return accurate(product.x.at(row)[c]);
-    Acc<T> sum = 0;
-#pragma unroll 8
-    for (int s = 0; s < splits; ++s) sum += product.parts[product.part(s, row) + c];
-    return product.parts[product.part(0, row) + c] = sum;
-  }
-
-  /// An element that this thread has collected.
-  __device__ __forceinline__ Acc<T> operator()(int row, int c) const {
-    return splits == 0 ? accurate(product.x.at(row)[c]) : product.parts[product.part(0, row) + c];
-  }
-};
-
-/// Rescales every row to norm `target_norm`. Grid: rows.
-template <class T>
-__global__ void __launch_bounds__(FINISH_THREADS) rescale_kernel(
-    ProductRows<T> y, T* out, Acc<T>* norm, Acc<T> target_norm) {
-  using A = Acc<T>;
+/// Finishes the rows of a product that did not do so itself. Grid: `finish.rows`.
+template <class T, class Finish>
+__global__ void __launch_bounds__(FINISH_THREADS) rescale_kernel(ProductRows<T> y, Finish finish) {
   const int row = blockIdx.x, size = y.product.size;
-  A square = 0;
+  Acc<T> total = 0;
   for (int c = threadIdx.x; c < size; c += FINISH_THREADS) {
-    const A x = y.collect(row, c);
-    square += x * x;
+    for (int r = row; r < y.product.x.rows; r += finish.rows) y.template collect<1>(r, c);
+    total += finish.template term<1>(y, row, c);
   }
-  const A length = sqrt(block_sum(square)), scale = length > 0 ? target_norm / length : A(0);
-  if (threadIdx.x == 0) norm[row] = length;
-  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) out[int64_t(row) * size + c] = rounded<T>(y(row, c) * scale);
-}
-
-/// With u = out / target_norm and s = target_norm / norm, dy = s (g - u (u·g)). `y` holds the rows of g W^T, and under
-/// them those of out W^T, so that no operand of the product was rounded; or g and out themselves. Writes dy W^T and,
-/// where `grad_y` is not null, dy. Grid: rows.
-template <class T>
-__global__ void __launch_bounds__(FINISH_THREADS) rescale_backward_kernel(
-    ProductRows<T> y, const Acc<T>* norm, Acc<T> target_norm, T* grad_hidden, Acc<T>* grad_y) {
-  using A = Acc<T>;
-  const int row = blockIdx.x, below = y.product.x.upper_rows + row, size = y.product.size;
-  const T *grad = y.product.x.at(row), *out = y.product.x.at(below);
-  A dot = 0;
-  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) dot += accurate(out[c]) * accurate(grad[c]);
-  const A scale = norm[row] > 0 ? target_norm / norm[row] : A(0);
-  const A along = scale * (block_sum(dot) / target_norm / target_norm);
-  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) {
-    grad_hidden[int64_t(row) * size + c] = rounded<T>(scale * y.collect(row, c) - along * y.collect(below, c));
-    if (grad_y != nullptr) grad_y[int64_t(row) * size + c] = scale * accurate(grad[c]) - along * accurate(out[c]);
-  }
+  total = block_sum(total);
+  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) finish.template store<1>(y, row, c, total);
 }
 
 constexpr int OUTER_TILE = 64, OUTER_ROWS = 16, OUTER_THREADS = 256;

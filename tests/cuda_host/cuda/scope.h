@@ -17,6 +17,8 @@ class LaunchScope {
 
   int64_t shared_limit() const { return static_cast<int64_t>(HostBlock::shared_limit()); }
 
+  int unused_slot(int) const { return std::getenv("DIFFMAS_HOST_NO_SLOTS") ? -1 : 0; }
+
   template <class... Parameters, class... Arguments>
   void launch(
       const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared,
