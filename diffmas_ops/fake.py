@@ -5,9 +5,15 @@ Imported once the library that defines the operators is loaded.
 
 import torch
 from torch import Tensor
-from torch.library import register_fake
 
 from diffmas_ops.dtypes import accumulation_dtype
+
+
+def register_fake(name: str):
+    """Like torch's, but leaves out an operator that a library built from older sources does not define."""
+    if hasattr(torch.ops.diffmas, name.partition("::")[2]):
+        return torch.library.register_fake(name)
+    return lambda function: function
 
 
 def _nothing(*args) -> None:
@@ -15,7 +21,7 @@ def _nothing(*args) -> None:
 
 
 for _name in ("kv_append", "kv_concat", "kv_concat_backward", "cached_attention_backward_columns"):
-    register_fake(f"diffmas::{_name}", _nothing)
+    register_fake(f"diffmas::{_name}")(_nothing)
 
 
 @register_fake("diffmas::kv_gather")

@@ -42,8 +42,11 @@ def failure(device: str) -> str | None:
 
 @lru_cache(maxsize=64)
 def has_kernel(function: str, device: str) -> bool:
-    """Whether `torch.ops.diffmas.<function>` has a kernel for `device` ("cpu" or "cuda")."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas::{function}", device.upper())
+    """Whether `torch.ops.diffmas.<function>` has a kernel for `device` ("cpu" or "cuda").
+
+    A library built from older sources defines fewer operators than there are.
+    """
+    return hasattr(torch.ops.diffmas, function) and torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas::{function}", device.upper())
 
 
 if failure("cpu") is None:
