@@ -46,7 +46,8 @@ def has_kernel(function: str, device: str) -> bool:
 
     A library built from older sources defines fewer operators than there are.
     """
-    return hasattr(torch.ops.diffmas, function) and torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas::{function}", device.upper())
+    defined = hasattr(torch.ops.diffmas, function)
+    return defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"diffmas::{function}", device.upper())
 
 
 if failure("cpu") is None:
