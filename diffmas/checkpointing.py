@@ -11,10 +11,10 @@ CHECKPOINTING = ("none", "prefill", "all")
 
 
 class ActivationCheckpointing:
-    """Which calls recompute their layers in the backward: none, those of more than one token a row, or all.
+    """Which calls recompute their layers in the backward: none, those that read tokens, or all.
 
-    "none" leaves the model as it is. Otherwise the model's layers are set up for non-reentrant checkpointing, which
-    is in force while the model is in training mode.
+    "none" leaves the model as it is. Otherwise the model's layers are set up for non-reentrant checkpointing, which is
+    in force while the model is in training mode; with "prefill" not for latent steps, whose activations are kept.
     """
 
     def __init__(self, model: PreTrainedModel, mode: str):
@@ -29,9 +29,9 @@ class ActivationCheckpointing:
             self._layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
 
     @contextlib.contextmanager
-    def for_call(self, max_new: int) -> Iterator[None]:
-        """In force for a call of up to `max_new` tokens a row."""
-        if self.mode != "prefill" or max_new > 1:
+    def for_call(self, *, latent: bool) -> Iterator[None]:
+        """In force for a call over latent steps, or over tokens."""
+        if self.mode != "prefill" or not latent:
             yield
             return
         for layer in self._layers:

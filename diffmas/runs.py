@@ -46,6 +46,10 @@ class SystemArguments:
         default="identity", metadata={"help": "What a learned alignment starts at: identity or ridge."}
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
+    latent_backward: str = field(
+        default="exact",
+        metadata={"help": "Gradient of latent runs: exact, or sweeps:k, k parallel backward passes (exact for k = m)."},
+    )
     checkpointing: str = field(
         default="none", metadata={"help": "Calls whose activations the backward recomputes: none, prefill or all."}
     )
@@ -104,6 +108,7 @@ def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments)
         alignment=args.alignment,
         alignment_initial=args.alignment_initial,
         detach_trace=args.detach_trace,
+        latent_backward=args.latent_backward,
         checkpointing=args.checkpointing,
         implementation=args.implementation,
         loss=args.loss,

@@ -17,10 +17,11 @@ from diffmas.attention import attach, rotary_of
 from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.controls import Control
 from diffmas.generation import Completion, Decoding, Event, engine
-from diffmas.latent import LatentRun, step_by_step
+from diffmas.latent import LatentRun
 from diffmas.lora import fuse_lora
 from diffmas.loss import AnswerLoss, plain_loss
 from diffmas.norm import fuse_norms
+from diffmas.sweeps import latent_run
 from diffmas.topology import Agent, Topology
 from diffmas_ops import Call, KVTrace, Segment, kv_concat
 
@@ -65,6 +66,8 @@ class MultiAgentSystem(nn.Module):
         latent_steps: m ≥ 0, for every agent but the last.
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
+        latent_backward: "exact", or "sweeps:k": the gradient of each latent run by k parallel backward passes
+            (:class:`diffmas.sweeps.Sweeps`).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
@@ -84,6 +87,7 @@ class MultiAgentSystem(nn.Module):
         alignment: str = "identity",
         alignment_initial: str = "identity",
         detach_trace: bool = False,
+        latent_backward: str = "exact",
         checkpointing: str = "none",
         implementation: str = "auto",
         loss: str = "auto",
@@ -99,7 +103,7 @@ class MultiAgentSystem(nn.Module):
         fuse_lora(base)
         fuse_norms(base)
         self.rotary = rotary_of(base)
-        self.latent_run: LatentRun = step_by_step
+        self.latent_run: LatentRun = latent_run(latent_backward)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
             base.get_input_embeddings().weight,
@@ -216,7 +220,7 @@ class MultiAgentSystem(nn.Module):
         """Like :meth:`read`, of a call that is open already."""
         inputs = {"input_ids": input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
         decoder = self.language_model.get_decoder()
-        with self.checkpointing.for_call(call.max_new):
+        with self.checkpointing.for_call(latent=inputs_embeds is not None):
             output = decoder(**inputs, position_ids=call.position_ids, use_cache=False, trace_call=call)
         return output.last_hidden_state[0]
 

@@ -71,6 +71,8 @@ class TraceGradients:
         self, call: Call, layer: int, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a call's packed `q, k, v` at `layer`, given that of its output."""
+        if call.rehearsing:
+            return self._rehearse(call, layer, grad_out, q, out, lse, scale)
         call.claim_backward(layer)
         if call.run is None:
             return self._backward_many(call, layer, grad_out, q, out, lse, scale)
@@ -89,12 +91,25 @@ class TraceGradients:
             self.frozen, column_end, pending.q.shape[1] - pending.first, max_kv, pending.scale,
         )  # fmt: skip
 
-    def _backward_many(self, call, layer, grad_out, q, out, lse, scale):
+    def _rehearse(self, call, layer, grad_out, q, out, lse, scale):
+        """`_backward_many` without a trace of it: only the call's own columns are added to, and then set back."""
+        # The flush is what later calls owe, and stays.
+        self.flush(layer, call.ends, call.max_kv)
+        _, _, grad_keys, grad_values = self._layer(layer)
+        rows = (call.q_begin, call.q_end, call.starts)
+        moves = backends.functions("kv_append", grad_keys, self._implementation)
+        before = moves.kv_gather(grad_keys, grad_values, *rows, call.max_new, q.shape[0], grad_keys.dtype)
+        grads = self._backward_many(call, layer, grad_out, q, out, lse, scale, column_begin=call.starts)
+        moves.kv_append(*before, grad_keys, grad_values, *rows, call.max_new)
+        return grads
+
+    def _backward_many(self, call, layer, grad_out, q, out, lse, scale, column_begin=None):
         self.flush(layer, call.ends, call.max_kv)
         keys, values, grad_keys, grad_values = self._layer(layer)
         rows = (call.q_begin, call.q_end, call.starts)
         ops = backends.functions("cached_attention", q, self._implementation, many=True)
-        sizes, columns = (call.max_new, call.max_kv, scale), (self.frozen, call.ends)
+        columns = (self.frozen if column_begin is None else column_begin, call.ends)
+        sizes = (call.max_new, call.max_kv, scale)
         if (together := getattr(ops, "cached_attention_backward", None)) is not None:
             grads = (keys, values, grad_keys, grad_values)
             grad_q = together(grad_out, q, out, lse, *grads, *rows, *columns, *sizes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import index
 
 import torch
@@ -53,7 +54,7 @@ class Call:
         self.lengths, self.run, self.slot = lengths, run, slot
         self.total, self.max_new = sum(lengths), max(lengths)
         host_starts = trace.host_lengths
-        host_ends = [start + n for start, n in zip(host_starts, lengths, strict=True)]
+        host_ends = self.host_ends = [start + n for start, n in zip(host_starts, lengths, strict=True)]
         self.max_kv = max(host_ends)
         if lengths == trace.one_each:
             self.cu_seqlens = trace.one_each_cu_seqlens
@@ -76,6 +77,7 @@ class Call:
         # Per layer, whether its first run recorded gradients; None where they were disabled.
         self._recorded: dict[int, bool | None] = {}
         self._differentiated: set[int] = set()
+        self.rehearsing = False
 
     def enter(self, layer: int) -> Tensor:
         """The order token `layer` consumes; on a re-run (activation checkpointing) a stand-in for it.
@@ -100,8 +102,26 @@ class Call:
         """Advance the trace's order token to `order`, unless this was a re-run."""
         if layer in self._recorded:
             return
-        self._recorded[layer] = order.requires_grad if torch.is_grad_enabled() else None
-        self._trace().order = order
+        recorded = self._recorded[layer] = order.requires_grad if torch.is_grad_enabled() else None
+        trace = self._trace()
+        trace.order = order
+        if recorded:
+            trace.differentiable = self.host_ends
+
+    @contextlib.contextmanager
+    def rehearse(self) -> Iterator[None]:
+        """Within it, a backward of this call (of several tokens a row) may be repeated, with `retain_graph`.
+
+        It gives the gradients of the call's `q, k, v` and leaves those of all keys and values as later calls left
+        them: what the call owes to older columns is not added, what its tokens owe to each other is taken back.
+        """
+        if self.run is not None:
+            raise ValueError(f"lengths is {self.lengths}; allowed: a call with more than one token in some row")
+        self.rehearsing = True
+        try:
+            yield
+        finally:
+            self.rehearsing = False
 
     def claim_backward(self, layer: int) -> None:
         """Raise `RuntimeError` the second time `layer` of this call is differentiated."""
@@ -122,6 +142,7 @@ class KVTrace:
     Attributes:
         lengths: int32 `[batch]` on the device, columns in use; `host_lengths` mirrors it for planning.
         order: empty tensor that threads the calls, so that autograd differentiates them last to first.
+        differentiable: columns a row up to the last one of a call that recorded gradients, host integers.
     """
 
     def __init__(self, storage: TraceStorage, lengths: list[int], *, grow: bool, implementation: str):
@@ -133,6 +154,7 @@ class KVTrace:
         self.one_each = [1] * self.batch
         self.one_each_cu_seqlens = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
         self._runs = 0
+        self.differentiable = [0] * self.batch
         self.detach_()
 
     @classmethod
@@ -212,6 +234,23 @@ class KVTrace:
         call = Call(self, lengths, self._runs if single else None, self._slot or 0)
         self.host_lengths, self.lengths = ends, call.ends
         return call
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Give up the columns from `lengths[b]` on of every row b; the next call writes them anew.
+
+        Raises:
+            ValueError: a length beyond the row's, or columns that a call with recorded gradients has written or
+                attended to: its backward reads them.
+        """
+        lengths = [index(n) for n in lengths]
+        bounds = list(zip(self.differentiable, self.host_lengths, strict=True))
+        if len(lengths) != self.batch or any(
+            not low <= n <= high for n, (low, high) in zip(lengths, bounds, strict=True)
+        ):
+            allowed = ", ".join(f"{low} … {high}" for low, high in bounds)
+            raise ValueError(f"lengths is {lengths}; allowed, row by row: {allowed}")
+        self.host_lengths, self._slot = lengths, None
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
 
     def select_rows(self, rows: Sequence[int]) -> KVTrace:
         """A new trace, without gradient, whose row i is a copy of row `rows[i]`."""

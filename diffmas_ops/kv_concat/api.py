@@ -88,6 +88,7 @@ def kv_concat(
         orders = {id(s): s.order for s in sources}
         origin = _Origin(trace, sources, plan)
         trace.order = _Concat.apply(origin, *orders.values())
+        trace.differentiable = lengths
     else:
         trace.detach_()
     return trace

@@ -54,9 +54,10 @@ def traces(monkeypatch):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("topology", ["sequential", "stitch", "relay"])
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-def test_nothing_is_left_after_use(traces, topology, checkpointing, backward):
+@pytest.mark.parametrize("latent_backward", ["exact", "sweeps:2"])
+def test_nothing_is_left_after_use(traces, topology, checkpointing, backward, latent_backward):
     """Reference counting alone frees everything: a cycle would wait for a collector that sees no GPU memory."""
-    system, inputs = make(topology, checkpointing)
+    system, inputs = make(topology, checkpointing, latent_backward=latent_backward)
     gc.collect()
     gc.disable()
     try:

@@ -234,6 +234,91 @@ def test_a_call_without_gradients_leaves_no_graph():
     assert out.grad_fn is None and t.order.grad_fn is None and not t.order.requires_grad
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_rehearsals_leave_no_trace(checkpointing, implementation, poison):
+    """Gradients of the call rehearsed are the real ones, and what comes after has the bits it would have had."""
+    toy = Toy()
+    generator = torch.Generator().manual_seed(4)
+    xs = [torch.randn(n, toy.width, dtype=torch.float64, generator=generator) for n in (5, 2, 7, 2, 2, 6)]
+    cotangents = [torch.randn_like(x) for x in xs]
+
+    class Rehearse(torch.autograd.Function):
+        """When the gradient of the call's output is known, all later calls have been differentiated."""
+
+        @staticmethod
+        def forward(ctx, out, rehearse):
+            ctx.rehearse = rehearse
+            return out.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            ctx.rehearse(gradient)
+            return gradient, None
+
+    def run(rehearsals):
+        t = toy.trace(2, implementation=implementation)
+        losses, inputs, found = [], [], []
+        for i, (x, lengths) in enumerate(zip(xs, ([2, 3], 1, [4, 3], 1, 1, [5, 1]), strict=True)):
+            inputs.append(x.clone().requires_grad_())
+            call = t.open(lengths)
+            out = toy.run(inputs[-1], call, checkpointing=checkpointing)
+            if rehearsals and i == 2:
+                roots = [t.order, out]
+
+                def rehearse(gradient, call=call, roots=roots, x=inputs[-1]):
+                    with call.rehearse():
+                        for _ in range(2):
+                            grads = [torch.zeros(0), gradient]
+                            found.extend(torch.autograd.grad(roots, x, grads, retain_graph=True))
+
+                out = Rehearse.apply(out, rehearse)
+            losses.append((out * cotangents[i]).sum())
+        return found, torch.autograd.grad(sum(losses), [*inputs, *toy.parameters])
+
+    _, plain = run(rehearsals=False)
+    found, grads = run(rehearsals=True)
+    assert all(map(torch.equal, grads, plain))
+    assert len(found) == 2 and all(torch.equal(f, plain[2]) for f in found)
+
+
+def test_single_token_calls_are_not_rehearsed():
+    message = r"lengths is \[1, 0, 1\]; allowed: a call with more than one token"
+    with pytest.raises(ValueError, match=message), trace().open([1, 0, 1]).rehearse():
+        pass
+
+
+def test_rewound_columns_are_written_anew():
+    toy = Toy()
+    t, other = toy.trace(2), toy.trace(2)
+    x = torch.randn(10, toy.width, dtype=torch.float64)
+    for one in (t, other):
+        toy.run(x[:4], one.open(2))
+    with torch.no_grad():
+        for i in range(2):
+            toy.run(x[:2] * i, t.open(1))
+    t.rewind([2, 3])
+    assert t.host_lengths == t.lengths.tolist() == [2, 3]
+    t.rewind([2, 2])
+    outs = [toy.run(x[4:], one.open(3)) for one in (t, other)]
+    assert torch.equal(*outs) and torch.equal(t.keys[..., :5, :], other.keys[..., :5, :])
+    assert t.host_lengths == t.lengths.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("lengths", [[2, 1, 2], [2, 4, 2], [2, 2], [-1, 2, 2]])
+def test_rewind_refuses(lengths):
+    toy = Toy()
+    t = toy.trace(3)
+    toy.run(torch.randn(6, toy.width, dtype=torch.float64), t.open(2))
+    with torch.no_grad():
+        toy.run(torch.randn(3, toy.width, dtype=torch.float64), t.open(1))
+    with pytest.raises(ValueError, match=r"lengths is \[.*\]; allowed, row by row: 2 … 3, 2 … 3, 2 … 3"):
+        t.rewind(lengths)
+    moved = kv_concat([Segment(t, [1] * 3, [3] * 3)], capacity=9, rotary=toy.rotary)
+    with pytest.raises(ValueError, match="allowed, row by row: 2 … 2"):
+        moved.rewind([1] * 3)
+    assert t.host_lengths == [3] * 3
+
+
 def test_detach_keeps_the_columns_and_cuts_their_gradient():
     toy = Toy()
     t = toy.trace(1)

@@ -112,6 +112,7 @@ def test_ctrl_c_saves_and_resume_goes_on(flags, tmp_path):
         ({"handover": "half"}, "handover is 'half'; allowed: full, latent"),
         ({"alignment": "magic"}, "alignment is 'magic'"),
         ({"checkpointing": "some"}, "checkpointing is 'some'"),
+        ({"latent_backward": "sweeps:0"}, "latent_backward is 'sweeps:0'; allowed: exact, or sweeps:k"),
         ({"gradient_checkpointing": True}, "--checkpointing"),
         ({"implementation": "cuda"}, "implementation 'cuda' cannot run"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
