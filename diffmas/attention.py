@@ -1,8 +1,7 @@
 """How a transformers decoder reads and writes our traces: its attention function, and what we refuse.
 
-A forward gets the call, or a pool of answers, which attends by itself, as the keyword `trace_call`; transformers hands
-it down to the attention function, through PEFT and through its own (non-reentrant) activation checkpointing.
-`past_key_values` is not used.
+A forward gets the call as the keyword `trace_call`; transformers hands it down to the attention function, through
+PEFT and through its own (non-reentrant) activation checkpointing. `past_key_values` is not used.
 """
 
 from __future__ import annotations
@@ -49,10 +48,7 @@ def trace_attention(
             raise UnsupportedModelError(f"the model's attention uses {name} = {kwargs[name]}; this is not supported")
     dtype = trace_call.storage.keys.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    if (attend := getattr(trace_call, "attend", None)) is not None:
-        out = attend(q, k, v, module.layer_idx, q.shape[-1] ** -0.5 if scaling is None else scaling)
-    else:
-        out = cached_attention(q, k, v, trace_call, layer=module.layer_idx, scale=scaling)
+    out = cached_attention(q, k, v, trace_call, layer=module.layer_idx, scale=scaling)
     return out.unsqueeze(0), None
 
 

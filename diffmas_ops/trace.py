@@ -47,7 +47,11 @@ class Call:
         position_ids: int64 `[1, total]`.
         run, slot: calls of at most one token a row that follow each other share a `run` and count up its
             `slot`; `run` is None for other calls.
+        attend: None, or `(q, k, v, layer, scale) -> (out, lse)` in the operator's place, for a call whose keys and
+            values are not all in its own storage; `k, v` are None where they have been appended. Without gradient.
     """
+
+    attend = None
 
     def __init__(self, trace: KVTrace, lengths: list[int], run: int | None, slot: int):
         self.storage, self.gradients, self.implementation = trace.storage, trace.gradients, trace.implementation

@@ -23,16 +23,14 @@ from diffmas.generation.text import TextStream, cut, decode
 if TYPE_CHECKING:
     from diffmas.system import Lengths, MultiAgentSystem
 
-Pool = OwnTraces | SharedTraces
-
 #: Runs one decoding step: next-token logits `[answers, vocab]` for `tokens [answers]`. A captured one goes in here.
-Step = Callable[["MultiAgentSystem", Pool, Tensor], Tensor]
+Step = Callable[["MultiAgentSystem", OwnTraces, Tensor], Tensor]
 
 #: Room for new tokens that a trace starts with; from there on it grows by doubling.
 _FIRST_ROOM = 64
 
 
-def eager_step(system: MultiAgentSystem, pool: Pool, tokens: Tensor) -> Tensor:
+def eager_step(system: MultiAgentSystem, pool: OwnTraces, tokens: Tensor) -> Tensor:
     """One forward of the model, operation by operation."""
     pool.open()
     hidden = system.run(pool, input_ids=tokens)
@@ -118,7 +116,7 @@ class Engine:
         self._started: dict[int, float] = {}
         self._read = 0
         self._active: list[Answer] = []
-        self._pool: Pool | None = None
+        self._pool: OwnTraces | None = None
 
     def run(self) -> Iterator[list[Answer]]:
         """Step by step, the answers that have one more token; those with `finish` set are done."""
@@ -138,7 +136,7 @@ class Engine:
             if len(keep) < len(answers):
                 for answer in answers:
                     if answer.finish is not None:
-                        self._pool.leave(answer.slot)
+                        self._pool.release(answer.slot)
                 tokens = tokens[torch.tensor(keep, dtype=torch.long).to(tokens.device)]
                 answers = [answers[i] for i in keep]
             if answers is not self._active:
@@ -165,7 +163,7 @@ class Engine:
         prompts = [self._prompts[answer.row] for answer in entering]
         if self._pool is None:
             self._pool = (OwnTraces if self._decoding.samples == 1 else SharedTraces)(prompts[0].trace)
-        for answer, slot in zip(entering, self._pool.enter(prompts), strict=True):
+        for answer, slot in zip(entering, self._pool.admit(prompts), strict=True):
             answer.slot, answer.started = slot, self._started[answer.row]
         unfinished = self._waiting[0].row if self._waiting else self._read
         self._prompts = {row: prompt for row, prompt in self._prompts.items() if row >= unfinished}
@@ -190,7 +188,7 @@ class Engine:
         last = (torch.tensor(lengths[-1]).cumsum(0) - 1).to(hidden.device)
         logits = self._system.language_model.get_output_embeddings()(hidden[last])
         for i, row in enumerate(rows):
-            self._prompts[row], self._started[row] = Prompt(trace, i, logits[i]), started
+            self._prompts[row], self._started[row] = Prompt(trace, i, logits[i], self.samples), started
 
     def _choose(self, answers: list[Answer], logits: Tensor) -> Tensor:
         """The next token of every answer, kept in it; also `[answers]` on the device."""

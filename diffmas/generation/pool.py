@@ -18,13 +18,17 @@ from torch import Tensor
 from diffmas_ops import KVTrace, backends, merge_states
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Prompt:
-    """A row that has read its last prompt: where its trace stands, and the logits `[vocab]` behind it."""
+    """A row that has read its last prompt: where its trace stands, and the logits `[vocab]` behind it.
+
+    `waiting`: its samples that have not been admitted yet.
+    """
 
     trace: KVTrace
     row: int
     logits: Tensor
+    waiting: int
 
 
 class Columns:
@@ -77,27 +81,22 @@ class Columns:
             setattr(self, name, new)
 
 
-class _Tokens:
-    """At most one packed token a row: `begin[b] … end[b] - 1` of them, in column `starts[b]`; int32 `[rows]`."""
+class _Ranges:
+    """At most one packed token a row: `q_begin[b] … q_end[b] - 1` of them, in column `starts[b]`; int32 `[rows]`."""
 
-    def __init__(self, columns: Columns, at: dict[int, int], starts: Sequence[int]):
+    def __init__(self, columns: Columns, token_of: dict[int, int], starts: Sequence[int]):
         rows = columns.keys.shape[1]
         begin, count, column = ([0] * rows for _ in range(3))
-        for row, token in at.items():
+        for row, token in token_of.items():
             begin[row], count[row], column[row] = token, 1, starts[row]
         packed = torch.tensor([begin, count, column], dtype=torch.int32).to(columns.keys.device)
-        self.begin, self.count, self.starts = packed.unbind(0)
-        self.end = self.begin + self.count
+        self.q_begin, self._count, self.starts = packed.unbind(0)
+        self.q_end = self.q_begin + self._count
         self.max_kv = 1 + max(column)
-        self._columns = columns
-
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float, ops):
-        keys, values = self._columns.keys[layer], self._columns.values[layer]
-        ranges = self.begin, self.end, self.starts
-        return ops.cached_attention(q, k, v, keys, values, *ranges, 1, self.max_kv, scale)
 
     def advance(self) -> None:
-        self.starts += self.count
+        """To the next column."""
+        self.starts += self._count
         self.max_kv += 1
 
 
@@ -105,134 +104,132 @@ class OwnTraces:
     """Every answer appends to a trace of its own: for one sample a row.
 
     Attributes:
-        position_ids: int64 `[1, answers]` of the next tokens.
+        position_ids: int64 `[1, answers]` of the next tokens; this and what follows as in :class:`diffmas_ops.Call`.
     """
 
-    max_new = 1
+    max_new, run, slot, outputs, attend = 1, 0, 0, None, None
 
     def __init__(self, like: KVTrace):
-        self.storage = Columns(like)
-        self._ops = backends.functions("cached_attention", like.keys, like.implementation, many=False)
+        self.storage, self.implementation = Columns(like), like.implementation
+        self._order = torch.empty(0, device=like.device)
 
-    def enter(self, prompts: Sequence[Prompt]) -> list[int]:
+    def admit(self, prompts: Sequence[Prompt]) -> list[int]:
         """Slots of answers that begin behind `prompts`."""
-        trace = prompts[0].trace
-        if not self.storage.lengths and [p.row for p in prompts if p.trace is trace] == list(range(trace.batch)):
-            return self.storage.adopt(trace) + [self.storage.copy(p.trace, p.row) for p in prompts[trace.batch :]]
-        return [self.storage.copy(p.trace, p.row) for p in prompts]
+        return _take(self.storage, prompts)
 
-    def leave(self, slot: int) -> None:
+    def release(self, slot: int) -> None:
         """Give a slot back."""
         self.storage.leave(slot)
 
     def plan(self, slots: Sequence[int]) -> None:
         """From now on, one token of each of `slots` a step, packed in this order."""
-        lengths, device = self.storage.lengths, self.storage.keys.device
-        self._slots = slots
-        self._tokens = _Tokens(self.storage, {slot: i for i, slot in enumerate(slots)}, lengths)
-        self.position_ids = torch.tensor([[lengths[slot] for slot in slots]]).to(device)
+        self._slots, self.total = slots, len(slots)
+        self._ranges = _Ranges(self.storage, {slot: i for i, slot in enumerate(slots)}, self.storage.lengths)
+        self.q_begin, self.q_end, self.starts = self._ranges.q_begin, self._ranges.q_end, self._ranges.starts
+        self.position_ids = torch.tensor([self._positions(slots)]).to(self.starts.device)
+
+    def _positions(self, slots: Sequence[int]) -> list[int]:
+        return [self.storage.lengths[slot] for slot in slots]
 
     def open(self) -> None:
-        """Room for the next tokens."""
-        self.storage.reserve(self._tokens.max_kv)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
-        """Append `k, v [answers, num_kv_heads, head_dim]` and attend with `q [answers, num_heads, head_dim]`."""
-        return self._tokens.attend(q, k, v, layer, scale, self._ops)[0]
+        """Make room for the next tokens."""
+        self.max_kv = self._ranges.max_kv
+        self.storage.reserve(self.max_kv)
 
     def close(self) -> None:
         """The tokens have been read."""
-        self._tokens.advance()
+        self._ranges.advance()
         self.position_ids += 1
         for slot in self._slots:
             self.storage.lengths[slot] += 1
 
+    def enter(self, layer: int) -> Tensor:
+        """Nothing is differentiated."""
+        return self._order
 
-class SharedTraces:
+    def leave(self, layer: int, order: Tensor) -> None:
+        """See :meth:`enter`."""
+
+
+class SharedTraces(OwnTraces):
     """The samples of a row share its trace as it was before them; each appends to a short one of its own.
 
     Attention over the two is merged by their log-sum-exps. Over the shared part, a row's samples are further query
     heads of its keys' heads, so that one pass over the keys and values serves all of them.
     """
 
-    max_new = 1
-
     def __init__(self, like: KVTrace):
-        self.storage, self._shared = Columns(like), Columns(like)
+        super().__init__(like)
+        self._shared, self._heads = Columns(like), like.num_kv_heads
         self._ops = backends.functions("cached_attention", like.keys, like.implementation, many=False)
-        self._implementation = like.implementation
         self._row_of: dict[Prompt, int] = {}
         self._prompt_of: dict[int, Prompt] = {}
 
-    def enter(self, prompts: Sequence[Prompt]) -> list[int]:
-        """See :meth:`OwnTraces.enter`."""
+    def admit(self, prompts: Sequence[Prompt]) -> list[int]:
+        """See :meth:`OwnTraces.admit`."""
+        for prompt in prompts:
+            prompt.waiting -= 1
         new = [p for p in dict.fromkeys(prompts) if p not in self._row_of]
-        trace = prompts[0].trace
-        if not self._shared.lengths and [p.row for p in new if p.trace is trace] == list(range(trace.batch)):
-            rows = self._shared.adopt(trace) + [self._shared.copy(p.trace, p.row) for p in new[trace.batch :]]
-        else:
-            rows = [self._shared.copy(p.trace, p.row) for p in new]
-        self._row_of.update(zip(new, rows, strict=True))
+        self._row_of.update(zip(new, _take(self._shared, new), strict=True))
         slots = [self.storage.enter() for _ in prompts]
         self._prompt_of.update(zip(slots, prompts, strict=True))
         return slots
 
-    def leave(self, slot: int) -> None:
-        """See :meth:`OwnTraces.leave`; a shared trace goes with its last sample."""
-        self.storage.leave(slot)
+    def release(self, slot: int) -> None:
+        """See :meth:`OwnTraces.release`; a shared trace goes with its last sample."""
+        super().release(slot)
         prompt = self._prompt_of.pop(slot)
-        if prompt not in self._prompt_of.values():
+        if prompt.waiting == 0 and prompt not in self._prompt_of.values():
             self._shared.leave(self._row_of.pop(prompt))
 
     def plan(self, slots: Sequence[int]) -> None:
         """See :meth:`OwnTraces.plan`."""
-        lengths, device = self.storage.lengths, self.storage.keys.device
-        self._slots = slots
-        self._tokens = _Tokens(self.storage, {slot: i for i, slot in enumerate(slots)}, lengths)
+        super().plan(slots)
         rows = [self._row_of[self._prompt_of[slot]] for slot in slots]
-        prefixes = [self._shared.lengths[row] for row in rows]
         token_of = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-        self._prefix = _Tokens(self._shared, token_of, [n - 1 for n in self._shared.lengths])
-        # Answer i is head block `heads[i]` of its row's one packed token.
-        heads, taken = [], dict.fromkeys(token_of, 0)
+        self._prefix = _Ranges(self._shared, token_of, [n - 1 for n in self._shared.lengths])
+        # Which of its row's blocks of heads each answer is.
+        taken, heads = dict.fromkeys(token_of, 0), []
         for row in rows:
             heads.append(taken[row])
             taken[row] += 1
         self._grid = len(token_of), max(taken.values())
         at = [token_of[row] * self._grid[1] + head for row, head in zip(rows, heads, strict=True)]
-        self._at = None if at == list(range(self._grid[0] * self._grid[1])) else torch.tensor(at).to(device)
-        ends = [n + lengths[slot] for n, slot in zip(prefixes, slots, strict=True)]
-        self.position_ids = torch.tensor([ends]).to(device)
+        whole = at == list(range(self._grid[0] * self._grid[1]))
+        self._at = None if whole else torch.tensor(at).to(self.starts.device)
 
-    def open(self) -> None:
-        """See :meth:`OwnTraces.open`."""
-        self.storage.reserve(self._tokens.max_kv)
+    def _positions(self, slots: Sequence[int]) -> list[int]:
+        prefixes = (self._shared.lengths[self._row_of[self._prompt_of[slot]]] for slot in slots)
+        return [n + self.storage.lengths[slot] for n, slot in zip(prefixes, slots, strict=True)]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float) -> Tensor:
-        """See :meth:`OwnTraces.attend`."""
-        own = self._tokens.attend(q, k, v, layer, scale, self._ops)
-        shared = self._prefix.attend(self._pack(q, k.shape[1]), None, None, layer, scale, self._ops)
-        states = [(a, self._unpack(b, k.shape[1])) for a, b in zip(own, shared, strict=True)]
-        outs, lses = (torch.stack(pair) for pair in states)
-        return merge_states(outs, lses, implementation=self._implementation)[0]
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float) -> tuple[Tensor, Tensor]:
+        """Append `k, v [answers, num_kv_heads, D]` where given, attend with `q [answers, num_heads, D]`."""
+        own = self._attend(self.storage, self, q, k, v, layer, scale)
+        shared = self._attend(self._shared, self._prefix, self._pack(q), None, None, layer, scale)
+        outs, lses = (torch.stack((a, self._unpack(b))) for a, b in zip(own, shared, strict=True))
+        return merge_states(outs, lses, implementation=self.implementation)
 
-    def close(self) -> None:
-        """See :meth:`OwnTraces.close`."""
-        self._tokens.advance()
-        self.position_ids += 1
-        for slot in self._slots:
-            self.storage.lengths[slot] += 1
+    def _attend(self, columns: Columns, rows, q, k, v, layer: int, scale: float) -> tuple[Tensor, Tensor]:
+        keys, values = columns.keys[layer], columns.values[layer]
+        ranges = rows.q_begin, rows.q_end, rows.starts
+        return self._ops.cached_attention(q, k, v, keys, values, *ranges, 1, rows.max_kv, scale)
 
-    def _pack(self, q: Tensor, kv_heads: int) -> Tensor:
+    def _pack(self, q: Tensor) -> Tensor:
         """`[answers, heads, D]` to `[rows, kv_heads · samples · group, D]`."""
         rows, samples = self._grid
         if self._at is not None:
             q = q.new_zeros(rows * samples, *q.shape[1:]).index_copy_(0, self._at, q)
-        return q.view(rows, samples, kv_heads, -1, q.shape[2]).transpose(1, 2).reshape(rows, -1, q.shape[2])
+        return q.unflatten(0, (rows, samples)).unflatten(2, (self._heads, -1)).transpose(1, 2).flatten(1, 3)
 
-    def _unpack(self, x: Tensor, kv_heads: int) -> Tensor:
+    def _unpack(self, x: Tensor) -> Tensor:
         """`[rows, kv_heads · samples · group, …]` to `[answers, heads, …]`."""
-        rows, samples = self._grid
-        x = x.unflatten(1, (kv_heads, samples, -1)).transpose(1, 2)
-        x = x.reshape(rows * samples, -1, *x.shape[4:])
+        x = x.unflatten(1, (self._heads, self._grid[1], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
         return x if self._at is None else x[self._at]
+
+
+def _take(columns: Columns, prompts: Sequence[Prompt]) -> list[int]:
+    """Rows that hold the traces of `prompts`; the first batch of them is taken over whole, without a copy."""
+    trace = prompts[0].trace if prompts else None
+    if not columns.lengths and trace and [p.row for p in prompts if p.trace is trace] == list(range(trace.batch)):
+        return columns.adopt(trace) + [columns.copy(p.trace, p.row) for p in prompts[trace.batch :]]
+    return [columns.copy(p.trace, p.row) for p in prompts]

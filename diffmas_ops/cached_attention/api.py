@@ -67,6 +67,8 @@ def _forward(q, k, v, call, layer, scale, turns) -> tuple[Tensor, Tensor, Tensor
     if turns is not None:
         append = backends.functions("rotary_append", q, call.implementation).rotary_append
         q, k, v = append(q, k, v, *turns, keys, values, *rows, call.max_new), None, None
+    if call.attend is not None:
+        return q, *call.attend(q, k, v, layer, scale)
     attend = backends.functions("cached_attention", q, call.implementation, many=call.run is None).cached_attention
     return q, *attend(q, k, v, keys, values, *rows, call.max_new, call.max_kv, scale)
 
