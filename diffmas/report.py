@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas.evaluation import VARIANTS, Record
+from diffmas.records import write_atomically
 from diffmas.training import METRICS_FILE, read_metrics
 
 SUMMARY_FILE, RECORDS_FILE, REPORT_FILE = "summary.json", "eval.jsonl", "report.html"
@@ -30,7 +31,7 @@ def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
 
 
 def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
-    Path(folder, SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write_atomically(Path(folder, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
 
 
 def write_records(folder: str | Path, records: Sequence[Record]) -> None:

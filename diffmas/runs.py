@@ -87,9 +87,11 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
     return model, tokenizer
 
 
-def build_system(args: SystemArguments) -> tuple[MultiAgentSystem, PreTrainedTokenizerBase]:
-    """A fresh system: base model, new LoRA adapter, topology."""
-    topology = load_topology(args.topology, args.handover)
+def build_system(
+    args: SystemArguments, topology: Topology | None = None
+) -> tuple[MultiAgentSystem, PreTrainedTokenizerBase]:
+    """A fresh system: base model, new LoRA adapter, topology (default: the one `args` name)."""
+    topology = topology or load_topology(args.topology, args.handover)
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
     model, tokenizer = load_base(args)

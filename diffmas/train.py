@@ -6,7 +6,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch.utils.data import Subset
-from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
 from diffmas.data import Collator
@@ -24,40 +23,53 @@ from diffmas.generation import Decoding
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
-from diffmas.tasks import TaskArguments, load_task
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Task, TaskArguments, load_task
+from diffmas.topology import Topology
 from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 
+PROGRAM = "python -m diffmas.train"
 EVAL_DURING_TRAINING = 256
+MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Collator]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
-    started = time.perf_counter()
     # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    parser = Parser((SystemArguments, TaskArguments, DecodingArguments, TrainArguments), prog="python -m diffmas.train",
-                    description=__doc__)  # fmt: skip
-    system_args, task_args, decoding_args, args = parse(parser, argv)
+    arguments = parse_arguments(argv)
     try:
-        return _train(system_args, task_args, decoding_args, args, started)
+        return train(*arguments)
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 
 
-def _train(
+def parse_arguments(
+    argv: Sequence[str] | None, prog: str = PROGRAM
+) -> tuple[SystemArguments, TaskArguments, DecodingArguments, TrainArguments]:
+    """The flags of a training; exits with a message on a bad one."""
+    kinds = (SystemArguments, TaskArguments, DecodingArguments, TrainArguments)
+    return parse(Parser(kinds, prog=prog, description=__doc__), argv)
+
+
+def train(
     system_args: SystemArguments,
     task_args: TaskArguments,
     decoding_args: DecodingArguments,
     args: TrainArguments,
-    started: float,
+    *,
+    topology: Topology | None = None,
+    collator: MakeCollator = lambda system, task, tokenizer: Collator(system.topology, task.prompts, tokenizer),
 ) -> int:
+    """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
+    started = time.perf_counter()
     if args.gradient_checkpointing:
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)
     set_seed(args.seed)
-    system, tokenizer = build_system(system_args)
+    system, tokenizer = build_system(system_args, topology)
     description = describe(system, system_args, task_args, asdict(decoding_args))
     checkpoint = _choose_folder(args, task.name, description)
 
@@ -70,7 +82,7 @@ def _train(
         args=args,
         train_dataset=Items(task.train),
         eval_dataset=Subset(Items(task.eval), range(min(EVAL_DURING_TRAINING, len(task.eval)))),
-        data_collator=Collator(system.topology, task.prompts, tokenizer),
+        data_collator=collator(system, task, tokenizer),
         evaluator=evaluator,
         callbacks=[MetricsFile(), stop],
     )
@@ -110,10 +122,10 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
         if not folder.is_dir():
             raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: no such folder")
         if not (folder / "trainer_state.json").is_file():
-            checkpoint = get_last_checkpoint(resume)
+            checkpoint = last_checkpoint(folder)
             if checkpoint is None:
                 raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: it holds no checkpoint")
-            folder = Path(checkpoint)
+            folder = checkpoint
         args.output_dir = args.output_dir or str(folder.parent)
         _check_same(folder.parent / SYSTEM_FILE, description)
     elif args.output_dir is None:
@@ -127,6 +139,19 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     Path(args.output_dir, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return None if resume is None else str(folder)
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The latest checkpoint in a run's folder that was written to its end."""
+    checkpoints = Path(folder).glob("checkpoint-*[0-9]")
+    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            # The Trainer writes its state last.
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+    return None
 
 
 def _check_same(path: Path, description: dict[str, Any]) -> None:

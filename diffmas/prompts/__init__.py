@@ -18,7 +18,8 @@ class Prompts:
     """Prompt templates by role, e.g. `{"planner": {"system": "…", "user": "… {question} …"}}`.
 
     Templates are `str.format` strings over an item's fields; `system` is optional. The role "default", where
-    there is one, serves every role without an entry of its own.
+    there is one, serves every role without an entry of its own. Where agents talk in text, what earlier ones wrote is
+    put before `user`, under their names; `text`, an optional template with a place `{messages}`, is used instead.
     """
 
     roles: Mapping[str, Mapping[str, str]]
@@ -35,12 +36,14 @@ class Prompts:
         if not isinstance(roles, dict) or not roles:
             raise ValueError(f"prompts {path} has no roles; allowed: {{roles: {{name: {{system, user}}}}}}")
         for name, role in roles.items():
-            if not isinstance(role, dict) or "user" not in role or set(role) - {"system", "user"}:
-                raise ValueError(f"role {name} in {path} is {role!r}; allowed: user, and optionally system")
+            if not isinstance(role, dict) or "user" not in role or set(role) - {"system", "user", "text"}:
+                raise ValueError(f"role {name} in {path} is {role!r}; allowed: user, and optionally system and text")
         return cls(roles)
 
-    def messages(self, role: str, item: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Chat messages of `role` for an item.
+    def messages(
+        self, role: str, item: Mapping[str, Any], written: Sequence[tuple[str, str]] = ()
+    ) -> list[dict[str, str]]:
+        """Chat messages of `role` for an item; `written`: (name, text) of the agents whose texts it reads.
 
         Raises:
             ValueError: a role without a prompt, or a prompt that names a field the item lacks.
@@ -48,21 +51,28 @@ class Prompts:
         template = self.roles.get(role, self.roles.get("default"))
         if template is None:
             raise ValueError(f"role is {role!r}: it has no prompt; allowed: {', '.join(self.roles)}")
+        user, before = template["user"], ""
+        if written and "text" in template:
+            user, item = template["text"], {**item, "messages": "\n".join(text.strip() for _, text in written)}
+        elif written:
+            before = "".join(f"[{name}]\n{text.strip()}\n\n" for name, text in written)
         try:
-            return [
-                {"role": kind, "content": template[kind].format_map(item)}
-                for kind in ("system", "user")
-                if kind in template
-            ]
+            chat = [{"role": "system", "content": template["system"].format_map(item)}] if "system" in template else []
+            return [*chat, {"role": "user", "content": before + user.format_map(item)}]
         except KeyError as error:
             fields = ", ".join(k for k in item)
             raise ValueError(f"the prompt of role {role} names the field {error}; the item has {fields}") from None
 
     def encode(
-        self, role: str, items: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
+        self,
+        role: str,
+        items: Sequence[Mapping[str, Any]],
+        tokenizer: PreTrainedTokenizerBase,
+        written: Sequence[Sequence[tuple[str, str]]] | None = None,
     ) -> list[list[int]]:
-        """Token ids of every item's prompt, ready for an answer to follow."""
-        chats = [self.messages(role, item) for item in items]
+        """Token ids of every item's prompt, ready for an answer to follow; `written`: per item, as in `messages`."""
+        written = [()] * len(items) if written is None else written
+        chats = [self.messages(role, item, texts) for item, texts in zip(items, written, strict=True)]
         if tokenizer.chat_template:
             texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
         else:

@@ -1,0 +1,263 @@
+"""Methods × tasks × seeds: trains what has to be trained, answers every item once, and goes on after a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from diffmas.answering import answer, batches, evaluating
+from diffmas.generation import Decoding
+from diffmas.machine import machine
+from diffmas.methods.base import Method, TraceChannel
+from diffmas.records import Record, RecordFile, write_atomically
+from diffmas.report import SUMMARY_FILE
+from diffmas.runs import build_system, load_weights
+from diffmas.summary import summarise
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Task, load_task
+from diffmas.topology import Topology, load_topology
+from diffmas.train import last_checkpoint, parse_arguments, train
+
+ITEMS_FILE, SETTINGS_FILE = "items.jsonl", "settings.json"
+#: Of a training, what decides which weights come out.
+TRAINING = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
+    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+)  # fmt: skip
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a training, which has saved a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How answers are taken, the same for every method.
+
+    Args:
+        samples: answers an item. `batch_size`: rows decoded together; at least 2, a mismatched trace is another row's.
+        max_message_tokens: longest text of an agent before the last; None: as long as an answer may be.
+    """
+
+    samples: int = 1
+    batch_size: int = 64
+    max_message_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size is {self.batch_size}; allowed: integers ≥ 2")
+
+
+class Settings:
+    """One task's settings: what `diffmas.train` makes of its flags."""
+
+    def __init__(self, flags: Sequence[str], prog: str):
+        self.flags = list(flags)
+        self.system, self.task, self.decoding, training = parse_arguments(self.flags, prog)
+        self.topology = load_topology(self.system.topology, self.system.handover)
+        self.training = {k: v for k, v in training.to_dict().items() if k in TRAINING}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "system": asdict(self.system),
+            "topology": self.topology.to_dict(),
+            "task": asdict(self.task),
+            "decoding": asdict(self.decoding),
+            "training": self.training,
+        }
+
+
+class Comparison:
+    """A folder of records, trained adapters and a summary; running it again adds what is missing.
+
+    Args:
+        folder: made where there is none.
+        flags: by task, the flags that `python -m diffmas.train` would take for it (`--task` among them).
+        methods, seeds, controls: what to evaluate; a seed is that of training, of sampling and of the noise control.
+        adapters: folders of finished runs, by (task, method, seed), to take instead of training.
+
+    Raises:
+        ValueError: settings other than those of the records that are there.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        flags: Mapping[str, Sequence[str]],
+        methods: Sequence[Method],
+        seeds: Sequence[int],
+        controls: Sequence[str] = ("matched", "mismatched", "zero", "noise"),
+        options: Options = Options(),
+        *,
+        adapters: Mapping[tuple[str, str, int], str | Path] | None = None,
+        prog: str = "python -m diffmas.eval",
+        show_progress: bool = True,
+    ):
+        self.folder, self.methods, self.seeds, self.controls = Path(folder), methods, seeds, controls
+        self.options, self.adapters, self.show_progress = options, dict(adapters or {}), show_progress
+        self.settings = {name: Settings(f, prog) for name, f in flags.items()}
+        self.tasks = {name: load_task(settings.task) for name, settings in self.settings.items()}
+        for name, task in self.tasks.items():
+            if len(task.eval) == 0:
+                raise ValueError(f"the evaluation set of {name} is empty; allowed: at least one item")
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self) -> dict[str, Any]:
+        """Train and answer what is missing; returns the summary, which is in the folder too.
+
+        Raises:
+            Interrupted: Ctrl-C during a training.
+            BlockingIOError: another process is at work in the folder.
+        """
+        with RecordFile(self.folder / ITEMS_FILE) as file:
+            self._check_settings()
+            with self._progress(file) as advance:
+                for name, task in self.tasks.items():
+                    for method in self.methods:
+                        for seed in self._seeds(method, self.settings[name]):
+                            self._evaluate(file, name, task, method, seed, advance)
+            return self.summarise(file.records)
+
+    def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Write `summary.json` from all records in the folder, those of earlier calls too."""
+        names = list(dict.fromkeys([*(m.name for m in self.methods), *(r.method for r in records)]))
+        summary = {
+            **summarise(records, names),
+            "machine": machine(),
+            "settings": json.loads((self.folder / SETTINGS_FILE).read_text()),
+        }
+        write_atomically(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        return summary
+
+    def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
+        decoding = self._decoding(name)
+        # The text before it was drawn may differ between a dataset's file names; records carry the given name.
+        task = replace(task, name=name)
+        loaded = None
+        for control in (c for c in method.controls if c in self.controls):
+            for indices in batches(len(task.eval), self.options.batch_size):
+                wanted = {
+                    (name, method.name, control, seed, i, s) for i in indices for s in range(decoding.samples)
+                }
+                if wanted <= file.keys:
+                    continue
+                loaded = loaded or self._load(name, task, method, seed)
+                system, tokenizer, channel = loaded
+                with evaluating(system, adapter=method.trained):
+                    file.append(
+                        answer(
+                            system, channel, task, tokenizer, decoding, indices,
+                            method=method.name, control=control, seed=seed,
+                        )
+                    )  # fmt: skip
+                advance(f"{name}: {method.name}, seed {seed}, {control}", len(wanted))
+
+    def _load(self, name: str, task: Task, method: Method, seed: int):
+        settings = self.settings[name]
+        topology = method.topology(settings.topology)
+        if method.trained:
+            folder = self.adapters.get((name, method.name, seed)) or self._train(name, method, seed, topology)
+        system, tokenizer = build_system(self._system_args(method, settings), topology)
+        if method.trained:
+            load_weights(system, folder)
+        if torch.cuda.is_available():
+            system.cuda()
+        return system, tokenizer, self._channel(name, method, system, task, tokenizer)
+
+    def _train(self, name: str, method: Method, seed: int, topology: Topology) -> Path:
+        """The folder of the method's finished training; starts it, or goes on with it, where that is needed."""
+        settings = self.settings[name]
+        folder = self.folder / "training" / _file_name(name) / _file_name(method.name) / f"seed-{seed}"
+        if (folder / SUMMARY_FILE).is_file():
+            return folder
+        flags = [
+            *settings.flags, f"--seed={seed}", "--disable_final_eval=true", "--eval_strategy=no",
+            f"--output_dir={folder}", f"--disable_tqdm={not self.show_progress}",
+        ]  # fmt: skip
+        if last_checkpoint(folder) is not None:
+            flags.append(f"--resume_from_checkpoint={folder}")
+        elif folder.exists():
+            # Killed before its first checkpoint: nothing in it can be gone on with.
+            shutil.rmtree(folder)
+        _, task_args, decoding_args, training_args = parse_arguments(flags)
+        status = train(
+            self._system_args(method, settings), task_args, decoding_args, training_args, topology=topology,
+            collator=lambda system, task, tokenizer: self._channel(name, method, system, task, tokenizer),
+        )  # fmt: skip
+        if status:
+            raise Interrupted
+        return folder
+
+    def _channel(self, name: str, method: Method, system: MultiAgentSystem, task: Task, tokenizer) -> TraceChannel:
+        messages = self._decoding(name)
+        if (longest := self.options.max_message_tokens) is not None:
+            messages = replace(messages, max_new_tokens=longest)
+        return method.channel(system, task, tokenizer, self.settings[name].topology, messages)
+
+    def _decoding(self, name: str) -> Decoding:
+        return Decoding(**asdict(self.settings[name].decoding), samples=self.options.samples)
+
+    def _system_args(self, method: Method, settings: Settings):
+        args = replace(settings.system, **method.settings)
+        if not method.trained and args.alignment == "learned":
+            args = replace(args, alignment=args.alignment_initial)
+        return args
+
+    def _seeds(self, method: Method, settings: Settings) -> Sequence[int]:
+        """All seeds, or the first one where every other one would repeat its answers: no training, greedy decoding."""
+        repeats = not method.trained and settings.decoding.temperature == 0
+        return self.seeds[:1] if repeats else self.seeds
+
+    def _check_settings(self) -> None:
+        """Keep the settings beside the records, or raise `ValueError` where other ones are kept."""
+        path = self.folder / SETTINGS_FILE
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        # By way of JSON, as they are read back.
+        now = json.loads(json.dumps({"options": asdict(self.options)} | {
+            "tasks": {name: settings.describe() for name, settings in self.settings.items()}
+        }))  # fmt: skip
+        before = {"options": kept.get("options", {})} | kept.get("tasks", {})
+        for part, values in ({"options": now["options"]} | now["tasks"]).items():
+            for key, value, was in _changes(values, before.get(part)):
+                raise ValueError(
+                    f"{key} of {part} is {value!r}, but the records in {self.folder} had {was!r}; allowed: the same, "
+                    "or another folder"
+                )
+        write_atomically(
+            path, json.dumps({"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}, indent=2) + "\n"
+        )
+
+    @contextmanager
+    def _progress(self, file: RecordFile) -> Iterator[Any]:
+        total = done = 0
+        for name, task in self.tasks.items():
+            for method in self.methods:
+                controls = [c for c in method.controls if c in self.controls]
+                cells = [(c, s) for c in controls for s in self._seeds(method, self.settings[name])]
+                total += len(cells) * len(task.eval) * self.options.samples
+                done += sum(1 for k in file.keys if (k[0], k[1]) == (name, method.name) and (k[2], k[3]) in cells)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, disable=not self.show_progress) as progress:
+            bar = progress.add_task("answering", total=total, completed=done)
+            yield lambda what, n: progress.update(bar, description=what, advance=n)
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-+_=." else "_" for c in name)
+
+
+def _changes(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Leaves that are in both and differ."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        for name in now.keys() & before.keys():
+            yield from _changes(now[name], before[name], name)
+    elif before is not None and now != before:
+        yield key, now, before
