@@ -144,9 +144,7 @@ class Comparison:
         loaded = None
         for control in (c for c in method.controls if c in self.controls):
             for indices in batches(len(task.eval), self.options.batch_size):
-                wanted = {
-                    (name, method.name, control, seed, i, s) for i in indices for s in range(decoding.samples)
-                }
+                wanted = {(name, method.name, control, seed, i, s) for i in indices for s in range(decoding.samples)}
                 if wanted <= file.keys:
                     continue
                 loaded = loaded or self._load(name, task, method, seed)
@@ -232,7 +230,8 @@ class Comparison:
                     "or another folder"
                 )
         write_atomically(
-            path, json.dumps({"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}, indent=2) + "\n"
+            path,
+            json.dumps({"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}, indent=2) + "\n",
         )
 
     @contextmanager

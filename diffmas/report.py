@@ -21,7 +21,7 @@ SUMMARY_FILE, RECORDS_FILE, REPORT_FILE = "summary.json", "eval.jsonl", "report.
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #d0d7de;text-align:left}
-td.n{text-align:right;font-variant-numeric:tabular-nums}svg{max-width:100%;height:auto}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
 .small{color:#57606a;font-size:.85rem}"""
 
 
@@ -68,17 +68,22 @@ def write_report(folder: str | Path) -> Path:
     }
     body = [f"<h1>{html.escape(summary['task']['task'])}: what the trace carries</h1>"]
     if rows := _accuracies(summary):
-        body += [_table([(label, f"{100 * value:.1f} %") for label, value in rows]), _svg(_bars, rows)]
+        body += [_table([(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
         body.append(f"<p class=small>{summary['eval_items']} held-out items.</p>")
     if any("loss" in entry for entry in metrics):
-        body += ["<h2>Training</h2>", _svg(_curves, metrics)]
+        body += ["<h2>Training</h2>", svg(_curves, metrics)]
     body += ["<h2>Run</h2>", _table([(k, str(v)) for k, v in about.items() if v is not None])]
     path = folder / REPORT_FILE
-    path.write_text(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>DiffMAS run</title><style>{_STYLE}</style>" + "\n".join(body) + "</html>\n"
-    )
+    write_atomically(path, page("DiffMAS run", body))
     return path
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """An HTML page that needs no network."""
+    return (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>" + "\n".join(body) + "</html>\n"
+    )
 
 
 def _field(variant: str) -> str:
@@ -94,7 +99,8 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
     return f"<table>{''.join(cells)}</table>"
 
 
-def _svg(draw, data) -> str:
+def svg(draw, data) -> str:
+    """The figure `draw(plt, data)` as SVG."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,0 +1,229 @@
+"""`report.html` of a comparison: accuracy and cost by method and task, differences, controls, stability."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffmas.methods import METHODS
+from diffmas.records import write_atomically
+from diffmas.report import REPORT_FILE, page, svg
+
+Summary = dict[str, Any]
+Cells = dict[tuple[str, str, str], dict[str, Any]]
+CONTROLS = ("matched", "mismatched", "zero", "noise")
+COLORS = ("#1f6feb", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#0598bc", "#bf3989", "#6e7781")
+
+
+def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
+    """Write the report beside the summary; one file, no network needed. Returns its path."""
+    cells = by_name(summary)
+    tasks, methods = names(summary)
+    body = [
+        f"<h1>{html.escape(', '.join(tasks))}: {len(methods)} methods</h1>",
+        "<h2>Accuracy</h2>",
+        _accuracy_table(cells, tasks, methods),
+        "<p class=small>Percent of right answers, averaged over an item's samples and seeds, with 95 % bootstrap "
+        "intervals over items and the spread of the seeds. Same prompts, decoding and items for every method; trained "
+        "methods share steps and learning rate.</p>",
+        svg(draw_accuracies, (cells, tasks, methods)),
+        "<h2>Cost per item</h2>",
+        _cost_table(cells, tasks, methods),
+        "<p class=small>Generated: tokens of the answers and of texts between agents. An item's samples share prefill, "
+        "latent steps and texts. Time is the batch's wall-clock time divided by its items.</p>",
+        "<h2>Paired differences</h2>",
+        _difference_table(summary, lambda d: d["a_control"] == d["b_control"]),
+        "<p class=small>Percentage points, item by item on the same items and seeds; bold where the 95 % interval "
+        "excludes zero. Intervals are not corrected for their number.</p>",
+    ]
+    if any(cell["control"] != "matched" for cell in summary["cells"]):
+        body += [
+            "<h2>What the trace carries</h2>",
+            _control_table(cells, tasks, methods),
+            _difference_table(summary, lambda d: d["a_control"] != d["b_control"]),
+            "<p class=small>The row's own trace (matched), another row's (mismatched), keys and values of zero, and "
+            "noise of the same norms. What is right without the row's own trace was not communicated.</p>",
+        ]
+    body += ["<h2>Stability of decoding</h2>", _stability_table(cells, tasks, methods)]
+    for task in tasks:
+        body.append(svg(draw_stability, (cells, task, methods)))
+    body += ["<h2>Run</h2>", _table([], [[k, str(v)] for k, v in summary["machine"].items()])]
+    path = Path(folder, REPORT_FILE)
+    write_atomically(path, page(f"DiffMAS: {', '.join(tasks)}", body))
+    return path
+
+
+def print_comparison(summary: Summary) -> None:
+    """Accuracies by method and task as a table on the terminal."""
+    cells = by_name(summary)
+    tasks, methods = names(summary)
+    table = Table("method", *tasks, title="accuracy, % [95 % interval]")
+    for method in methods:
+        table.add_row(method, *(accuracy(cells.get((task, method, "matched"))) for task in tasks))
+    Console().print(table)
+
+
+def markdown_table(summary: Summary) -> str:
+    """Accuracies, and what the trace carries, as a Markdown table: a row a method, a column a task."""
+    cells = by_name(summary)
+    tasks, methods = names(summary)
+    lines = ["| accuracy, % | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    for method in methods:
+        values = (accuracy(cells.get((task, method, "matched"))) for task in tasks)
+        lines.append(f"| {label(method)} (`{method}`) | " + " | ".join(values) + " |")
+    return "\n".join(lines)
+
+
+def by_name(summary: Summary) -> Cells:
+    return {(c["task"], c["method"], c["control"]): c for c in summary["cells"]}
+
+
+def names(summary: Summary) -> tuple[list[str], list[str]]:
+    """Tasks and methods, in the summary's order."""
+    cells = summary["cells"]
+    return list(dict.fromkeys(c["task"] for c in cells)), list(dict.fromkeys(c["method"] for c in cells))
+
+
+def label(method: str) -> str:
+    return METHODS[method].label if method in METHODS else method
+
+
+def accuracy(cell: dict[str, Any] | None) -> str:
+    """`92.1 [89.0, 94.5]`, in percent."""
+    if cell is None or cell["accuracy"] is None:
+        return "–"
+    a = cell["accuracy"]
+    return f"{100 * a['mean']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+
+
+def _accuracy_table(cells: Cells, tasks, methods) -> str:
+    rows = []
+    for method in methods:
+        found = [cells.get((task, method, "matched")) for task in tasks]
+        seeds = "/".join(dict.fromkeys(str(len(c["seeds"])) for c in found if c))
+        rows.append([f"{label(method)} <code>{html.escape(method)}</code>", *map(accuracy, found), seeds])
+    return _table(["method", *tasks, "seeds"], rows)
+
+
+def _cost_table(cells: Cells, tasks, methods) -> str:
+    rows = []
+    for task in tasks:
+        for method in methods:
+            if (cell := cells.get((task, method, "matched"))) is not None:
+                generated = cell["answer_tokens"] + cell["message_tokens"]
+                numbers = (generated, cell["message_tokens"], cell["latent_steps"], cell["prefill_tokens"])
+                rows.append([task, method, *(f"{n:.1f}" for n in numbers), f"{1000 * cell['seconds']:.1f}"])
+    head = ["task", "method", "generated", "of them texts", "latent steps", "prefill", "ms"]
+    return _table(head, rows, text=2)
+
+
+def _difference_table(summary: Summary, wanted) -> str:
+    rows = []
+    for d in filter(wanted, summary["differences"]):
+        value = f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        if d["low"] > 0 or d["high"] < 0:
+            value = f"<b>{value}</b>"
+        same = d["a_control"] == d["b_control"]
+        what = f"{d['a']} − {d['b']}" if same else f"{d['a']}: {d['a_control']} − {d['b_control']}"
+        rows.append([d["task"], what, value, str(d["items"])])
+    return _table(["task", "difference", "points", "items"], rows, text=2)
+
+
+def _control_table(cells: Cells, tasks, methods) -> str:
+    rows = []
+    for task in tasks:
+        for method in methods:
+            found = [cells.get((task, method, control)) for control in CONTROLS]
+            if any(found[1:]):
+                rows.append([task, method, *map(accuracy, found)])
+    return _table(["task", "method", *CONTROLS], rows, text=2)
+
+
+def _stability_table(cells: Cells, tasks, methods) -> str:
+    rows = []
+    for task in tasks:
+        for method in methods:
+            if (cell := cells.get((task, method, "matched"))) is not None:
+                entropy, agreeing = cell["entropy"]["mean"], cell["agreement"]["mean"]
+                rows.append(
+                    [
+                        task,
+                        method,
+                        f"{entropy[0]:.3f}" if entropy else "–",
+                        _number(cell["perplexity"]["tokens"], 3),
+                        "–" if agreeing is None else f"{agreeing:.2f} of {cell['samples']}",
+                    ]
+                )
+    return _table(["task", "method", "entropy of the first token, nats", "perplexity", "agreeing"], rows, text=2)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+    """Cells are HTML; the first `text` columns are aligned to the left."""
+
+    def row(values: Sequence[str], tag: str) -> str:
+        kinds = ("" if i < text else " class=n" for i in range(len(values)))
+        return "<tr>" + "".join(f"<{tag}{k}>{v}</{tag}>" for k, v in zip(kinds, values, strict=True)) + "</tr>"
+
+    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
+    return f"<div class=wide><table>{top}{''.join(row(r, 'td') for r in rows)}</table></div>"
+
+
+def draw_accuracies(plt, data):
+    """Accuracy with its interval, a panel a task; controls as hollow marks on the same line."""
+    cells, tasks, methods = data
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(2.2 + 2.9 * len(tasks), 0.9 + 0.34 * len(methods)), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    marks = {"mismatched": ("x", "another row's trace"), "zero": ("|", "zero trace"), "noise": ("+", "noise")}
+    for axes, task in zip(panels[0], tasks, strict=True):
+        for place, method in enumerate(methods):
+            cell = cells.get((task, method, "matched"))
+            if cell is not None and (a := cell["accuracy"]):
+                error = [[100 * (a["mean"] - a["low"])], [100 * (a["high"] - a["mean"])]]
+                axes.errorbar(100 * a["mean"], place, xerr=error, fmt="o", color=COLORS[0], ms=5, capsize=2.5, lw=1.4)
+            for control, (mark, _) in marks.items():
+                other = cells.get((task, method, control))
+                if other is not None and other["accuracy"]:
+                    axes.plot(100 * other["accuracy"]["mean"], place, mark, color="#6e7781", ms=6)
+        axes.set(title=task, xlim=(-3, 103), xlabel="accuracy, %")
+        axes.set_yticks(range(len(methods)), methods)
+        axes.grid(axis="x", color="#eaeef2")
+        axes.set_axisbelow(True)
+    panels[0][0].invert_yaxis()
+    shown = [c for c in marks if any((t, m, c) in cells for t in tasks for m in methods)]
+    handles = [plt.Line2D([], [], marker="o", ls="", color=COLORS[0], label="its own trace or text")]
+    handles += [plt.Line2D([], [], marker=marks[c][0], ls="", color="#6e7781", label=marks[c][1]) for c in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def draw_stability(plt, data):
+    """Entropy along the answer, and how many of an item's samples agree, a line a method."""
+    cells, task, methods = data
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.3), layout="constrained")
+    for place, method in enumerate(methods):
+        cell = cells.get((task, method, "matched"))
+        if cell is None:
+            continue
+        color, style = COLORS[place % len(COLORS)], ("-", "--")[place // len(COLORS) % 2]
+        curve, counts = cell["entropy"], cell["agreement"]["counts"]
+        left.plot(curve["position"], curve["mean"], style, marker="o", ms=3, color=color, label=method)
+        if sum(counts):
+            shares = [100 * c / sum(counts) for c in counts]
+            right.plot(range(len(counts)), shares, style, marker="o", ms=3, color=color)
+    left.set(xlabel="position in the answer, tokens", ylabel="token entropy, nats", ylim=(0, None), title=task)
+    right.set(xlabel="agreeing samples", ylabel="items, %", ylim=(0, 103))
+    right.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure
