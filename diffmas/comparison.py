@@ -24,14 +24,9 @@ from diffmas.summary import summarise
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, load_task
 from diffmas.topology import Topology, load_topology
-from diffmas.train import last_checkpoint, parse_arguments, train
+from diffmas.train import last_checkpoint, parse_arguments, train, weight_settings
 
 ITEMS_FILE, SETTINGS_FILE = "items.jsonl", "settings.json"
-#: Of a training, what decides which weights come out.
-TRAINING = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
-    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
-)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -63,7 +58,7 @@ class Settings:
         self.flags = list(flags)
         self.system, self.task, self.decoding, training = parse_arguments(self.flags, prog)
         self.topology = load_topology(self.system.topology, self.system.handover)
-        self.training = {k: v for k, v in training.to_dict().items() if k in TRAINING}
+        self.training = weight_settings(training)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -139,7 +134,7 @@ class Comparison:
 
     def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
         decoding = self._decoding(name)
-        # The text before it was drawn may differ between a dataset's file names; records carry the given name.
+        # Records carry the name the task was asked for by, which two files of the same stem do not share.
         task = replace(task, name=name)
         loaded = None
         for control in (c for c in method.controls if c in self.controls):

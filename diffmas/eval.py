@@ -1,31 +1,47 @@
-"""`python -m diffmas.eval --run DIR`: accuracy of a trained run under every trace control."""
+"""`python -m diffmas.eval --run DIR`: accuracy of a trained run under every trace control.
+
+With `--methods`, all of them on all `--tasks` and `--seeds`: what has to be trained is trained first, with the flags of
+`diffmas.train` given here; killed and started again, it goes on where it was.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from transformers import set_seed
 
 from diffmas.arguments import Parser
+from diffmas.comparison import Comparison, Interrupted, Options, Settings
+from diffmas.comparison_report import print_comparison, write_comparison_report
+from diffmas.controls import CONTROLS
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.machine import machine, peak_memory_mb
+from diffmas.methods import METHODS, choose_methods
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.runs import describe, load_run
+from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run
 from diffmas.tasks import load_task
+from diffmas.topology import Topology
+
+PROGRAM = "python -m diffmas.eval"
 
 
 @dataclass
 class EvalArguments:
     """What to evaluate; what is left out is as in the run."""
 
-    run: str = field(metadata={"help": "Folder written by diffmas.train."})
-    output_dir: str | None = field(default=None, metadata={"help": "Where results go; default: RUN/eval."})
+    run: str = field(metadata={"help": "Folder written by diffmas.train; with --methods, one to be made will do."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where results go; default: RUN/eval, with --methods RUN/methods or a new RUN."}
+    )
     variants: str = field(default=",".join(VARIANTS), metadata={"help": f"Any of {', '.join(VARIANTS)}."})
     batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of the noise control."})
@@ -36,17 +52,28 @@ class EvalArguments:
     temperature: float | None = field(default=None, metadata={"help": "Sampling temperature; 0 is greedy."})
     top_p: float | None = field(default=None, metadata={"help": "Nucleus of sampling."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+    methods: str | None = field(default=None, metadata={"help": f"all, or any of {', '.join(METHODS)}."})
+    tasks: str | None = field(default=None, metadata={"help": "Tasks to compare methods on; default: the run's."})
+    seeds: str = field(default="0", metadata={"help": "Seeds of training and sampling to compare methods over."})
+    controls: str = field(default=",".join(CONTROLS), metadata={"help": f"Any of {', '.join(CONTROLS)}."})
+    samples: int = field(default=1, metadata={"help": "Answers an item, when comparing methods."})
+    max_message_tokens: int | None = field(
+        default=None, metadata={"help": "Longest text between agents; default: max_new_tokens."}
+    )
+    task_config: str | None = field(
+        default=None, metadata={"help": "YAML file {task: {flag: value}} of what differs between tasks."}
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table, write records, summary and report. Returns the process's exit status."""
-    parser = Parser(EvalArguments, prog="python -m diffmas.eval", description=__doc__)
+    parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
+    if unknown and args.methods is None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return _evaluate(args)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        return _evaluate(args) if args.methods is None else _compare(args, unknown)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, BlockingIOError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 
@@ -84,6 +111,78 @@ def _evaluate(args: EvalArguments) -> int:
     print_accuracies(summary)
     print(f"report: {report}")
     return 0
+
+
+def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
+    run, methods, seeds = Path(args.run), choose_methods(args.methods), integers("seeds", args.seeds)
+    controls = [c.strip() for c in args.controls.split(",")]
+    if unknown := [c for c in controls if c not in CONTROLS]:
+        raise ValueError(f"controls has {unknown}; allowed: {', '.join(CONTROLS)}")
+    description = json.loads((run / SYSTEM_FILE).read_text()) if (run / SYSTEM_FILE).is_file() else {}
+    parts = [description.get(part, {}) for part in ("system", "task", "decoding", "training")]
+    shared = ("eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
+    common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
+    common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
+    per_task = _read_task_config(args.task_config)
+    tasks = [t.strip() for t in args.tasks.split(",")] if args.tasks else [None]
+    by_task = {}
+    for name in tasks:
+        own = [*common, *([] if name is None else [f"--task={name}"]), *as_flags(per_task.get(name, {}))]
+        by_task[name or Settings(own, PROGRAM).task.task] = own
+    folder = Path(args.output_dir or (run / "methods" if description else run))
+    adapters = {}
+    if (run / ADAPTER_FILE).is_file():
+        trained = _method_of(description)
+        adapters[description["task"]["task"], trained, description.get("training", {}).get("seed", seeds[0])] = run
+    comparison = Comparison(
+        folder, by_task, methods, seeds, controls,
+        Options(args.samples, args.batch_size, args.max_message_tokens),
+        adapters=adapters, prog=PROGRAM, show_progress=not args.disable_tqdm,
+    )  # fmt: skip
+    try:
+        summary = comparison.run()
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped; the same command goes on where {folder} ends")
+        return 130
+    print_comparison(summary)
+    print(f"report: {write_comparison_report(folder, summary)}")
+    return 0
+
+
+def _method_of(description: dict[str, Any]) -> str:
+    """The method a run of `diffmas.train` is."""
+    topology = Topology.from_dict(description["topology"])
+    if topology.name in ("single", "stitch"):
+        return {"single": "single+sft", "stitch": "stitch+train"}[topology.name]
+    return "diffmas+detach" if description["system"]["detach_trace"] else "diffmas"
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Flags for a mapping of arguments; None is left out."""
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def integers(name: str, text: str) -> list[int]:
+    """Different integers ≥ 0 from a list with commas.
+
+    Raises:
+        ValueError: anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ValueError(f"{name} is {text!r}; allowed: different integers ≥ 0, separated by commas")
+    return [int(part) for part in parts]
+
+
+def _read_task_config(path: str | None) -> dict[str, dict[str, Any]]:
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"task_config is {path!r}: no such file")
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
+        raise ValueError(f"task_config {path} is {values!r}; allowed: {{task: {{flag: value}}}}")
+    return values
 
 
 if __name__ == "__main__":

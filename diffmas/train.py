@@ -30,6 +30,11 @@ from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 
 PROGRAM = "python -m diffmas.train"
 EVAL_DURING_TRAINING = 256
+#: Of the training arguments, besides the seed, what decides which weights come out.
+WEIGHT_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
+    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+)  # fmt: skip
 MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Collator]
 
 
@@ -71,6 +76,7 @@ def train(
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology)
     description = describe(system, system_args, task_args, asdict(decoding_args))
+    description["training"] = {"seed": args.seed, **weight_settings(args)}
     checkpoint = _choose_folder(args, task.name, description)
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
@@ -139,6 +145,11 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     Path(args.output_dir, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
     return None if resume is None else str(folder)
+
+
+def weight_settings(args: TrainArguments) -> dict[str, Any]:
+    """The arguments named in :data:`WEIGHT_SETTINGS`, ready for JSON."""
+    return {k: v for k, v in args.to_dict().items() if k in WEIGHT_SETTINGS}
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
