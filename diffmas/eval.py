@@ -54,7 +54,10 @@ class EvalArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
     methods: str | None = field(default=None, metadata={"help": f"all, or any of {', '.join(METHODS)}."})
     tasks: str | None = field(default=None, metadata={"help": "Tasks to compare methods on; default: the run's."})
-    seeds: str = field(default="0", metadata={"help": "Seeds of training and sampling to compare methods over."})
+    seeds: str | None = field(
+        default=None,
+        metadata={"help": "Seeds of training and sampling to compare methods over; default: the run's own, or 0."},
+    )
     controls: str = field(default=",".join(CONTROLS), metadata={"help": f"Any of {', '.join(CONTROLS)}."})
     samples: int = field(default=1, metadata={"help": "Answers an item, when comparing methods."})
     max_message_tokens: int | None = field(
@@ -67,7 +70,7 @@ class EvalArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table, write records, summary and report. Returns the process's exit status."""
-    parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__)
+    parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__, allow_abbrev=False)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown and args.methods is None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -114,11 +117,13 @@ def _evaluate(args: EvalArguments) -> int:
 
 
 def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
-    run, methods, seeds = Path(args.run), choose_methods(args.methods), integers("seeds", args.seeds)
+    run, methods = Path(args.run), choose_methods(args.methods)
     controls = [c.strip() for c in args.controls.split(",")]
     if unknown := [c for c in controls if c not in CONTROLS]:
         raise ValueError(f"controls has {unknown}; allowed: {', '.join(CONTROLS)}")
     description = json.loads((run / SYSTEM_FILE).read_text()) if (run / SYSTEM_FILE).is_file() else {}
+    own_seed = description.get("training", {}).get("seed", 0)
+    seeds = [own_seed] if args.seeds is None else integers("seeds", args.seeds)
     parts = [description.get(part, {}) for part in ("system", "task", "decoding", "training")]
     shared = ("eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
@@ -133,7 +138,7 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     adapters = {}
     if (run / ADAPTER_FILE).is_file():
         trained = _method_of(description)
-        adapters[description["task"]["task"], trained, description.get("training", {}).get("seed", seeds[0])] = run
+        adapters[description["task"]["task"], trained, own_seed] = run
     comparison = Comparison(
         folder, by_task, methods, seeds, controls,
         Options(args.samples, args.batch_size, args.max_message_tokens),

@@ -27,3 +27,23 @@ def poison():
     assert torch.empty(3).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """Folder of a tiny random base model with the embedded base's tokenizer."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from diffmas.embedded.tokenizer import build_tokenizer
+
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = build_tokenizer()
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,25 +1,6 @@
-"""A tiny random base model on disk, and the flags of a run that ends in seconds."""
+"""The flags of a run that ends in seconds."""
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
-
-from diffmas.embedded.tokenizer import build_tokenizer
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = build_tokenizer()
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

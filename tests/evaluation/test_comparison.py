@@ -1,0 +1,229 @@
+"""One evaluator for all methods: what each spends, what it reads, what it was trained on, and going on after a kill."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from diffmas import eval as evaluate
+from diffmas import train
+from diffmas.comparison import ITEMS_FILE, Comparison, Options
+from diffmas.controls import CONTROLS
+from diffmas.generation import Decoding
+from diffmas.methods import METHODS, TextChannel, choose_methods
+from diffmas.records import read_records
+from diffmas.runs import build_system
+from diffmas.tasks import load_task
+from diffmas.topology import load_topology
+from diffmas.train import last_checkpoint, parse_arguments
+
+OPTIONS = Options(samples=2, batch_size=3, max_message_tokens=4)
+
+
+def compare(folder, flags, methods="single,latent", seeds=(0,), options=OPTIONS, **others):
+    tasks = {"relay": flags}
+    return Comparison(folder, tasks, choose_methods(methods), seeds, options=options, show_progress=False, **others)
+
+
+def answers(records):
+    """Everything but the time it took, by key."""
+    return {r.key: {k: v for k, v in asdict(r).items() if k != "seconds"} for r in records}
+
+
+def test_every_method_answers_every_item_once_and_accounts_for_it(flags, tmp_path):
+    compare(tmp_path / "out", flags(), "all").run()
+    path = tmp_path / "out" / ITEMS_FILE
+    records = read_records(path)
+    cells = Counter((r.method, r.control) for r in records)
+    expected = {(m.name, c): 5 * 2 for m in METHODS.values() for c in m.controls}
+    assert cells == expected and len(path.read_text().splitlines()) == len(records)
+    prompts = {m: {r.index: r.prefill_tokens for r in records if r.method == m} for m in METHODS}
+    for r in records:
+        talks, thinks = (
+            r.method.startswith("text"),
+            "matched" in r.control and CONTROLS.keys() <= set(METHODS[r.method].controls),
+        )
+        assert (r.latent_steps == 2 * 2) == (thinks or r.control != "matched")
+        assert (0 < r.message_tokens <= 2 * 4) == talks and 1 <= r.tokens == len(r.entropies) <= 3
+        assert r.logprob <= 0 and all(e >= 0 for e in r.entropies) and r.seconds > 0
+        # Every agent's prompt is read once; texts are read by whom they are written for.
+        assert r.prefill_tokens == prompts["diffmas"][r.index] or r.method.startswith(("single", "text"))
+    assert all(prompts["text"][i] > prompts["diffmas"][i] > prompts["single"][i] for i in range(5))
+    before = path.read_bytes()
+    compare(tmp_path / "out", flags(), "all").run()
+    assert path.read_bytes() == before
+
+
+def test_methods_agree_with_the_run_s_own_evaluation(flags, tmp_path):
+    run = tmp_path / "run"
+    # With the seed 0 both draw an item's answer, and its noise, from the item's place.
+    assert train.main([*flags(max_steps=12, seed=0), f"--output_dir={run}", "--disable_tqdm=true"]) == 0
+    command = [f"--run={run}", "--methods=single,latent,diffmas", "--batch_size=4", "--disable_tqdm=true"]
+    assert evaluate.main(command) == 0
+    own = [json.loads(line) for line in (run / "eval.jsonl").open()]
+    by_variant = {(r["variant"], r["index"]): r["answer"] for r in own}
+    variant = {"single": "single", "latent": "training_free"}
+    compared = read_records(run / "methods" / ITEMS_FILE)
+    checked = Counter()
+    for r in compared:
+        name = variant.get(r.method, r.control)
+        if r.control == "matched" or r.method == "diffmas":
+            assert r.answer == by_variant[name, r.index]
+            checked[name] += 1
+    assert set(checked) == {"single", "training_free", *CONTROLS}
+    assert not (run / "methods" / "training").exists(), "the run's own adapter is the method diffmas"
+    answered = {v: [by_variant[v, i] for i in range(5)] for v in ("matched", "training_free")}
+    assert answered["matched"] != answered["training_free"], "training changed nothing: the test would see nothing"
+
+
+def text_channel(flags, topology):
+    system_args, task_args, _, _ = parse_arguments(flags)
+    task, team = load_task(task_args), load_topology(str(topology))
+    system, tokenizer = build_system(system_args, METHODS["text"].topology(team))
+    return TextChannel(system, task, tokenizer, team, Decoding(max_new_tokens=4, temperature=0)), task, tokenizer
+
+
+def test_texts_go_into_the_prompts_behind_and_come_from_the_untrained_model(flags, tmp_path):
+    channel, task, tokenizer = text_channel(flags(), tmp_path / "team.yaml")
+    items = [task.eval[i] for i in range(3)]
+    reading = channel.read(items, [0, 1, 2])
+    system = channel.system
+    texts = {}
+    for agent, before in (("first", ()), ("second", ("first",))):
+        chats = [
+            task.prompts.messages("sender", item, [(n, texts[n][i]) for n in before]) for i, item in enumerate(items)
+        ]
+        prompts = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False) for c in chats]
+        rows = [system.generate([torch.tensor(p)], [[len(p)]], tokenizer, channel.decoding) for p in prompts]
+        texts[agent] = [row[0][0].text for row in rows]
+    for i, ids in enumerate(reading.prompt_ids[0].split(reading.prompt_lengths[0])):
+        for name in texts:
+            assert texts[name][i].strip() in tokenizer.decode(ids)
+    assert "[first]" in task.prompts.messages("sender", items[0], [("first", "text")])[-1]["content"]
+    with torch.no_grad():
+        for name, parameter in system.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    again = channel.read(items, [0, 1, 2])
+    assert torch.equal(again.prompt_ids[0], reading.prompt_ids[0])
+    batch = channel(items)
+    assert batch["prompt_lengths"] == reading.prompt_lengths
+    golds = [tokenizer(item["answer"]).input_ids + [tokenizer.eos_token_id] for item in items]
+    assert [row.tolist() for row in batch["answer_ids"].split(batch["answer_lengths"])] == golds
+
+
+def test_trained_methods_share_items_steps_and_rate(flags, tmp_path):
+    compare(tmp_path / "out", flags(), "single+sft,text+sft,stitch+train,diffmas,diffmas+detach", seeds=(3,)).run()
+    systems = {
+        path.parent.parent.name: json.loads(path.read_text())
+        for path in (tmp_path / "out").glob("training/relay/*/seed-3/system.json")
+    }
+    assert len(systems) == 5
+    assert len({json.dumps([s["training"], s["task"]]) for s in systems.values()}) == 1
+    assert systems["diffmas"]["training"]["seed"] == 3
+    assert [s["system"]["detach_trace"] for s in systems.values()].count(True) == 1
+    agents = {name: [a["receives"] for a in s["topology"]["agents"]] for name, s in systems.items()}
+    assert agents["stitch+train"] == [[], [], ["first", "second"]] and agents["text+sft"] == agents["single+sft"] == [
+        []
+    ]
+    assert agents["diffmas"] == agents["diffmas+detach"] == [[], ["first"], ["second"]]
+
+
+def test_seeds_repeat_nothing_where_nothing_is_drawn(flags, tmp_path):
+    compare(tmp_path / "greedy", flags(temperature=0), seeds=(0, 1)).run()
+    assert {r.seed for r in read_records(tmp_path / "greedy" / ITEMS_FILE)} == {0}
+    compare(tmp_path / "drawn", flags(), seeds=(0, 1)).run()
+    drawn = read_records(tmp_path / "drawn" / ITEMS_FILE)
+    answered = [[r.answer for r in drawn if r.seed == seed] for seed in (0, 1)]
+    assert len(answered[0]) == len(answered[1]) and answered[0] != answered[1]
+
+
+def test_other_settings_are_refused_and_more_seeds_are_not(flags, tmp_path):
+    out = tmp_path / "out"
+    compare(out, flags()).run()
+    for changed in (flags(latent_steps=3), flags(temperature=0.5), flags(learning_rate=1)):
+        name = next(f for f in changed if f not in flags()).split("=")[0].strip("-")
+        with pytest.raises(ValueError, match=f"{name} of relay is .* allowed: the same"):
+            compare(out, changed).run()
+    with pytest.raises(ValueError, match="samples of options is 3"):
+        compare(out, flags(), options=replace(OPTIONS, samples=3)).run()
+    before = len(read_records(out / ITEMS_FILE))
+    summary = compare(out, flags(), "single", seeds=(0, 1)).run()
+    assert len(read_records(out / ITEMS_FILE)) == before + 10
+    seeds = {c["method"]: c["seeds"] for c in summary["cells"] if c["control"] == "matched"}
+    assert seeds == {"single": [0, 1], "latent": [0]}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--methods=singel"], "methods has ['singel']; allowed: all, or any of single"),
+        (["--methods=single", "--seeds=0,0"], "seeds is '0,0'; allowed: different integers"),
+        (["--methods=single", "--controls=nothing"], "controls has ['nothing']"),
+        (["--methods=single", "--task_config=nowhere.yaml"], "task_config is 'nowhere.yaml': no such file"),
+        (["--methods=single", "--samples=0"], "samples is 0"),
+        (["--methods=single", "--batch_size=1"], "batch_size is 1"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, capsys, given, message):
+    assert evaluate.main([f"--run={tmp_path / 'new'}", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def kill_when(process, condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdout, process.stderr):
+        stream.close()
+
+
+def test_kill_in_training_and_in_evaluation(flags, tmp_path):
+    """Killed at both, and gone on with: the same answers as in one go, each once."""
+    given = [*flags(max_steps=30, eval_size=40), "--methods=single,diffmas", "--samples=2", "--batch_size=4"]
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "diffmas.eval", *given, f"--run={out}", "--disable_tqdm=true"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    training = out / "training" / "relay" / "diffmas" / "seed-0"
+    kill_when(subprocess.Popen(command, **pipes), lambda: last_checkpoint(training) is not None)
+    reached = last_checkpoint(training)
+    assert reached.name != "checkpoint-30" and not (training / "summary.json").exists()
+    single = (out / ITEMS_FILE).read_bytes()
+    assert single.count(b"\n") == 40 * 2
+
+    def answered():
+        return (out / ITEMS_FILE).read_bytes().count(b"\n")
+
+    kill_when(subprocess.Popen(command, **pipes), lambda: answered() > 40 * 2)
+    assert 40 * 2 < answered() < 5 * 40 * 2
+    with (out / ITEMS_FILE).open("ab") as file:
+        file.write(b'{"task": "relay", "meth')
+    partial = read_records(out / ITEMS_FILE)
+    assert evaluate.main([*command[3:]]) == 0
+    assert (out / ITEMS_FILE).read_bytes().startswith(single)
+    records = read_records(out / ITEMS_FILE)
+    assert records[: len(partial)] == partial, "an answer that was there was taken again"
+    assert (out / ITEMS_FILE).read_bytes().count(b"\n") == len(records) == 5 * 40 * 2
+    assert evaluate.main([*given, f"--run={tmp_path / 'whole'}", "--disable_tqdm=true"]) == 0
+    assert answers(records) == answers(read_records(tmp_path / "whole" / ITEMS_FILE))
+    cells = [json.loads((tmp_path / p / "summary.json").read_text())["cells"] for p in ("killed", "whole")]
+    assert [c["accuracy"] for c in cells[0]] == [c["accuracy"] for c in cells[1]]
+    assert all(c["answers"] == 80 for c in cells[0])
+
+
+def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    for step, state in ((2, "{}"), (10, '{"step": '), (12, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path).name == "checkpoint-2"
