@@ -41,10 +41,10 @@ class BuildNative(build_ext):
     def build_extensions(self) -> None:
         build = Path(self.build_temp).resolve()
         output = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
-        nvcc = cuda_compiler()
+        nvcc, ninja = cuda_compiler(), shutil.which("ninja")
         configure = [
-            "cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            "cmake", "-S", ROOT, "-B", build,
+            *(["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DTORCH_ROOT={torch_root()}",

@@ -229,13 +229,31 @@ class Step(Case):
         """Of the finished trace."""
         return (self.agents - 1) * (self.prompt + self.latent) + self.prompt + self.answer
 
-    def step(self) -> Work:
-        """Forward, and backward through frozen weights (no weight gradients but LoRA's, which are left out)."""
+    @property
+    def weights(self) -> int:
+        """Of all layers' linear maps."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
-        weights = self.layers * (attention + 3 * self.hidden * self.intermediate)
-        linear = 4 * self.batch * (self.columns * weights + self.answer * self.hidden * self.vocab)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    def step(self) -> Work:
+        """Forward, and backward through frozen weights (no weight gradients but LoRA's, which are left out).
+
+        Every call reads the weights once in each direction.
+        """
+        linear = 4 * self.batch * (self.columns * self.weights + self.answer * self.hidden * self.vocab)
         whole = Attention(self.batch, 0, self.columns, self.heads, self.kv_heads, self.head_dim, self.dtype)
-        return Work(linear + 3.5 * self.layers * whole.forward().flops, 0)
+        calls = self.agents + (self.agents - 1) * self.latent
+        return Work(linear + 3.5 * self.layers * whole.forward().flops, 2 * calls * self.weights * self.item)
+
+    def latent_forward(self) -> Work:
+        """The latent steps of one agent behind one prompt; every step reads the weights and the trace."""
+        trace = LatentRun(
+            self.batch, self.prompt, self.latent, self.heads, self.kv_heads, self.head_dim, self.dtype
+        ).forward()  # fmt: skip
+        return Work(
+            2 * self.batch * self.latent * self.weights + self.layers * trace.flops,
+            self.latent * self.weights * self.item + self.layers * trace.bytes,
+        )
 
 
 #: A model's attention: heads, key/value heads, head dim (Qwen3 8B, Qwen3 14B, Llama 3.2 1B).
@@ -248,6 +266,16 @@ SMALL_STEPS = (
     Step(4, 256, 768, 4, 2, 64, 512, 4, 64, 10, 16, 2, "float32"),
     Step(4, 256, 768, 4, 2, 64, 512, 4, 128, 20, 16, 1, "float32"),
 )
+
+
+#: Models of the size that is trained in earnest, with random weights (Qwen3 4B, Qwen3 8B), and their task.
+_QWEN3 = dict(layers=36, heads=32, kv_heads=8, head_dim=128, vocab=151936)
+_TASK = dict(agents=4, prompt=384, latent=10, answer=1024, dtype="bfloat16")
+MODEL_STEPS = tuple(
+    Step(hidden=hidden, intermediate=intermediate, batch=1, **_QWEN3, **_TASK)
+    for hidden, intermediate in ((2560, 9728), (4096, 12288))
+)
+MODEL_BATCHES = (4, 32, 1)
 
 
 def operator_cases(device: str) -> list[Case]:

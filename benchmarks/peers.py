@@ -142,6 +142,14 @@ def exact_attention(q: Tensor, keys: Tensor, values: Tensor, grad: Tensor | None
     return results
 
 
+def latent_run(decoder, cache: DynamicCache, hidden: Tensor, target_norm: Tensor, latent_steps: int) -> Tensor:
+    """Latent steps `hidden [batch, 1, H]` → the last hidden state, as transformers runs them."""
+    for _ in range(latent_steps):
+        embeds = project(hidden, None, target_norm)
+        hidden = decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden
+
+
 def sequential_loss(model, prompts: list[Tensor], answer: Tensor, latent_steps: int) -> Tensor:
     """Mean answer loss of agents in sequence with full hand-over, as a careful user of transformers writes it.
 
@@ -158,9 +166,7 @@ def sequential_loss(model, prompts: list[Tensor], answer: Tensor, latent_steps: 
         return decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     for prompt in prompts[:-1]:
-        hidden = read(input_ids=prompt)[:, -1:]
-        for _ in range(latent_steps):
-            hidden = read(inputs_embeds=project(hidden, None, target_norm))
+        latent_run(decoder, cache, read(input_ids=prompt)[:, -1:], target_norm, latent_steps)
     hidden = read(input_ids=torch.cat((prompts[-1], answer), 1))
     logits = model.get_output_embeddings()(hidden[:, prompts[-1].shape[1] - 1 : -1])
     return F.cross_entropy(logits.float().flatten(0, 1), answer.flatten())

@@ -115,6 +115,17 @@ def write(folder: str | Path) -> Path:
     for result in data["results"]:
         lines += [f"## {_title(result)}", "", "| " + " | ".join(COLUMNS) + " |", "|---" + "|--:" * 8 + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows(result, data["ceilings"])] + [""]
+    if data.get("largest batches"):
+        lines += [
+            "## Largest batch that fits",
+            "",
+            "| step | | batch | memory beyond the weights |",
+            "|---|---|--:|--:|",
+        ]
+        for one in data["largest batches"]:
+            peak = _scaled(one["peak_bytes"], "B") if one["peak_bytes"] is not None else ""
+            lines += [f"| {one['label']} | {one['name']} | {one['batch']} | {peak} |"]
+        lines += [""]
     if data["failures"]:
         lines += ["## Failed", "", *(f"- {f['case']}: {f['error']}" for f in data["failures"]), ""]
     path = folder / REPORT_FILE
@@ -125,8 +136,13 @@ def write(folder: str | Path) -> Path:
 def _about(data: dict[str, Any]) -> list[str]:
     about = [f"- {key}: {value}" for key, value in data["environment"].items()]
     whole = "complete" if data["complete"] else "cut off before the last case"
+    checks = [
+        f"{c['name']} {c.get('skipped') or ('ok' if c['returncode'] == 0 else 'FAILED')}"
+        for c in data.get("checks", [])
+    ]
     return [
         *about,
+        *([f"- checks: {', '.join(checks)}"] if checks else []),
         f"- {_ceilings(data['ceilings'])}",
         f"- run: {whole}",
         "",

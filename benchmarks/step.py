@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,9 +25,49 @@ OURS, CHECKPOINTED = "diffmas", "diffmas, checkpointing"
 
 def build(case: Step, device: str) -> Experiment:
     """Loss and all gradients of one step; rows of one length, so that the peer needs no padding."""
-    model = _model(case, device)
+    contenders, twin = contenders_of(case, device)
     dtype = getattr(torch, case.dtype)
+
+    def in_float32() -> tuple[Tensor, ...]:
+        wide = copy.deepcopy(twin.model).float().get_base_model()
+        loss = peers.sequential_loss(wide, *twin.data, case.latent)
+        loss.backward()
+        return loss.detach(), _gradients(wide)
+
+    return Experiment(
+        operator="step",
+        direction="step",
+        case=case,
+        work=case.step(),
+        contenders=contenders,
+        ours=OURS,
+        implementations=(OURS, CHECKPOINTED),
+        plain=(PEER,),
+        # float32 is held to the peer's own numbers, anything less to the peer's in float32.
+        exact=PEER if dtype == torch.float32 else in_float32,
+        factor=3.0,
+        tolerance=1e-5 if dtype == torch.float32 else None,
+        device=device,
+        outputs=("loss", "gradients"),
+    )
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The peer's model, whose frozen weights are ours, and both sides' prompts and answer."""
+
+    model: torch.nn.Module
+    data: tuple[list[Tensor], Tensor]
+    system: MultiAgentSystem
+
+
+def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
+    """Ours, ours with activation checkpointing and the peer, on one model's weights and one batch."""
+    model = _model(case, device)
     twin = copy.deepcopy(model)
+    for own, frozen in zip(twin.parameters(), model.parameters(), strict=True):
+        if not frozen.requires_grad:
+            own.data = frozen.data
     twin.get_base_model().set_attn_implementation("sdpa")
     names = [f"agent{i}" for i in range(case.agents)]
     topology = Topology("chain", tuple(Agent(n, tuple(names[max(0, i - 1) : i])) for i, n in enumerate(names)))
@@ -47,33 +88,13 @@ def build(case: Step, device: str) -> Experiment:
     def checkpointing() -> None:
         system.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
-    def in_float32() -> tuple[Tensor, ...]:
-        wide = copy.deepcopy(twin).float().get_base_model()
-        loss = peers.sequential_loss(wide, prompts, answer, case.latent)
-        loss.backward()
-        return loss.detach(), _gradients(wide)
-
     trace = 2 * case.layers * case.batch * case.kv_heads * case.columns * case.head_dim * case.item
-    return Experiment(
-        operator="step",
-        direction="step",
-        case=case,
-        work=case.step(),
-        contenders={
-            OURS: _contender(model, ours, without, trace),
-            CHECKPOINTED: _contender(model, ours, checkpointing, trace),
-            PEER: _contender(twin, theirs, lambda: None, 0),
-        },
-        ours=OURS,
-        implementations=(OURS, CHECKPOINTED),
-        plain=(PEER,),
-        # float32 is held to the peer's own numbers, anything less to the peer's in float32.
-        exact=PEER if dtype == torch.float32 else in_float32,
-        factor=3.0,
-        tolerance=1e-5 if dtype == torch.float32 else None,
-        device=device,
-        outputs=("loss", "gradients"),
-    )
+    contenders = {
+        OURS: _contender(model, ours, without, trace),
+        CHECKPOINTED: _contender(model, ours, checkpointing, trace),
+        PEER: _contender(twin, theirs, lambda: None, 0),
+    }
+    return contenders, Twin(twin, (prompts, answer), system)
 
 
 def _contender(model, forward: Callable[[], Tensor], configure: Callable[[], None], trace_bytes: int) -> Contender:

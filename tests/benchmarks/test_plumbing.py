@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_suite, operators, peers, report, step, timing
+from benchmarks import gpu_suite, model_steps, operators, peers, report, step, timing
 from benchmarks.cases import (
     Append,
     Attention,
@@ -132,6 +132,55 @@ def test_step_agrees_and_saves_less(clock):
     assert saved[step.CHECKPOINTED] < saved[step.OURS] < saved[step.PEER]
 
 
+def test_whole_models_are_raced_with_the_peer(clock):
+    for result in (
+        model_steps.whole(TINY_STEP, "cpu", clock, seconds=0),
+        model_steps.latent_run(TINY_STEP, "cpu", clock, seconds=0),
+    ):
+        peer, *ours = (json.loads(json.dumps(result)))["contenders"]
+        assert peer["name"] == step.PEER and "errors" not in peer and peer["median_s"]
+        assert ours and all(max(c["errors"].values()) <= 1e-4 and c["peak_bytes"] > 0 for c in ours)
+        assert len(list(report.rows(result, {"copy": 1e9, "float32": 1e9}))) == 1 + len(ours)
+
+
+def test_a_model_that_does_not_fit_says_so(clock):
+    def full(_):
+        raise torch.OutOfMemoryError("full")
+
+    def constant(x):
+        return Contender(lambda _: (torch.tensor([x]),))
+
+    def run(**changes):
+        contenders = dict(ours=constant(1.0), plain=constant(1.0)) | changes
+        return model_steps.race_what_fits(
+            "toy", "step", TINY_STEP, Work(1, 1), contenders, ("ours",), "plain", "cpu", clock, seconds=0,
+            outputs=("x",),
+        )  # fmt: skip
+
+    result = run(plain=Contender(full))
+    plain, ours = result["contenders"]
+    assert plain["unavailable"] == "out of memory" and ours["median_s"] and "errors" not in ours
+    assert report.speedup(result) is None and len(list(report.rows(result, {"copy": 1e9, "float32": 1e9}))) == 2
+    with pytest.raises(torch.OutOfMemoryError, match="toy step, layers .* ours does not fit"):
+        run(ours=Contender(full))
+    with pytest.raises(WrongResult, match="errors of ours"):
+        run(ours=constant(1.2))
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 5, 24, 31, 32])
+def test_largest_batch(most):
+    tried = []
+    found = model_steps.largest_batch(lambda batch: tried.append(batch) or batch <= most)
+    assert found <= most and found >= 0.75 * most and len(tried) <= 9
+    assert model_steps.largest_batch(lambda batch: True, limit=8) == 8
+
+
+def test_largest_batches_of_a_step():
+    found = model_steps.batches_that_fit(TINY_STEP, "cpu", limit=2)
+    assert [(f["name"], f["batch"]) for f in found] == [(n, 2) for n in (step.OURS, step.CHECKPOINTED, step.PEER)]
+    assert all(f["peak_bytes"] > 0 for f in found)
+
+
 def test_race_interleaves_and_prepares_every_lap(clock):
     log = []
     contenders = {
@@ -208,10 +257,49 @@ def test_checks_are_recorded_and_end_in_time(tmp_path):
     assert hangs["returncode"] < 0 and "not finished after 1 s" in hangs["tail"]
 
 
+@pytest.mark.parametrize(
+    "device, cmake, sanitizer", [("cuda", None, None), ("cuda", "cmake", "tool"), ("cpu", None, None)]
+)
+def test_what_is_checked(tmp_path, monkeypatch, device, cmake, sanitizer):
+    """In a time that is there, and nothing that a machine lacks."""
+    called = []
+    monkeypatch.setattr(gpu_suite, "check", lambda _, name, command, seconds, variables=None: called.append(
+        (name, command, seconds)))  # fmt: skip
+    monkeypatch.setattr(gpu_suite.shutil, "which", lambda name, path=None: cmake)
+    monkeypatch.setattr(gpu_suite, "_sanitizer", lambda: sanitizer)
+    results = gpu_suite.Results(tmp_path)
+    gpu_suite.run_checks(results, device, 100)
+    names = [name for name, *_ in called]
+    on_gpu = ["CUDA operators", "Triton operators, schemas", "system"] + ["memcheck", "racecheck"] * bool(sanitizer)
+    assert names == ["build"] * bool(cmake) + ["libraries"] + (on_gpu if device == "cuda" else ["tests"])
+    assert all(0 < seconds <= 100 for *_, seconds in called)
+    assert [c["name"] for c in results.data["checks"]] == (["sanitizer"] if device == "cuda" and not sanitizer else [])
+    for _, command, _ in called:
+        assert all((gpu_suite.ROOT / word).exists() for word in command if word.startswith("tests/"))
+
+
+def test_parts_of_the_suite(monkeypatch):
+    monkeypatch.setattr(timing, "Clock", lambda device: None)
+    names = {p: [n for n, _ in gpu_suite.experiments("cuda", (p,))] for p in gpu_suite.PARTS}
+    whole = [n for n, _ in gpu_suite.experiments("cuda", gpu_suite.PARTS)]
+    assert not names["checks"] and sorted(whole) == sorted(names["operators"] + names["steps"])
+    for kind in ("checked step", "step", "latent steps", "largest batch"):
+        assert sum(n.startswith(f"{kind}: layers 36") for n in whole) >= 2
+
+
 def test_report_of_a_folder(tmp_path, clock):
     measures = {str(c): lambda c=c: measure(operators.build(c, "forward", "cpu"), seconds=0, clock=clock) for c in TINY}
     suite(tmp_path, measures, deadline=1, clock=lambda: 0)
+    data = json.loads((tmp_path / report.RESULTS_FILE).read_text())
+    data["checks"] = [
+        dict(name="build", returncode=0),
+        dict(name="tests", returncode=1),
+        dict(name="tool", skipped="-"),
+    ]
+    data["largest batches"] = [dict(name="plain", label="toy", batch=3, peak_bytes=2e9)]
+    (tmp_path / report.RESULTS_FILE).write_text(json.dumps(data))
     text = report.write(tmp_path).read_text()
+    assert "checks: build ok, tests FAILED, tool -" in text and "| toy | plain | 3 | 2 GB |" in text
     assert text.count("←") == len(TINY) + 1  # one a case, and the legend
     assert "1 GB/s copy, 1 GFLOP/s float32 matmul" in text and "run: complete" in text
     for plot in ("speedup.svg", "ceiling.svg"):

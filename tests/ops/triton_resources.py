@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+# Run by its path, it does not find a package that is not installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from diffmas_ops import triton_device
 from diffmas_ops.cached_attention import tiles
