@@ -73,6 +73,8 @@ def train(
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)
+    if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
+        raise ValueError("the training set is empty; allowed: at least one item")
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology)
     description = describe(system, system_args, task_args, asdict(decoding_args))

@@ -1,7 +1,7 @@
 """Runs the program on file 3 inside the sandbox, part after part, and reports on file 5.
 
-Once the program got to its end, the token on file 4 is given back. The token is fetched only after the program's last line. A program that ends on its own before, however it does,
-leaves none.
+Once the program got to its end, the token on file 4 is given back. It is fetched only then: a program that ends on
+its own before, however it does, leaves none.
 """
 
 import os

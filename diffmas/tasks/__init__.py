@@ -2,20 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from diffmas.tasks import gsm8k, jsonl, relay
+from diffmas.tasks import (
+    aime,
+    arc,
+    commonsenseqa,
+    gpqa,
+    gsm8k,
+    humaneval,
+    jsonl,
+    math,
+    mbpp,
+    medqa,
+    openbookqa,
+    procedural,
+    relay,
+)
 from diffmas.tasks.base import Item, Task, TaskArguments, gold
 
 __all__ = ["LOADERS", "Item", "Task", "TaskArguments", "gold", "load_task"]
 
 #: Built-in tasks by name.
-LOADERS: dict[str, Callable[[TaskArguments], Task]] = {"relay": relay.load, "gsm8k": gsm8k.load}
+LOADERS: dict[str, Callable[[TaskArguments], Task]] = {
+    "relay": relay.load,
+    "gsm8k": gsm8k.load,
+    "math": math.load,
+    "aime24": aime.load24,
+    "aime25": aime.load25,
+    "gpqa": gpqa.load,
+    "arc_easy": arc.load_easy,
+    "arc_challenge": arc.load_challenge,
+    "openbookqa": openbookqa.load,
+    "commonsenseqa": commonsenseqa.load,
+    "medqa": medqa.load,
+    "humaneval": humaneval.load,
+    "humaneval+": humaneval.load_plus,
+    "mbpp+": mbpp.load,
+}
 
 
 def load_task(args: TaskArguments) -> Task:
-    """The task that `args` describes.
+    """The task that `args` describes. Items to train on may be read only when they are first looked at.
 
     Raises:
         ValueError: an unknown task, an item without question or answer, no item at all, a size below 1.
@@ -25,12 +54,17 @@ def load_task(args: TaskArguments) -> Task:
     for name in ("train_size", "eval_size"):
         if (size := getattr(args, name)) is not None and size < 1:
             raise ValueError(f"{name} is {size}; allowed: integers ≥ 1")
-    load = jsonl.load if args.task.endswith(".jsonl") else LOADERS.get(args.task)
-    if load is None:
-        raise ValueError(f"task is {args.task!r}; allowed: {', '.join(LOADERS)}, or the path of a .jsonl file")
-    task = load(args)
-    return replace(task, train=_first(task.train, args.train_size), eval=_first(task.eval, args.eval_size))
+    task = _loader(args.task)(args)
+    if args.eval_size is None or len(task.eval) <= args.eval_size:
+        return task
+    return replace(task, eval=task.eval[: args.eval_size])
 
 
-def _first(items: Sequence[Item], size: int | None) -> Sequence[Item]:
-    return items if size is None or len(items) <= size else items[:size]
+def _loader(task: str) -> Callable[[TaskArguments], Task]:
+    if task.startswith(procedural.PREFIX):
+        return procedural.load
+    if task.endswith((".jsonl", ".jsonl.gz")):
+        return jsonl.load
+    if task not in LOADERS:
+        raise ValueError(f"task is {task!r}; allowed: {', '.join(LOADERS)}, rg:name, or the path of a .jsonl file")
+    return LOADERS[task]

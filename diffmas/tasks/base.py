@@ -8,6 +8,12 @@ from typing import Any
 
 from diffmas.prompts import Prompts
 
+#: Built-in tasks, as the command line lists them.
+NAMES = (
+    "relay", "gsm8k", "math", "aime24", "aime25", "gpqa", "arc_easy", "arc_challenge", "openbookqa", "commonsenseqa",
+    "medqa", "humaneval", "humaneval+", "mbpp+",
+)  # fmt: skip
+
 Item = Mapping[str, Any]
 
 
@@ -41,9 +47,18 @@ def gold(item: Item) -> str:
 class TaskArguments:
     """What to train and evaluate on."""
 
-    task: str = field(default="relay", metadata={"help": "relay, gsm8k, or the path of a .jsonl file."})
+    task: str = field(
+        default="relay",
+        metadata={
+            "help": f"{', '.join(NAMES)}, rg:name (a data set of reasoning-gym; rg:name,option=value sets an option), "
+            "or the path of a .jsonl file."
+        },
+    )
     data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with train.jsonl and test.jsonl to read instead of the hub."}
+        default=None,
+        metadata={
+            "help": "Folder with train and test files (.jsonl, .jsonl.gz, .csv, .parquet) to read instead of the hub."
+        },
     )
     eval_file: str | None = field(
         default=None, metadata={"help": "JSONL file to evaluate on; default: the last items of the task's own file."}
@@ -58,4 +73,4 @@ class TaskArguments:
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
     slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})
     values: int = field(default=16, metadata={"help": "relay: values a slot can take."})
-    task_seed: int = field(default=0, metadata={"help": "relay: which items are drawn."})
+    task_seed: int = field(default=0, metadata={"help": "relay, rg: which items are drawn."})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
+from diffmas.answers import mathematics
 from diffmas.prompts import Prompts
 from diffmas.tasks import base
 
@@ -21,7 +23,7 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no such file: {path}")
     items = []
-    with path.open(encoding="utf-8") as file:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -39,11 +41,11 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
 
 def load(args: base.TaskArguments) -> base.Task:
     """The file `args.task`, checked as mathematics; its answers may be worked solutions that end on `####`."""
-    from diffmas.tasks import gsm8k
-
     train, evaluation = items(args.task, args.eval_file, args.fields, args.eval_size)
+    name = Path(args.task).name.partition(".jsonl")[0]
+    mathematics.require((item["gold"] for item in evaluation), name)
     prompts = Prompts.load(args.prompts or "reasoning")
-    return base.Task(Path(args.task).stem, train, evaluation, prompts, gsm8k.check, gsm8k.extract)
+    return base.Task(name, train[: args.train_size], evaluation, prompts, mathematics.check, mathematics.extract)
 
 
 def items(

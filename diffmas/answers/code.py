@@ -1,0 +1,78 @@
+"""Programs: the code in an answer, and whether it passes an item's tests in the sandbox."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from diffmas.sandbox import Limits, Result, run
+
+LIMITS = Limits(seconds=20.0, cpu_seconds=20)
+
+_FENCED = re.compile(
+    r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+def program(text: str, entry_point: str | None = None) -> str | None:
+    """The code of an answer: its last block fenced as Python (or unmarked) that defines `entry_point`, else its last.
+
+    A text without a fence is code itself, if it compiles. None where there is no code.
+    """
+    blocks = [m["code"] for m in _FENCED.finditer(text) if m["language"].lower() in ("", "python", "python3", "py")]
+    if not blocks:
+        return text if "```" not in text and text.strip() and _tree(text) is not None else None
+    if entry_point is not None:
+        defines = re.compile(
+            rf"^(?:async\s+def|def|class)\s+{re.escape(entry_point)}\b|^{re.escape(entry_point)}\s*=", re.M
+        )
+        blocks = [b for b in blocks if defines.search(b)] or blocks
+    return blocks[-1] if blocks[-1].strip() else None
+
+
+def extract(text: str) -> str | None:
+    """The program without comments, docstrings and layout, so that equal programs are equal strings."""
+    code = program(text)
+    if code is None:
+        return None
+    tree = _tree(code)
+    if tree is None:
+        return "\n".join(line.rstrip() for line in code.strip().splitlines())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
+            node.body = body or ([] if isinstance(node, ast.Module) else [ast.Pass()])
+    return ast.unparse(tree) or None
+
+
+def check(text: str, item: Mapping[str, Any]) -> bool:
+    """Whether the program in `text` passes the item's tests (see :func:`execute`)."""
+    result = execute(text, item)
+    return result is not None and result.passed
+
+
+def execute(text: str, item: Mapping[str, Any], limits: Limits = LIMITS) -> Result | None:
+    """Run the program in `text` and then `item["test"]` in the sandbox; None where there is no program.
+
+    Where the item has a `context` (the imports and helpers a completion starts from), it goes first; what the
+    program defines wins.
+
+    Raises:
+        SandboxError: programs cannot be confined on this machine.
+    """
+    code = program(text, item.get("entry_point"))
+    if code is None:
+        return None
+    tests = item["test"]
+    packages = ["numpy"] if re.search(r"^\s*(?:import|from)\s+numpy\b", code + "\n" + tests, re.M) else []
+    return run([item.get("context", ""), code, tests], limits, packages=packages)
+
+
+def _tree(code: str) -> ast.Module | None:
+    try:
+        return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None

@@ -1,0 +1,88 @@
+r"""Mathematical answers: plain numbers are compared exactly, everything else by the package math-verify.
+
+Which of the two depends on the right answer alone, never on what is installed: a right answer that is a plain number
+or words needs no package; any other one needs math-verify, and :func:`require` says so before a model runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffmas.answers import final, numbers
+from diffmas.answers.verifier import Verifier
+
+_STATED = re.compile(
+    r"(?i)\b(?:final\s+answer|answer)(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?P<answer>[^\n]+)"
+)
+_MATHS = re.compile(r"\$\$?([^$\n]+)\$\$?|\\\((.+?)\\\)")
+_WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
+_SIMPLER = (
+    (re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])"), ""),
+    (re.compile(r"\\[dt]frac"), r"\\frac"),
+    (re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{\s*([^{}]*?)\s*\}"), r"\1"),
+    (re.compile(r"\\[,;!: ]|\\quad|~|\s+"), ""),
+    (re.compile(r"\^\{?\\circ\}?|\\%|%|\\\$|\$"), ""),
+)
+_verifier = Verifier()
+
+
+def extract(text: str) -> str | None:
+    """The final answer in a normal form: in the last `\\boxed{}`, behind `####`, stated, or else the last number."""
+    found = _final(text)
+    return None if found is None else normal(found)
+
+
+def check(text: str, item: Mapping[str, Any]) -> bool:
+    """Whether the final answer of `text` equals the item's `gold` (or `answer`) mathematically."""
+    gold, found = str(item.get("gold", item["answer"])), _final(text)
+    if found is None:
+        return False
+    if normal(found) == normal(gold):
+        return True
+    if not needs_verifier(gold):
+        # x = 5 answers "what is x?"; an exact number is not equal to an expression nobody has worked out.
+        value, right = numbers.parse(found.rpartition("=")[2]), numbers.parse(gold)
+        return value is not None and value == right
+    return _verifier(gold, found)
+
+
+def normal(answer: str) -> str:
+    """A number as :func:`numbers.normal`; anything else without spacing, dollars and the looser LaTeX, lower case."""
+    answer = final.unwrapped(answer)
+    if (value := numbers.parse(answer)) is not None:
+        return numbers.normal(value)
+    for pattern, replacement in _SIMPLER:
+        answer = pattern.sub(replacement, answer)
+    return answer.strip().rstrip(".").casefold()
+
+
+def needs_verifier(gold: str) -> bool:
+    """Whether an exact comparison cannot decide on predictions for this right answer."""
+    gold = final.unwrapped(gold)
+    return numbers.parse(gold) is None and not _WORDS.fullmatch(gold)
+
+
+def require(golds: Iterable[str], task: str) -> None:
+    """Raise `ModuleNotFoundError` where a right answer needs math-verify and it is not installed."""
+    if importlib.util.find_spec("math_verify") is None and (needing := next(filter(needs_verifier, golds), None)):
+        raise ModuleNotFoundError(
+            f"task {task} compares answers such as {needing!r} with the package math-verify, which is not installed; "
+            "install diffmas[data]"
+        )
+
+
+def _final(text: str) -> str | None:
+    if (found := final.boxed(text)) is not None:
+        return found
+    _, mark, tail = text.rpartition("####")
+    if mark:
+        return tail.strip().splitlines()[0].strip() if tail.strip() else None
+    stated = [m["answer"] for m in _STATED.finditer(text)]
+    if stated:
+        if maths := _MATHS.findall(stated[-1]):
+            return next(part for part in maths[-1] if part)
+        return numbers.last(stated[-1]) or stated[-1].strip(" *.")
+    return numbers.last(text)

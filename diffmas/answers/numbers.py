@@ -1,0 +1,75 @@
+"""Plain numbers, exactly: integers, decimals, thousands separators, fractions, money, percent, a unit behind."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+#: Longer ones are no answers; Python refuses to convert integers of more than 4300 digits.
+LONGEST = 1000
+DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+_NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?\s?(?P<digits>{DIGITS})")
+_SLASH = re.compile(rf"(?P<sign>[-+]?)(?P<above>{DIGITS})\s?/\s?(?P<below>{DIGITS})")
+_FRAC = re.compile(
+    rf"(?P<sign>[-+]?)\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>{DIGITS})\s*\}}"
+    r"|(?P<above1>[0-9])\s*(?P<below1>[0-9]))"
+)
+_UNIT = re.compile(
+    r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9]*\}|[A-Za-z][A-Za-z ]*\.?)(?:\s*\^\s*\{?[23]\}?)?$"
+)
+_GROUP = re.compile(r",\\!\s*")
+_SPACES = re.compile(r"\\[,;!: ]|~|\\quad")
+# A sign behind a word or a bracket is an operator: "5-10" ends on 10.
+_IN_TEXT = re.compile(rf"(?<![0-9.])(?:(?<![\w)])[-+])?\\?\$?{DIGITS}(?:/[0-9]+(?![0-9/.]))?(?![0-9])")
+
+
+def parse(text: str) -> Fraction | None:
+    """The one number that `text` is: "$70,000.00" is 70000, `\\frac{1}{2}` is 1/2; None where it is anything else."""
+    text = text.strip().rstrip(".").strip().replace("\u2212", "-").replace("{,}", ",")
+    text = _GROUP.sub(",", text)
+    text = (
+        _SPACES.sub(" ", text).replace("\\$", "$").replace("\\%", "%").replace("^{\\circ}", "").replace("^\\circ", "")
+    )
+    text = text.strip().rstrip("$%").strip()
+    if not re.match(r"[-+]?\s*[$\\.0-9]", text):
+        return None
+    if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\s*$", text[: unit.start()]):
+        text = text[: unit.start()].strip().rstrip("$%").strip()
+    text = re.sub(r"^([-+])\s+", r"\1", text)
+    if text.startswith("$") and not _NUMBER.fullmatch(text):
+        text = text[1:]
+    for pattern in (_NUMBER, _SLASH, _FRAC):
+        if match := pattern.fullmatch(text):
+            parts = match.groupdict()
+            value = _decimal(parts.get("digits") or parts.get("above") or parts["above1"])
+            below = _decimal(parts.get("below") or parts.get("below1") or "1")
+            return None if below == 0 else value / below * (-1 if parts["sign"] == "-" else 1)
+    return None
+
+
+def _decimal(text: str) -> Fraction:
+    text = text.replace(",", "")
+    sign, text = (-1, text[1:]) if text[0] == "-" else (1, text.lstrip("+"))
+    whole, _, part = text.partition(".")
+    return sign * Fraction(int(whole + part), 10 ** len(part))
+
+
+def last(text: str) -> str | None:
+    """The last number in running text, as written."""
+    found = _IN_TEXT.findall(text)
+    return found[-1] if found else None
+
+
+def normal(value: Fraction) -> str:
+    """One string per number: a decimal where it ends, a fraction otherwise."""
+    below, twos, fives = value.denominator, 0, 0
+    while below % 2 == 0:
+        below, twos = below // 2, twos + 1
+    while below % 5 == 0:
+        below, fives = below // 5, fives + 1
+    if below != 1:
+        return f"{value.numerator}/{value.denominator}"
+    places = max(twos, fives)
+    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
+    sign = "-" if value < 0 else ""
+    return sign + (f"{digits[:-places]}.{digits[-places:]}" if places else digits)
