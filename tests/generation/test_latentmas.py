@@ -1,6 +1,6 @@
 """Our training-free system is LatentMAS (arXiv 2511.20639), and stays it in a batch.
 
-The algorithm, from the paper: Wₐ = (WₒᵀWₒ + λI)⁻¹WₒᵀWᵢ with λ = 1e-5, output embedding Wₒ and input embedding Wᵢ. An agent
+The algorithm, from the paper: Wₐ = (WₒᵀWₒ + λI)⁻¹WₒᵀWᵢ with λ = 1e-5, output embedding Wₒ, input embedding Wᵢ. An agent
 reads its prompt behind the caches of all agents before it; then, m times, its last layer's hidden state h becomes the
 input e = hWₐ, scaled to the mean norm of the input embedding's rows, as the published implementation does. What all
 that has written into the cache is handed to the next agent; the last one reads its prompt and decodes. Their h, like
