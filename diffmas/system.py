@@ -194,6 +194,12 @@ class MultiAgentSystem(nn.Module):
 
         `reserve`: columns a row to leave room for behind the last prompt; None lets the trace grow.
         """
+        return self.hand_over(prompt_ids, prompt_lengths, reserve).trace
+
+    def hand_over(
+        self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None
+    ) -> AgentState:
+        """Like :meth:`communicate`, with the places of the agents' segments in the trace."""
         states: dict[str, AgentState] = {}
         agents = self.topology.agents
         lengths = dict(zip((a.name for a in agents), prompt_lengths, strict=True))
@@ -202,8 +208,10 @@ class MultiAgentSystem(nn.Module):
                 state = self._receive(agent, states, lengths, reserve)
                 self._write(agent, state, ids, lengths[agent.name])
             states[agent.name] = state
-        trace = self._receive(agents[-1], states, lengths, reserve).trace
-        return trace.detach_() if self.detach_trace else trace
+        received = self._receive(agents[-1], states, lengths, reserve)
+        if self.detach_trace:
+            received.trace.detach_()
+        return received
 
     def read(
         self,
