@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,16 @@ class Prompts:
                 raise ValueError(f"role {name} in {path} is {role!r}; allowed: user, and optionally system and text")
         return cls(roles)
 
+    def fields(self, role: str) -> list[str]:
+        """Fields of an item that the prompt of `role` names, in its order.
+
+        Raises:
+            ValueError: a role without a prompt.
+        """
+        template = self._template(role)
+        parsed = (string.Formatter().parse(template[kind]) for kind in ("system", "user") if kind in template)
+        return list(dict.fromkeys(name for text in parsed for _, name, _, _ in text if name))
+
     def messages(
         self, role: str, item: Mapping[str, Any], written: Sequence[tuple[str, str]] = ()
     ) -> list[dict[str, str]]:
@@ -48,9 +59,7 @@ class Prompts:
         Raises:
             ValueError: a role without a prompt, or a prompt that names a field the item lacks.
         """
-        template = self.roles.get(role, self.roles.get("default"))
-        if template is None:
-            raise ValueError(f"role is {role!r}: it has no prompt; allowed: {', '.join(self.roles)}")
+        template = self._template(role)
         user, before = template["user"], ""
         if written and "text" in template:
             user, item = template["text"], {**item, "messages": "\n".join(text.strip() for _, text in written)}
@@ -62,6 +71,12 @@ class Prompts:
         except KeyError as error:
             fields = ", ".join(k for k in item)
             raise ValueError(f"the prompt of role {role} names the field {error}; the item has {fields}") from None
+
+    def _template(self, role: str) -> Mapping[str, str]:
+        template = self.roles.get(role, self.roles.get("default"))
+        if template is None:
+            raise ValueError(f"role is {role!r}: it has no prompt; allowed: {', '.join(self.roles)}")
+        return template
 
     def encode(
         self,
