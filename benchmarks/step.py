@@ -63,7 +63,7 @@ class Twin:
 
 def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
     """Ours, ours with activation checkpointing and the peer, on one model's weights and one batch."""
-    model = _model(case, device)
+    model = lora_model(case, device)
     twin = copy.deepcopy(model)
     for own, frozen in zip(twin.parameters(), model.parameters(), strict=True):
         if not frozen.requires_grad:
@@ -72,7 +72,7 @@ def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
     names = [f"agent{i}" for i in range(case.agents)]
     topology = Topology("chain", tuple(Agent(n, tuple(names[max(0, i - 1) : i])) for i, n in enumerate(names)))
     system = MultiAgentSystem(model, topology, latent_steps=case.latent)
-    prompts, answer = _data(case, device)
+    prompts, answer = tokens(case, device)
     lengths = [[case.prompt] * case.batch] * case.agents
 
     def ours() -> Tensor:
@@ -126,7 +126,7 @@ def _gradients(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
 
 
-def _model(case: Step, device: str):
+def lora_model(case: Step, device: str):
     """A random Qwen3 with LoRA on every linear layer, whose B matrices are not zero."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -144,7 +144,7 @@ def _model(case: Step, device: str):
     return model.train()
 
 
-def _data(case: Step, device: str) -> tuple[list[Tensor], Tensor]:
+def tokens(case: Step, device: str) -> tuple[list[Tensor], Tensor]:
     shapes = [case.prompt] * case.agents + [case.answer]
     *prompts, answer = (torch.randint(case.vocab, (case.batch, n), device=device) for n in shapes)
     return prompts, answer
