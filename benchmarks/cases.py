@@ -9,16 +9,11 @@ from dataclasses import asdict, dataclass
 from itertools import chain, product, zip_longest
 from typing import Any
 
+from diffmas.costs import Plan, Shape, Work
+from diffmas.topology import Agent, Topology
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _ACCUMULATOR = 4
-
-
-@dataclass(frozen=True)
-class Work:
-    """FLOPs, and bytes read and written, that the computation cannot do without."""
-
-    flops: float
-    bytes: float
 
 
 @dataclass(frozen=True)
@@ -230,20 +225,17 @@ class Step(Case):
         return (self.agents - 1) * (self.prompt + self.latent) + self.prompt + self.answer
 
     @property
-    def weights(self) -> int:
-        """Of all layers' linear maps."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+    def shape(self) -> Shape:
+        """Of the model, without LoRA."""
+        heads = (self.heads, self.kv_heads, self.head_dim)
+        return Shape(self.layers, self.hidden, self.intermediate, *heads, self.vocab, self.item, _ACCUMULATOR)
 
     def step(self) -> Work:
-        """Forward, and backward through frozen weights (no weight gradients but LoRA's, which are left out).
-
-        Every call reads the weights once in each direction.
-        """
-        linear = 4 * self.batch * (self.columns * self.weights + self.answer * self.hidden * self.vocab)
-        whole = Attention(self.batch, 0, self.columns, self.heads, self.kv_heads, self.head_dim, self.dtype)
-        calls = self.agents + (self.agents - 1) * self.latent
-        return Work(linear + 3.5 * self.layers * whole.forward().flops, 2 * calls * self.weights * self.item)
+        """Forward, and backward through frozen weights (no weight gradients; LoRA is left out)."""
+        names = [f"agent{i}" for i in range(self.agents)]
+        chain = Topology("chain", tuple(Agent(n, tuple(names[max(0, i - 1) : i])) for i, n in enumerate(names)))
+        plan = Plan.of(chain, self.latent, [[self.prompt] * self.batch] * self.agents, [self.answer] * self.batch)
+        return sum(plan.work(self.shape).values(), Work())
 
     def latent_forward(self) -> Work:
         """The latent steps of one agent behind one prompt; every step reads the weights and the trace."""
@@ -251,8 +243,8 @@ class Step(Case):
             self.batch, self.prompt, self.latent, self.heads, self.kv_heads, self.head_dim, self.dtype
         ).forward()  # fmt: skip
         return Work(
-            2 * self.batch * self.latent * self.weights + self.layers * trace.flops,
-            self.latent * self.weights * self.item + self.layers * trace.bytes,
+            2 * self.batch * self.latent * self.shape.weights + self.layers * trace.flops,
+            self.latent * self.shape.weights * self.item + self.layers * trace.bytes,
         )
 
 

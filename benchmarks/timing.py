@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from diffmas.memory import measure
+
 # Twice the last cache of an H200, and of what a small processor has of one.
 _FLUSH_BYTES = {"cuda": 128 << 20, "cpu": 64 << 20}
 MIN_ROUNDS, MAX_ROUNDS = 3, 50
@@ -114,19 +116,5 @@ def race(
 
 def peak_bytes(run: Callable[[Any], Any], state: Any, device: str) -> tuple[Any, int]:
     """`run(state)`, and the most memory it held at once beyond what was held before it, in bytes."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        result = run(state)
-        torch.cuda.synchronize()
-        return result, torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = run(state)
-    # torch has no public reader of allocations and releases in their order.
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+    result, _, peak = measure(lambda: run(state), device)
     return result, peak

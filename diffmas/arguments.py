@@ -33,6 +33,18 @@ class TrainArguments(TrainingArguments):
         default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
     )
     report_to: str = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."})
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the largest micro-batch the memory allows; micro-batch × accumulation stays as asked for."
+        },
+    )
+    memory_limit_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 % of what is free."
+        },
+    )
     disable_final_eval: bool = field(
         default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
     )

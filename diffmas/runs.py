@@ -51,7 +51,10 @@ class SystemArguments:
         metadata={"help": "Gradient of latent runs: exact, or sweeps:k, k parallel backward passes (exact for k = m)."},
     )
     checkpointing: str = field(
-        default="none", metadata={"help": "Calls whose activations the backward recomputes: none, prefill or all."}
+        default="none",
+        metadata={
+            "help": "Calls whose activations the backward recomputes: none, prefill, all, or auto (what memory needs)."
+        },
     )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter."})
@@ -111,7 +114,8 @@ def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments)
         alignment_initial=args.alignment_initial,
         detach_trace=args.detach_trace,
         latent_backward=args.latent_backward,
-        checkpointing=args.checkpointing,
+        # What auto finds is set before training starts.
+        checkpointing="all" if args.checkpointing == "auto" else args.checkpointing,
         implementation=args.implementation,
         loss=args.loss,
     )

@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
+from diffmas.batching import ItemLengths, adapt, print_fit
 from diffmas.data import Collator
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
@@ -79,6 +80,12 @@ def train(
     system, tokenizer = build_system(system_args, topology)
     description = describe(system, system_args, task_args, asdict(decoding_args))
     description["training"] = {"seed": args.seed, **weight_settings(args)}
+    collate = collator(system, task, tokenizer)
+    lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
+    fitted: dict[str, Any] = {}
+    if args.auto_batch or system_args.checkpointing == "auto":
+        fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
+        print_fit(args, fitted["fit"])
     checkpoint = _choose_folder(args, task.name, description)
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
@@ -90,8 +97,9 @@ def train(
         args=args,
         train_dataset=Items(task.train),
         eval_dataset=Subset(Items(task.eval), range(min(EVAL_DURING_TRAINING, len(task.eval)))),
-        data_collator=collator(system, task, tokenizer),
+        data_collator=collate,
         evaluator=evaluator,
+        lengths=lengths,
         callbacks=[MetricsFile(), stop],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -113,6 +121,7 @@ def train(
         steps=trainer.state.global_step,
         parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
         machine=machine(),
+        **fitted,
         **description,
     )
     write_summary(folder, summary)

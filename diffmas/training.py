@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from diffmas.batching import ItemLengths, LengthGrouped
 from diffmas.evaluation import Evaluator
 from diffmas.runs import load_weights, save_weights
 
@@ -39,10 +40,28 @@ class SystemTrainer(Trainer):
     several processes, every answer token weighs the same.
     """
 
-    def __init__(self, *, evaluator: Evaluator | None = None, **kwargs):
+    def __init__(self, *, evaluator: Evaluator | None = None, lengths: ItemLengths | None = None, **kwargs):
         super().__init__(**kwargs)
+        self.lengths = lengths
         self.evaluator = evaluator
         self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGrouped(self.lengths.totals, size, seed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            rows = len(inputs["answer_lengths"])
+            raise torch.OutOfMemoryError(
+                f"a micro-batch of {rows} rows does not fit into memory; try --auto_batch, --checkpointing auto, or a "
+                f"smaller --per_device_train_batch_size. {error}"
+            ) from error
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -1,0 +1,179 @@
+"""Batches by length, and the micro-batch and checkpointing that the memory there is allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import psutil
+import torch
+from rich.progress import track
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from diffmas.ceilings import measure_ceilings
+from diffmas.checkpointing import CHECKPOINTING
+from diffmas.costs import Plan, Shape, floor_seconds
+from diffmas.memory import MemoryModel, calibrate, plan_of
+from diffmas.system import MultiAgentSystem
+
+#: Of the memory that is free, what is planned for; the rest is left to fragmentation and to others.
+SHARE = 0.9
+_CHUNK = 256
+
+
+class ItemLengths:
+    """Token counts of every item: prompts by agent, and the answer; found on first use, with a progress bar."""
+
+    def __init__(self, items: Sequence[Mapping[str, Any]], collator, *, show_progress: bool = True):
+        self._items, self._collator, self._show_progress = items, collator, show_progress
+
+    @cached_property
+    def _rows(self) -> list[tuple[int, ...]]:
+        """Per item, its prompts' lengths in the order of the topology's agents, and its answer's."""
+        rows: list[tuple[int, ...]] = []
+        starts = range(0, len(self._items), _CHUNK)
+        for begin in track(starts, "counting tokens", transient=True, disable=not self._show_progress):
+            end = min(begin + _CHUNK, len(self._items))
+            batch = self._collator([self._items[i] for i in range(begin, end)])
+            rows += zip(*batch["prompt_lengths"], batch["answer_lengths"], strict=True)
+        return rows
+
+    @cached_property
+    def totals(self) -> list[int]:
+        """Tokens of every item, all agents together."""
+        return [sum(row) for row in self._rows]
+
+    def longest(self, count: int) -> tuple[list[list[int]], list[int]]:
+        """Prompt lengths by agent and answer lengths of the `count` longest items."""
+        order = sorted(range(len(self._rows)), key=self.totals.__getitem__, reverse=True)[:count]
+        *prompts, answers = map(list, zip(*(self._rows[i] for i in order), strict=True))
+        return prompts, answers
+
+
+class LengthGrouped(LengthGroupedSampler):
+    """transformers' sampler by length; its order depends on seed and epoch alone, so that a resumed run repeats it."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        super().__init__(batch_size, lengths=list(lengths))
+        self._seed, self._epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self):
+        self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return super().__iter__()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process could still allocate on `device`."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A micro-batch of `rows`: its checkpointing, its predicted peak of `budget` bytes, its `seconds` a row at best."""
+
+    rows: int
+    checkpointing: str
+    peak: float
+    budget: float
+    seconds: float
+
+
+def fit(
+    models: Mapping[str, MemoryModel],
+    plan: Callable[[int], Plan],
+    shape: Shape,
+    *,
+    rows: Sequence[int],
+    budget: float,
+    rates: tuple[float, float],
+) -> Fit:
+    """The fastest of the micro-batches `rows`, under one of the checkpointing modes of `models`, that fits `budget`.
+
+    Its time is the floor of `plan(rows)` with the FLOPs and bytes of what is recomputed. A latent step's recomputation
+    reads all weights for a few tokens' activations, so that latent steps are the last to be recomputed.
+
+    Args:
+        models: memory model by checkpointing mode. plan: the trajectory of so many rows.
+        budget: bytes. rates: FLOP and bytes a second, as :func:`~diffmas.ceilings.measure_ceilings` finds them.
+
+    Raises:
+        ValueError: none fits.
+    """
+    choices = []
+    for mode, model in models.items():
+        for count in rows:
+            seconds = floor_seconds(plan(count).work(shape, mode), *rates) / count
+            choices.append(Fit(count, mode, model.peak(plan(count)), budget, seconds))
+    fitting = [choice for choice in choices if choice.peak <= budget]
+    if not fitting:
+        raise ValueError(
+            f"a micro-batch of {min(rows)} rows needs {min(c.peak for c in choices) / 1e9:.3g} GB with checkpointing "
+            f"{' or '.join(models)}, and {budget / 1e9:.3g} GB are there; allowed: a smaller "
+            "per_device_train_batch_size, --auto_batch, --checkpointing all, or shorter prompts"
+        )
+    return min(fitting, key=lambda choice: (choice.seconds, -choice.rows))
+
+
+def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing: str) -> Fit:
+    """Set the micro-batch of training arguments `args` (with `auto_batch`) and the system's checkpointing ("auto").
+
+    Micro-batch × accumulation steps stays what `args` asked for. Processes agree on the least of their memories.
+    """
+    if args.fsdp:
+        raise ValueError("auto_batch and checkpointing auto need whole weights in every process; allowed: without fsdp")
+    if args.memory_limit_gb is not None and args.memory_limit_gb <= 0:
+        raise ValueError(f"memory_limit_gb is {args.memory_limit_gb}; allowed: > 0")
+    system.to(args.device)
+    budget = SHARE * available_bytes(args.device) if args.memory_limit_gb is None else 1e9 * args.memory_limit_gb
+    if torch.distributed.is_initialized():
+        least = torch.tensor(float(budget), device=args.device)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        budget = float(least)
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    # Adam's two moments; gradients are in the memory model.
+    budget -= 2 * sum(p.numel() * p.element_size() for p in system.parameters() if p.requires_grad)
+    asked = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    choice = fit(
+        {mode: _calibrated(system, mode, autocast) for mode in _modes(checkpointing)},
+        lambda count: plan_of(system, *lengths.longest(count)),
+        Shape.of(system.language_model, autocast),
+        rows=[n for n in range(1, asked + 1) if asked % n == 0]
+        if args.auto_batch
+        else [args.per_device_train_batch_size],
+        budget=budget,
+        rates=measure_ceilings(args.device, autocast or system.language_model.dtype),
+    )
+    system.checkpointing.mode = choice.checkpointing
+    args.per_device_train_batch_size = choice.rows
+    args.gradient_accumulation_steps = asked // choice.rows
+    return choice
+
+
+def print_fit(args, choice: Mapping[str, Any]) -> None:
+    """What was chosen and why, on a line."""
+    if args.process_index == 0:
+        print(
+            f"micro-batch {choice['rows']} × {args.gradient_accumulation_steps} accumulation steps, checkpointing "
+            f"{choice['checkpointing']}: at most {choice['peak'] / 1e9:.3g} of {choice['budget'] / 1e9:.3g} GB",
+            flush=True,
+        )
+
+
+def _modes(checkpointing: str) -> Sequence[str]:
+    return CHECKPOINTING if checkpointing == "auto" else [checkpointing]
+
+
+def _calibrated(system: MultiAgentSystem, mode: str, autocast: torch.dtype | None) -> MemoryModel:
+    before, system.checkpointing.mode = system.checkpointing.mode, mode
+    try:
+        return calibrate(system, autocast)
+    finally:
+        system.checkpointing.mode = before
