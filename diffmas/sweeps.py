@@ -65,7 +65,7 @@ class Sweeps:
         # Packed row by row, a row's steps in order.
         inputs = torch.stack([first, *rest], dim=1)
         width = inputs.shape[2]
-        outputs = system.run(call, inputs_embeds=inputs.view(-1, width)).view_as(inputs)
+        outputs = system.read(trace, call, inputs_embeds=inputs.view(-1, width)).view_as(inputs)
         aligned = system.alignment(outputs[:, :-1].reshape(-1, width)).view(*outputs[:, :-1].shape)
         rehearsals = min(self.sweeps, system.latent_steps) - 1
         trace.order = _Solve.apply(trace.order, aligned, _Rehearsals(rehearsals, call, trace.order, inputs, aligned))

@@ -216,13 +216,17 @@ class MultiAgentSystem(nn.Module):
     def read(
         self,
         trace: KVTrace,
-        lengths: Lengths,
+        lengths: Lengths | Call,
         *,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row."""
-        return self.run(trace.open(lengths), input_ids=input_ids, inputs_embeds=inputs_embeds)
+        """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row.
+
+        `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
+        """
+        call = lengths if isinstance(lengths, Call) else trace.open(lengths)
+        return self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
 
     def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Like :meth:`read`, of a call that is open already."""
