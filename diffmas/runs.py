@@ -50,6 +50,12 @@ class SystemArguments:
         default="exact",
         metadata={"help": "Gradient of latent runs: exact, or sweeps:k, k parallel backward passes (exact for k = m)."},
     )
+    capture: str = field(
+        default="off",
+        metadata={
+            "help": "Latent runs as CUDA graphs: off, or auto (where they can be captured; not yet run on a GPU)."
+        },
+    )
     checkpointing: str = field(
         default="none",
         metadata={
@@ -116,6 +122,7 @@ def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments)
         latent_backward=args.latent_backward,
         # What auto finds is set before training starts.
         checkpointing="all" if args.checkpointing == "auto" else args.checkpointing,
+        capture=args.capture,
         implementation=args.implementation,
         loss=args.loss,
     )

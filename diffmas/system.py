@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from diffmas.alignment import Alignment
 from diffmas.attention import attach, rotary_of
+from diffmas.capture import CapturedRuns, capture_latent_runs
 from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.controls import Control
 from diffmas.generation import Completion, Decoding, Event, engine
@@ -68,6 +69,8 @@ class MultiAgentSystem(nn.Module):
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_backward: "exact", or "sweeps:k": the gradient of each latent run by k parallel backward passes
             (:class:`diffmas.sweeps.Sweeps`).
+        capture: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
+            (:class:`diffmas.capture.CapturedRuns`; not yet run on one).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
@@ -88,6 +91,7 @@ class MultiAgentSystem(nn.Module):
         alignment_initial: str = "identity",
         detach_trace: bool = False,
         latent_backward: str = "exact",
+        capture: str = "off",
         checkpointing: str = "none",
         implementation: str = "auto",
         loss: str = "auto",
@@ -104,6 +108,9 @@ class MultiAgentSystem(nn.Module):
         fuse_norms(base)
         self.rotary = rotary_of(base)
         self.latent_run: LatentRun = latent_run(latent_backward)
+        self.allocate_trace = KVTrace.allocate
+        if capture_latent_runs(capture, latent_backward):
+            CapturedRuns().install(self)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
             base.get_input_embeddings().weight,
@@ -263,14 +270,15 @@ class MultiAgentSystem(nn.Module):
         capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
         trace_options = dict(capacity=capacity, grow=reserve is None, implementation=self.implementation)
         if segments:
-            return AgentState(kv_concat(segments, rotary=self.rotary, **trace_options), located)
+            trace = kv_concat(segments, rotary=self.rotary, allocate=self.allocate_trace, **trace_options)
+            return AgentState(trace, located)
         return AgentState(self._allocate(len(length), **trace_options), located)
 
     def _allocate(self, batch: int, **options) -> KVTrace:
         config = self.language_model.config.get_text_config(decoder=True)
         device = self.language_model.device
         autocast = torch.is_autocast_enabled(device.type)
-        return KVTrace.allocate(
+        return self.allocate_trace(
             num_layers=config.num_hidden_layers,
             batch=batch,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,

@@ -36,6 +36,10 @@ class _Pending:
         self.lse = torch.full((batch, slots, heads), torch.inf, dtype=acc, device=q.device)
         self.delta = torch.zeros_like(self.lse)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.grad, self.lse, self.delta
+
     def takes(self, call: Call, q: Tensor, scale: float) -> bool:
         """Whether the rows of `call` can be added by the same dense pass."""
         return (self.run, self.scale, self.q.shape[2]) == (call.run, scale, q.shape[1])
@@ -62,9 +66,7 @@ class TraceGradients:
     def accumulators(self) -> tuple[Tensor, Tensor]:
         """Gradients of all keys and values, `[num_layers, batch, num_kv_heads, capacity, head_dim]`."""
         if self._keys is None:
-            keys = self._storage.keys
-            acc = accumulation_dtype(keys.dtype)
-            self._keys, self._values = (torch.zeros(keys.shape, dtype=acc, device=keys.device) for _ in range(2))
+            self._keys, self._values = self._storage.new_accumulators()
         return self._keys, self._values
 
     def backward(
@@ -77,6 +79,26 @@ class TraceGradients:
         if call.run is None:
             return self._backward_many(call, layer, grad_out, q, out, lse, scale)
         return self._backward_token(call, layer, grad_out, q, out, lse, scale)
+
+    def flush_all(self, column_end: Tensor, max_kv: int) -> None:
+        """:meth:`flush` every layer."""
+        for layer in list(self._pending):
+            self.flush(layer, column_end, max_kv)
+
+    def deferred(self) -> dict[int, _Pending]:
+        """The deferred rows of every layer, whose tensors later calls of the same run still write."""
+        return dict(self._pending)
+
+    def defer(self, rows: dict[int, _Pending], run: int) -> None:
+        """Take over rows that another object has deferred, over the same columns, as those of `run`.
+
+        Raises `RuntimeError` where there are deferred rows already: they are to be flushed first.
+        """
+        if self._pending:
+            raise RuntimeError(f"layers {list(self._pending)} have deferred rows; flush them first")
+        for layer, pending in rows.items():
+            pending.run = run
+            self._pending[layer] = pending
 
     def flush(self, layer: int, column_end: Tensor, max_kv: int) -> None:
         """Add the deferred rows of `layer` to the columns before `column_end`, int32 `[batch]`."""

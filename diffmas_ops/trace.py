@@ -24,6 +24,11 @@ class TraceStorage:
     def __init__(self, keys: Tensor, values: Tensor):
         self.keys, self.values = keys, values
 
+    def new_accumulators(self) -> tuple[Tensor, Tensor]:
+        """Zeros of the shape of `keys` and `values`, in which their gradients add up."""
+        acc = accumulation_dtype(self.keys.dtype)
+        return tuple(torch.zeros(self.keys.shape, dtype=acc, device=self.keys.device) for _ in range(2))
+
     def grow(self, capacity: int) -> None:
         """Move to buffers of `capacity` columns."""
         for name in ("keys", "values"):
@@ -224,13 +229,7 @@ class KVTrace:
             raise ValueError(
                 f"lengths is {lengths}; allowed: {self.batch} integers ≥ 0 (one per row), not all of them 0"
             )
-        ends = [start + n for start, n in zip(self.host_lengths, lengths, strict=True)]
-        if (needed := max(ends)) > self.capacity:
-            if not self._grow:
-                raise CapacityError(
-                    f"the call needs {needed} columns in row {ends.index(needed)}; capacity is {self.capacity}"
-                )
-            self.storage.grow(max(needed, 2 * self.capacity))
+        ends = self._reserve(lengths)
         single = max(lengths) == 1
         if single and self._slot is None:
             self._runs += 1
@@ -238,6 +237,28 @@ class KVTrace:
         call = Call(self, lengths, self._runs if single else None, self._slot or 0)
         self.host_lengths, self.lengths = ends, call.ends
         return call
+
+    def skip(self, count: int) -> int:
+        """Reserve the next `count` columns of every row for single-token calls that are made elsewhere, on the same
+        buffers. Returns the run they are; whoever makes them advances `order` and defers their rows.
+
+        Raises:
+            CapacityError: as :meth:`open`.
+        """
+        self.host_lengths, self.lengths = self._reserve([count] * self.batch), self.lengths + count
+        self._runs, self._slot = self._runs + 1, None
+        return self._runs
+
+    def _reserve(self, lengths: list[int]) -> list[int]:
+        """The rows' lengths after `lengths` more columns each, for which there is room then."""
+        ends = [start + n for start, n in zip(self.host_lengths, lengths, strict=True)]
+        if (needed := max(ends)) > self.capacity:
+            if not self._grow:
+                raise CapacityError(
+                    f"the call needs {needed} columns in row {ends.index(needed)}; capacity is {self.capacity}"
+                )
+            self.storage.grow(max(needed, 2 * self.capacity))
+        return ends
 
     def rewind(self, lengths: Sequence[int]) -> None:
         """Give up the columns from `lengths[b]` on of every row b; the next call writes them anew.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,7 @@ def kv_concat(
     dtype: torch.dtype | None = None,
     grow: bool = False,
     implementation: str = "auto",
+    allocate: Callable[..., KVTrace] = KVTrace.allocate,
 ) -> KVTrace:
     """A new trace whose row b holds the rows b of all segments, one after the other.
 
@@ -53,6 +54,7 @@ def kv_concat(
         capacity: columns of the new trace; at least the longest row.
         rotary: of the model that wrote the keys; None for a model without rotary embedding.
         dtype: of the new trace; default the first segment's.
+        allocate: makes the new trace, from the arguments of :meth:`KVTrace.allocate`.
 
     Raises:
         ValueError, TypeError: segments that do not fit their trace or each other, a capacity too small.
@@ -69,7 +71,7 @@ def kv_concat(
     if max(lengths) > capacity:
         raise ValueError(f"capacity is {capacity}; allowed: at least {max(lengths)}, the longest concatenated row")
 
-    trace = KVTrace.allocate(
+    trace = allocate(
         num_layers=first.num_layers, batch=first.batch, num_kv_heads=first.num_kv_heads, capacity=capacity,
         head_dim=first.head_dim, dtype=dtype, device=first.device, grow=grow, implementation=implementation,
     )  # fmt: skip
