@@ -45,6 +45,9 @@ class TrainArguments(TrainingArguments):
             "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 % of what is free."
         },
     )
+    profile: bool = field(
+        default=False, metadata={"help": "Time the second step by phase and trace the third: profile.json, trace.json."}
+    )
     disable_final_eval: bool = field(
         default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
     )

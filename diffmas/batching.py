@@ -137,7 +137,7 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
         least = torch.tensor(float(budget), device=args.device)
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
         budget = float(least)
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    autocast = autocast_dtype(args)
     # Adam's two moments; gradients are in the memory model.
     budget -= 2 * sum(p.numel() * p.element_size() for p in system.parameters() if p.requires_grad)
     asked = args.per_device_train_batch_size * args.gradient_accumulation_steps
@@ -155,6 +155,11 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
     args.per_device_train_batch_size = choice.rows
     args.gradient_accumulation_steps = asked // choice.rows
     return choice
+
+
+def autocast_dtype(args) -> torch.dtype | None:
+    """What training computes in under mixed precision; None without."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
 
 def print_fit(args, choice: Mapping[str, Any]) -> None:

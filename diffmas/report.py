@@ -13,7 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from diffmas import profiling
 from diffmas.evaluation import VARIANTS, Record
+from diffmas.profiling import PROFILE_FILE
 from diffmas.records import write_atomically
 from diffmas.training import METRICS_FILE, read_metrics
 
@@ -72,6 +74,10 @@ def write_report(folder: str | Path) -> Path:
         body.append(f"<p class=small>{summary['eval_items']} held-out items.</p>")
     if any("loss" in entry for entry in metrics):
         body += ["<h2>Training</h2>", svg(_curves, metrics)]
+    if (folder / PROFILE_FILE).is_file():
+        profile = json.loads((folder / PROFILE_FILE).read_text())
+        body += ["<h2>One step</h2>", _table([profiling.COLUMNS, *profiling.rows(profile)])]
+        body.append(f"<p class=small>{html.escape(profiling.caption(profile))}</p>")
     body += ["<h2>Run</h2>", _table([(k, str(v)) for k, v in about.items() if v is not None])]
     path = folder / REPORT_FILE
     write_atomically(path, page("DiffMAS run", body))
@@ -94,8 +100,11 @@ def _accuracies(summary: dict[str, Any]) -> list[tuple[str, float]]:
     return [(label, summary[_field(v)]) for v, label in VARIANTS.items() if _field(v) in summary]
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = (f"<tr><td>{html.escape(k)}</td><td class=n>{html.escape(v)}</td></tr>" for k, v in rows)
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    cells = (
+        f"<tr><td>{html.escape(first)}</td>" + "".join(f"<td class=n>{html.escape(c)}</td>" for c in rest) + "</tr>"
+        for first, *rest in rows
+    )
     return f"<table>{''.join(cells)}</table>"
 
 

@@ -17,11 +17,12 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
-from diffmas.batching import ItemLengths, adapt, print_fit
+from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.data import Collator
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.machine import machine, peak_memory_mb
+from diffmas.profiling import ProfileStep
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
 from diffmas.system import MultiAgentSystem
@@ -100,7 +101,7 @@ def train(
         data_collator=collate,
         evaluator=evaluator,
         lengths=lengths,
-        callbacks=[MetricsFile(), stop],
+        callbacks=[MetricsFile(), stop, *([ProfileStep(system, autocast_dtype(args))] if args.profile else [])],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:

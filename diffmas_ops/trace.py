@@ -88,6 +88,12 @@ class Call:
         self._differentiated: set[int] = set()
         self.rehearsing = False
 
+    @property
+    def order(self) -> Tensor | None:
+        """The trace's order token as it stands; None where the trace is gone."""
+        trace = self._trace()
+        return None if trace is None else trace.order
+
     def enter(self, layer: int) -> Tensor:
         """The order token `layer` consumes; on a re-run (activation checkpointing) a stand-in for it.
 
