@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -78,6 +79,7 @@ class Comparison:
         flags: by task, the flags that `python -m diffmas.train` would take for it (`--task` among them).
         methods, seeds, controls: what to evaluate; a seed is that of training, of sampling and of the noise control.
         adapters: folders of finished runs, by (task, method, seed), to take instead of training.
+        narrate: told in a line what each method, seed and control came to.
 
     Raises:
         ValueError: settings other than those of the records that are there.
@@ -95,9 +97,11 @@ class Comparison:
         adapters: Mapping[tuple[str, str, int], str | Path] | None = None,
         prog: str = "python -m diffmas.eval",
         show_progress: bool = True,
+        narrate: Callable[[str], None] | None = None,
     ):
         self.folder, self.methods, self.seeds, self.controls = Path(folder), methods, seeds, controls
         self.options, self.adapters, self.show_progress = options, dict(adapters or {}), show_progress
+        self.narrate = narrate
         self.settings = {name: Settings(f, prog) for name, f in flags.items()}
         self.tasks = {name: load_task(settings.task) for name, settings in self.settings.items()}
         for name, task in self.tasks.items():
@@ -138,6 +142,7 @@ class Comparison:
         task = replace(task, name=name)
         loaded = None
         for control in (c for c in method.controls if c in self.controls):
+            began, done = time.perf_counter(), len(file.records)
             for indices in batches(len(task.eval), self.options.batch_size):
                 wanted = {(name, method.name, control, seed, i, s) for i in indices for s in range(decoding.samples)}
                 if wanted <= file.keys:
@@ -152,6 +157,9 @@ class Comparison:
                         )
                     )  # fmt: skip
                 advance(f"{name}: {method.name}, seed {seed}, {control}", len(wanted))
+            if self.narrate is not None and (new := file.records[done:]):
+                right, seconds = sum(r.correct for r in new) / len(new), time.perf_counter() - began
+                self.narrate(f"{name}  {method.name}  seed {seed}  {control}: {100 * right:.1f} %  ({seconds:.1f} s)")
 
     def _load(self, name: str, task: Task, method: Method, seed: int):
         settings = self.settings[name]

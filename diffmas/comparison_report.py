@@ -52,7 +52,7 @@ def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
     body += ["<h2>Stability of decoding</h2>", _stability_table(cells, tasks, methods)]
     for task in tasks:
         body.append(svg(draw_stability, (cells, task, methods)))
-    body += ["<h2>Run</h2>", _table([], [[k, str(v)] for k, v in summary["machine"].items()])]
+    body += ["<h2>Run</h2>", table([], [[k, str(v)] for k, v in summary["machine"].items()])]
     path = Path(folder, REPORT_FILE)
     write_atomically(path, page(f"DiffMAS: {', '.join(tasks)}", body))
     return path
@@ -107,7 +107,7 @@ def _accuracy_table(cells: Cells, tasks, methods) -> str:
         found = [cells.get((task, method, "matched")) for task in tasks]
         seeds = "/".join(dict.fromkeys(str(len(c["seeds"])) for c in found if c))
         rows.append([f"{label(method)} <code>{html.escape(method)}</code>", *map(accuracy, found), seeds])
-    return _table(["method", *tasks, "seeds"], rows)
+    return table(["method", *tasks, "seeds"], rows)
 
 
 def _cost_table(cells: Cells, tasks, methods) -> str:
@@ -119,7 +119,7 @@ def _cost_table(cells: Cells, tasks, methods) -> str:
                 numbers = (generated, cell["message_tokens"], cell["latent_steps"], cell["prefill_tokens"])
                 rows.append([task, method, *(f"{n:.1f}" for n in numbers), f"{1000 * cell['seconds']:.1f}"])
     head = ["task", "method", "generated", "of them texts", "latent steps", "prefill", "ms"]
-    return _table(head, rows, text=2)
+    return table(head, rows, text=2)
 
 
 def _difference_table(summary: Summary, wanted) -> str:
@@ -131,7 +131,7 @@ def _difference_table(summary: Summary, wanted) -> str:
         same = d["a_control"] == d["b_control"]
         what = f"{d['a']} − {d['b']}" if same else f"{d['a']}: {d['a_control']} − {d['b_control']}"
         rows.append([d["task"], what, value, str(d["items"])])
-    return _table(["task", "difference", "points", "items"], rows, text=2)
+    return table(["task", "difference", "points", "items"], rows, text=2)
 
 
 def _control_table(cells: Cells, tasks, methods) -> str:
@@ -141,7 +141,7 @@ def _control_table(cells: Cells, tasks, methods) -> str:
             found = [cells.get((task, method, control)) for control in CONTROLS]
             if any(found[1:]):
                 rows.append([task, method, *map(accuracy, found)])
-    return _table(["task", "method", *CONTROLS], rows, text=2)
+    return table(["task", "method", *CONTROLS], rows, text=2)
 
 
 def _stability_table(cells: Cells, tasks, methods) -> str:
@@ -159,14 +159,14 @@ def _stability_table(cells: Cells, tasks, methods) -> str:
                         "–" if agreeing is None else f"{agreeing:.2f} of {cell['samples']}",
                     ]
                 )
-    return _table(["task", "method", "entropy of the first token, nats", "perplexity", "agreeing"], rows, text=2)
+    return table(["task", "method", "entropy of the first token, nats", "perplexity", "agreeing"], rows, text=2)
 
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
     """Cells are HTML; the first `text` columns are aligned to the left."""
 
     def row(values: Sequence[str], tag: str) -> str:

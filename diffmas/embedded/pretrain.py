@@ -73,8 +73,13 @@ def make_model(tokenizer: PreTrainedTokenizerBase, **overrides) -> Qwen3ForCausa
     )
 
 
-def pretrain(model, tokenizer, steps: int, batch: int, learning_rate: float, rng: random.Random) -> dict[str, float]:
-    """Train in place on the assistant's tokens; returns the last steps' mean loss and accuracy on answers."""
+def pretrain(
+    model, tokenizer, steps: int, batch: int, learning_rate: float, rng: random.Random, draw=conversation
+) -> dict[str, float]:
+    """Train in place on the assistant's tokens of texts that `draw(rng)` gives.
+
+    Returns the last steps' mean loss and accuracy on answers that are numbers.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 30, math.sin(math.pi / 2 * min(1.0, 3 * (1 - step / steps))))
@@ -85,7 +90,7 @@ def pretrain(model, tokenizer, steps: int, batch: int, learning_rate: float, rng
     with Progress() as progress:
         bar = progress.add_task("pre-training", total=steps)
         for step in range(steps):
-            texts = [conversation(rng) for _ in range(batch)]
+            texts = [draw(rng) for _ in range(batch)]
             ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
             speaking = (ids == assistant).cumsum(1) > (ids == end).cumsum(1)
             target = ids[:, 1:][speaking[:, :-1]]

@@ -1,0 +1,192 @@
+"""`python -m diffmas.ablate --run DIR --latent_steps 0,2,4,8`: train and evaluate at every value, plot and tabulate.
+
+Every axis given several values is swept by itself, all else as the flags of `diffmas.train` have it; an axis given one
+value is such a flag. Killed and started again, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffmas.arguments import Parser
+from diffmas.comparison import Comparison, Interrupted, Options, Settings
+from diffmas.comparison_report import accuracy, by_name, table
+from diffmas.eval import as_flags, integers
+from diffmas.methods.base import ALL_CONTROLS, Method
+from diffmas.records import write_atomically
+from diffmas.report import REPORT_FILE, page, svg
+from diffmas.topology import Agent, Topology
+
+PROGRAM = "python -m diffmas.ablate"
+#: What can be swept, and what a value is read as.
+AXES = {
+    "latent_steps": int, "agents": int, "lora_rank": int, "detach_trace": bool, "handover": str, "alignment": str,
+}  # fmt: skip
+
+
+@dataclass
+class AblateArguments:
+    """Axes take one value, or several separated by commas; other flags are those of diffmas.train."""
+
+    run: str = field(metadata={"help": "Folder for trainings, answers and the report; made where there is none."})
+    latent_steps: str | None = field(default=None, metadata={"help": "Latent steps m, e.g. 0,2,4,8."})
+    agents: str | None = field(default=None, metadata={"help": "Agents kept: the first ones and the last, e.g. 1,2,4."})
+    lora_rank: str | None = field(default=None, metadata={"help": "Ranks of the adapter."})
+    detach_trace: str | None = field(default=None, metadata={"help": "false,true."})
+    handover: str | None = field(default=None, metadata={"help": "full,latent."})
+    alignment: str | None = field(default=None, metadata={"help": "identity,ridge,learned."})
+    seeds: str = field(default="0", metadata={"help": "Seeds of training and sampling."})
+    samples: int = field(default=1, metadata={"help": "Answers an item."})
+    batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sweep, print a table, write summary and report. Returns the process's exit status."""
+    parser = Parser(AblateArguments, prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    try:
+        return _ablate(args, flags)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError, BlockingIOError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _ablate(args: AblateArguments, flags: list[str]) -> int:
+    given = {axis: _values(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
+    swept = {axis: values for axis, values in given.items() if len(values) > 1}
+    if not swept:
+        raise ValueError(f"no axis has several values; allowed: e.g. --latent_steps 0,2,4 ({', '.join(AXES)})")
+    flags = [*flags, *as_flags({a: v[0] for a, v in given.items() if a not in swept and a != "agents"})]
+    settings = Settings(flags, PROGRAM)
+    count = given["agents"][0] if "agents" in given and "agents" not in swept else len(settings.topology.agents)
+    methods = [point(axis, value, count, settings.topology) for axis, values in swept.items() for value in values]
+    task = settings.task.task
+    comparison = Comparison(
+        args.run, {task: flags}, methods, integers("seeds", args.seeds), ("matched", "mismatched"),
+        Options(args.samples, args.batch_size), prog=PROGRAM, show_progress=not args.disable_tqdm,
+    )  # fmt: skip
+    try:
+        summary = comparison.run()
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped; the same command goes on where {args.run} ends")
+        return 130
+    rows = sweep_rows(summary, task, swept)
+    shown = Table("", "accuracy, %", "another row's trace, %", title=task)
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    print(f"report: {write_ablation_report(args.run, summary, task, swept)}")
+    return 0
+
+
+def point(axis: str, value: Any, agents: int, topology: Topology) -> Method:
+    """One value of a sweep as a method: the trained trace, with that one thing set differently.
+
+    Raises:
+        ValueError: a number of agents the topology does not have.
+    """
+    agents = value if axis == "agents" else agents
+    shape = first_agents(topology, agents)
+    if axis == "handover":
+        shape = replace(shape, handover=value)
+    settings = {} if axis == "agents" else {axis: value}
+    controls = ALL_CONTROLS if agents > 1 else ("matched",)
+    return Method(f"{axis}={value}", f"{axis} {value}", True, settings, lambda _: shape, controls=controls)
+
+
+def first_agents(topology: Topology, count: int) -> Topology:
+    """The first `count - 1` agents and the last; who received from an agent left out receives from its senders.
+
+    Raises:
+        ValueError: a number the topology does not have.
+    """
+    if not 1 <= count <= len(topology.agents):
+        raise ValueError(f"agents is {count}; allowed: 1 to {len(topology.agents)}, the agents of {topology.name}")
+    kept = [*topology.agents[: count - 1], topology.last]
+    names = {agent.name for agent in kept}
+    senders = {agent.name: agent.senders for agent in topology.agents}
+
+    def reach(name: str) -> list[str]:
+        return [name] if name in names else [kept for sender in senders[name] for kept in reach(sender)]
+
+    agents = [
+        Agent(agent.name, tuple(dict.fromkeys(s for name in agent.senders for s in reach(name))), agent.role)
+        for agent in kept
+    ]
+    return Topology(topology.name, tuple(agents), topology.handover)
+
+
+def sweep_rows(summary: dict[str, Any], task: str, swept: dict[str, list[Any]]) -> list[list[str]]:
+    """Label, accuracy and accuracy with another row's trace of every value."""
+    cells = by_name(summary)
+    return [
+        [f"{axis} {value}", *(accuracy(cells.get((task, f"{axis}={value}", c))) for c in ("matched", "mismatched"))]
+        for axis, values in swept.items()
+        for value in values
+    ]
+
+
+def write_ablation_report(folder: str | Path, summary: dict[str, Any], task: str, swept: dict[str, list[Any]]) -> Path:
+    """A table and a plot an axis in `report.html`. Returns its path."""
+    head = ["", "accuracy, %", "another row's trace, %"]
+    body = [
+        f"<h1>{task}: one thing at a time</h1>",
+        svg(draw_sweeps, (by_name(summary), task, swept)),
+        table(head, sweep_rows(summary, task, swept)),
+        "<p class=small>Trained and evaluated at every value, all else equal; in brackets 95 % bootstrap intervals "
+        "over items and the spread of the seeds.</p>",
+        f"<pre class=small>{json.dumps(summary['settings'], indent=1)}</pre>",
+    ]
+    path = Path(folder, REPORT_FILE)
+    write_atomically(path, page(f"DiffMAS: ablation on {task}", body))
+    return path
+
+
+def draw_sweeps(plt, data):
+    """Accuracy with its interval against the swept value, a panel an axis; hollow: another row's trace."""
+    cells, task, swept = data
+    figure, panels = plt.subplots(
+        1, len(swept), figsize=(1 + 3.1 * len(swept), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, (axis, values) in zip(panels[0], swept.items(), strict=True):
+        for control, style, color in (("matched", "o-", "#1f6feb"), ("mismatched", "o--", "#afb8c1")):
+            found = [(i, cells.get((task, f"{axis}={v}", control))) for i, v in enumerate(values)]
+            found = [(i, cell["accuracy"]) for i, cell in found if cell is not None and cell["accuracy"]]
+            if found:
+                means = [100 * a["mean"] for _, a in found]
+                low, high = ([100 * abs(a["mean"] - a[end]) for _, a in found] for end in ("low", "high"))
+                label = "the row's own trace" if control == "matched" else "another row's"
+                axes.errorbar(
+                    [i for i, _ in found], means, [low, high], fmt=style, color=color, capsize=3, ms=5, label=label
+                )
+        axes.set_xticks(range(len(values)), [str(v) for v in values])
+        axes.set(xlabel=axis.replace("_", " "), ylim=(-3, 103))
+    panels[0][0].set(ylabel="accuracy, %")
+    panels[0][0].legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _values(axis: str, text: str) -> list[Any]:
+    parts, kind = [p.strip() for p in text.split(",")], AXES[axis]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"{axis} is {text!r}; allowed: different values")
+    if kind is int:
+        return integers(axis, text)
+    if kind is bool:
+        if not {p.lower() for p in parts} <= {"true", "false"}:
+            raise ValueError(f"{axis} is {text!r}; allowed: true, false, or both")
+        return [p.lower() == "true" for p in parts]
+    return parts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
