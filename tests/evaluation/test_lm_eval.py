@@ -44,7 +44,11 @@ def model_class(monkeypatch):
 @pytest.fixture
 def model(model_class, flags, tmp_path):
     (tmp_path / "prompts.yaml").write_text('roles: {default: {user: "Facts: {question}"}}\n')
-    given = [*flags(max_steps=8), f"--output_dir={tmp_path / 'run'}", "--disable_final_eval=true"]
+    given = [
+        *flags(model=None, max_steps=4, learning_rate=1e-3),
+        f"--output_dir={tmp_path / 'run'}",
+        "--disable_final_eval=true",
+    ]
     assert train.main([*given, "--disable_tqdm=true"]) == 0
     return model_class(tmp_path / "run", prompts=str(tmp_path / "prompts.yaml"), batch_size=2, device="cpu")
 
@@ -79,7 +83,7 @@ def test_harness_model(model):
 
 def test_answers_are_what_greedy_likelihoods_say(model):
     settings = {"until": [], "max_gen_toks": 3, "do_sample": False}
-    contexts = ["Recall B", "What is the answer", "Facts: A7"]
+    contexts = [f"<|user|>{text}<|assistant|>" for text in ("Facts: A7 B12.\nRecall B", "Recall C", "Facts: B4 C11")]
     answers = model.generate_until(requests(*((c, settings) for c in contexts)))
     assert answers == [model.generate_until(requests((c, settings)))[0] for c in contexts]
     written = [(c, a) for c, a in zip(contexts, answers, strict=True) if a.strip() and "�" not in a]
