@@ -11,7 +11,7 @@ from diffmas.answers import final
 
 LETTERS = "ABCDEFGH"
 
-_OPEN = r"[\s$*_\"'`(\[]*(?:\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{)?[\s*(\[]*"
+_OPEN = r"[\s$*_\"'`(\[]{0,9}(?:\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{)?[\s*(\[]{0,9}"
 _CLOSE = r"(?=[)\]}*_\"'`$.,:;!?\s]|$)"
 _LETTER = rf"{_OPEN}(?P<letter>[A-Ha-h]){_CLOSE}"
 _STATED = [
@@ -23,7 +23,7 @@ _STATED = [
     ),
     # "option B is correct", "(C) is the right answer"
     re.compile(
-        r"(?<![\w'])(?:(?i:option|choice|answer)\s+)?[(\[*]*(?P<letter>[A-H])[)\]*]*"
+        r"(?<![\w'])(?:(?i:option|choice|answer)\s+)?[(\[*]{0,5}(?P<letter>[A-H])[)\]*]{0,5}"
         r"\s+(?i:is\s+(?:clearly\s+)?(?:the\s+)?(?:only\s+)?(?:best\s+|most\s+)?(?:correct|right|answer|best))\b"
     ),
     # "I choose D", "go with (A)", "so it is B"
@@ -34,7 +34,7 @@ _STATED = [
 ]
 # Behind a letter that is an answer, "a" and "A" also start phrases: "the answer is a mixture".
 _GOES_ON = re.compile(
-    r"[)\]}*_\"'`$]*(?:\s*$|\s*[.,:;!?)]|\s*\n|\s+(?:because|since|as|for|due|which|so|and\s+not|not|rather|—|–|-)\b)"
+    r"[)\]}*_\"'`$]*(?:\s*$|\s*[.,:;!?)]|\s*\n|\s+(?:because|since|as|for|due|which|so|and\s+not|not|rather)\b|\s+[—–(-])"
 )
 _SEVERAL = re.compile(
     r"[)\]}*_\"'`$]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*[A-H]\b[)\]*$.]*(?!\w)"
@@ -75,7 +75,7 @@ def _settled(text: str) -> tuple[str | None, str | None]:
         return _labelled(final.unwrapped(boxed))
     for pattern in _STATED:
         for match in reversed(list(pattern.finditer(text))):
-            if _NEGATED.search(text[max(0, match.start() - 60) : match.start()].rpartition(".")[2]):
+            if _NEGATED.search(re.split(r"[.,;:\n]", text[max(0, match.start() - 60) : match.start()])[-1]):
                 continue
             rest = text[match.end("letter") :]
             if _SEVERAL.match(rest):

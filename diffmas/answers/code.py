@@ -11,10 +11,7 @@ from diffmas.sandbox import Limits, Result, run
 
 LIMITS = Limits(seconds=20.0, cpu_seconds=20)
 
-_FENCED = re.compile(
-    r"^[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+.-]*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*(?P=fence)|\Z)",
-    re.DOTALL | re.MULTILINE,
-)
+_FENCE = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+.-]*)")
 
 
 def program(text: str, entry_point: str | None = None) -> str | None:
@@ -22,7 +19,7 @@ def program(text: str, entry_point: str | None = None) -> str | None:
 
     A text without a fence is code itself, if it compiles. None where there is no code.
     """
-    blocks = [m["code"] for m in _FENCED.finditer(text) if m["language"].lower() in ("", "python", "python3", "py")]
+    blocks = [block for language, block in _fenced(text) if language in ("", "python", "python3", "py")]
     if not blocks:
         return text if "```" not in text and text.strip() and _tree(text) is not None else None
     if entry_point is not None:
@@ -33,19 +30,39 @@ def program(text: str, entry_point: str | None = None) -> str | None:
     return blocks[-1] if blocks[-1].strip() else None
 
 
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Language and content of every fenced block; the last one may lack its closing fence."""
+    blocks, lines, opened = [], [], None
+    for line in text.splitlines(keepends=True):
+        fence = _FENCE.match(line)
+        if opened is None:
+            if fence:
+                opened, lines = fence, []
+        elif fence and fence["fence"].startswith(opened["fence"]) and not fence["language"]:
+            blocks.append((opened["language"].lower(), "".join(lines)))
+            opened = None
+        else:
+            lines.append(line)
+    return blocks if opened is None else [*blocks, (opened["language"].lower(), "".join(lines))]
+
+
 def extract(text: str) -> str | None:
     """The program without comments, docstrings and layout, so that equal programs are equal strings."""
     code = program(text)
     if code is None:
         return None
+    plain = "\n".join(line.rstrip() for line in code.strip().splitlines())
     tree = _tree(code)
     if tree is None:
-        return "\n".join(line.rstrip() for line in code.strip().splitlines())
+        return plain
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))]
             node.body = body or ([] if isinstance(node, ast.Module) else [ast.Pass()])
-    return ast.unparse(tree) or None
+    try:
+        return ast.unparse(tree) or None
+    except (RecursionError, MemoryError):
+        return plain
 
 
 def check(text: str, item: Mapping[str, Any]) -> bool:

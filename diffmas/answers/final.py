@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_BOXED = re.compile(r"\\f?boxed\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}$\\]+))")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}$\\]+))")
 _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mathit|boldsymbol|mbox|bf)\s*\{(.*)\}", re.DOTALL
 )
@@ -12,20 +12,30 @@ _WRAPPED = re.compile(
 
 def boxed(text: str) -> str | None:
     """What the last complete `\\boxed{…}` holds; None where there is none."""
-    for match in reversed(list(_BOXED.finditer(text))):
+    matches = {match.end(): match for match in _BOXED.finditer(text)}
+    if not matches:
+        return None
+    closed = _closing(text)
+    for end, match in reversed(matches.items()):
         if match["bare"]:
             return match["bare"].rstrip(".,;")
-        depth = 1
-        for i in range(match.end(), len(text)):
-            if text[i] in "{}" and not _escaped(text, i):
-                depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[match.end() : i].strip()
+        if end - 1 in closed:
+            return text[end : closed[end - 1]].strip()
     return None
 
 
-def _escaped(text: str, i: int) -> bool:
-    return (i - len(text[:i].rstrip("\\"))) % 2 == 1
+def _closing(text: str) -> dict[int, int]:
+    """Where each brace that is closed is closed; in one pass, since models can repeat themselves for long."""
+    closed, waiting, i = {}, [], 0
+    while i < len(text):
+        if text[i] == "\\":
+            i += 1
+        elif text[i] == "{":
+            waiting.append(i)
+        elif text[i] == "}" and waiting:
+            closed[waiting.pop()] = i
+        i += 1
+    return closed
 
 
 def unwrapped(answer: str) -> str:

@@ -17,13 +17,14 @@ from diffmas.answers.verifier import Verifier
 _STATED = re.compile(
     r"(?i)\b(?:final\s+answer|answer)(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?P<answer>[^\n]+)"
 )
+_END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
 _MATHS = re.compile(r"\$\$?([^$\n]+)\$\$?|\\\((.+?)\\\)")
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
 _SIMPLER = (
     (re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
     (re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{\s*([^{}]*?)\s*\}"), r"\1"),
-    (re.compile(r"\\[,;!: ]|\\quad|~|\s+"), ""),
+    (re.compile(r"\\[,;!: ]|\\quad|~|(?<!\d)\s+|\s+(?!\d)"), ""),
     (re.compile(r"\^\{?\\circ\}?|\\%|%|\\\$|\$"), ""),
 )
 _verifier = Verifier()
@@ -82,7 +83,8 @@ def _final(text: str) -> str | None:
         return tail.strip().splitlines()[0].strip() if tail.strip() else None
     stated = [m["answer"] for m in _STATED.finditer(text)]
     if stated:
-        if maths := _MATHS.findall(stated[-1]):
+        sentence = _END.split(stated[-1], maxsplit=1)[0]
+        if maths := _MATHS.findall(sentence):
             return next(part for part in maths[-1] if part)
-        return numbers.last(stated[-1]) or stated[-1].strip(" *.")
+        return numbers.last(sentence) or sentence.strip(" *.")
     return numbers.last(text)

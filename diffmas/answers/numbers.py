@@ -17,20 +17,25 @@ _FRAC = re.compile(
 _UNIT = re.compile(
     r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9]*\}|[A-Za-z][A-Za-z ]*\.?)(?:\s*\^\s*\{?[23]\}?)?$"
 )
-_GROUP = re.compile(r",\\!\s*")
-_SPACES = re.compile(r"\\[,;!: ]|~|\\quad")
+_LOOSE = (
+    (re.compile(r",\\!\s*"), ","),
+    (re.compile(r"\\[,;!: ]|~|\\quad"), " "),
+    (re.compile(r"\\(?=[$%])|\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?"), ""),
+)
 # A sign behind a word or a bracket is an operator: "5-10" ends on 10.
-_IN_TEXT = re.compile(rf"(?<![0-9.])(?:(?<![\w)])[-+])?\\?\$?{DIGITS}(?:/[0-9]+(?![0-9/.]))?(?![0-9])")
+_IN_TEXT = re.compile(rf"(?<![0-9.])(?:(?<![\w)])[-+])?\\?\$?{DIGITS}(?:/[0-9]+(?![0-9/]|\.[0-9]))?(?![0-9])")
 
 
 def parse(text: str) -> Fraction | None:
-    """The one number that `text` is: "$70,000.00" is 70000, `\\frac{1}{2}` is 1/2; None where it is anything else."""
+    r"""The one number that `text` is: "$70,000.00" is 70000, `\frac{1}{2}` is 1/2; None where it is anything else."""
+    if len(text) > LONGEST:
+        return None
     text = text.strip().rstrip(".").strip().replace("\u2212", "-").replace("{,}", ",")
-    text = _GROUP.sub(",", text)
-    text = (
-        _SPACES.sub(" ", text).replace("\\$", "$").replace("\\%", "%").replace("^{\\circ}", "").replace("^\\circ", "")
-    )
+    for pattern, replacement in _LOOSE:
+        text = pattern.sub(replacement, text)
     text = text.strip().rstrip("$%").strip()
+    if wrapped := re.fullmatch(r"\(\s*([^()]+?)\s*\)", text):
+        text = wrapped[1]
     if not re.match(r"[-+]?\s*[$\\.0-9]", text):
         return None
     if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\s*$", text[: unit.start()]):
@@ -56,7 +61,7 @@ def _decimal(text: str) -> Fraction:
 
 def last(text: str) -> str | None:
     """The last number in running text, as written."""
-    found = _IN_TEXT.findall(text)
+    found = _IN_TEXT.findall(text.replace("{,}", ","))
     return found[-1] if found else None
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import sys
 import types
 from collections import Counter
@@ -252,3 +253,19 @@ def test_programs_are_run(tmp_path):
     task = load_task(TaskArguments(task="mbpp+", data_dir=str(tmp_path)))
     assert task.check(task.eval[0]["answer"], task.eval[0])
     assert not task.check(task.eval[0]["answer"].replace("n - 1", "n"), task.eval[0])
+
+
+def test_every_reference_answer_of_the_real_files(tmp_path):
+    """GSM8K's own files, where `DIFFMAS_GSM8K` names their folder; otherwise a few made in their form."""
+    folder = os.environ.get("DIFFMAS_GSM8K")
+    if folder is None:
+        folder = str(tmp_path)
+        for split in ("train", "test"):
+            write(
+                tmp_path / f"{split}.jsonl",
+                [{"question": "q", "answer": f"{n} <<1+1=2>>2\n#### {n:,}"} for n in (0, 7, 1000, 1_234_567, -3)],
+            )
+    task = load_task(TaskArguments(task="gsm8k", data_dir=folder))
+    for item in [*task.eval, *task.train]:
+        assert task.check(item["answer"], item) and task.extract(item["answer"]) == item["gold"]
+        assert not task.check(item["answer"] + "1", item)
