@@ -21,6 +21,7 @@ from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.data import Collator
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
+from diffmas.liger import fuse_liger
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.profiling import ProfileStep
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
@@ -79,6 +80,10 @@ def train(
         raise ValueError("the training set is empty; allowed: at least one item")
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology)
+    if args.use_liger_kernel:
+        fuse_liger(system.model, args.device, args.liger_kernel_config)
+        # Done: the Trainer would look for a transformers model and find a system.
+        args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))
     description["training"] = {"seed": args.seed, **weight_settings(args)}
     collate = collator(system, task, tokenizer)
