@@ -71,7 +71,8 @@ CASES = [
 def build(case: Generation, device: str) -> Experiment:
     """The tokens of all rows, which have to be the same; nobody stops early."""
     model = _model(case).to(device=device, dtype=getattr(torch, case.dtype)).eval()
-    model.generation_config.eos_token_id = None
+    # As PEFT leaves a base model: layers that do not train run fused.
+    model.requires_grad_(False).generation_config.eos_token_id = None
     twin = copy.deepcopy(model)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
     pad, tokenizer.eos_token = tokenizer.pad_token_id, None
