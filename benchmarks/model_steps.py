@@ -21,6 +21,8 @@ from benchmarks import peers, step
 from benchmarks.cases import Step, Work
 from benchmarks.experiment import Contender, Experiment, WrongResult, relative_error
 from benchmarks.timing import Clock, peak_bytes, race
+from diffmas.capture import CapturedRuns
+from diffmas.latent import step_by_step
 from diffmas_ops import KVTrace
 
 #: Layers and batch of the model that is checked; and how far the whole model's results may be from the peer's.
@@ -40,8 +42,8 @@ def whole(case: Step, device: str, clock: Clock, *, seconds: float) -> dict[str,
     """
     contenders, _ = step.contenders_of(case, device)
     return race_what_fits(
-        "step", "step", case, case.step(), contenders, (step.OURS, step.CHECKPOINTED), step.PEER, device, clock,
-        seconds=seconds, outputs=("loss", "gradients"),
+        "step", "step", case, case.step(), contenders, (step.OURS, step.CHECKPOINTED, step.CAPTURED), step.PEER,
+        device, clock, seconds=seconds, outputs=("loss", "gradients"),
     )  # fmt: skip
 
 
@@ -53,6 +55,22 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
     hidden = torch.randn(case.batch, 1, case.hidden, device=device).to(getattr(torch, case.dtype))
     norm = peer.get_input_embeddings().weight.detach().float().norm(dim=-1).mean().to(hidden.dtype)
     lengths = [case.prompt] * case.batch
+
+    runs = CapturedRuns()
+
+    def replayed() -> KVTrace:
+        runs.install(system)
+        return traced()
+
+    def stepwise() -> KVTrace:
+        system.latent_run, system.allocate_trace = step_by_step, KVTrace.allocate
+        return traced()
+
+    def run_captured(trace) -> Tensor:
+        last = run(trace)
+        if not runs.recordings:
+            raise RuntimeError("latent runs were not captured")
+        return last
 
     def traced() -> KVTrace:
         trace = system._allocate(case.batch, capacity=case.prompt + case.latent)
@@ -74,12 +92,13 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
         return peers.project(last, None, norm)[:, 0]
 
     contenders = {
-        step.OURS: Contender(run, traced, lambda last: (last.detach(),)),
+        step.OURS: Contender(run, stepwise, lambda last: (last.detach(),)),
+        step.CAPTURED: Contender(run_captured, replayed, lambda last: (last.detach(),)),
         step.PEER: Contender(theirs, cached, lambda last: (last.detach(),)),
     }
     return race_what_fits(
-        "latent steps", "forward", case, case.latent_forward(), contenders, (step.OURS,), step.PEER, device, clock,
-        seconds=seconds, outputs=("last input",),
+        "latent steps", "forward", case, case.latent_forward(), contenders, (step.OURS, step.CAPTURED), step.PEER,
+        device, clock, seconds=seconds, outputs=("last input",),
     )  # fmt: skip
 
 
@@ -97,7 +116,10 @@ def race_what_fits(
     seconds: float,
     outputs: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Like `experiment.measure`, with the peer's result as the exact one, where it fits the memory."""
+    """Like `experiment.measure`, with the peer's result as the exact one, where it fits the memory.
+
+    A contender that does not run says why; one of ours with a wrong result ends the case.
+    """
     rows, expected, laps = {}, None, 0.0
     for name in (peer, *implementations):
         contender, row = contenders[name], {"name": name}
@@ -114,13 +136,14 @@ def race_what_fits(
                     raise WrongResult(f"{where}: errors of {name} are {row['errors']}; allowed: {ALLOWED}")
             expected = result if name == peer else expected
             output = result = None
-        except torch.OutOfMemoryError:
-            row["unavailable"] = "out of memory"
+        except RuntimeError as error:
+            lacking = isinstance(error, torch.OutOfMemoryError)
+            row = {"name": name, "unavailable": "out of memory" if lacking else str(error)[:200]}
         rows[name] = row
         free(device)
     racing = [name for name in (*implementations, peer) if "unavailable" not in rows[name]]
     if not racing or racing == [peer]:
-        raise torch.OutOfMemoryError(f"{operator} {direction}, {case.label}: ours does not fit the memory")
+        raise RuntimeError(f"{operator} {direction}, {case.label}: ours does not run ({rows[implementations[0]]})")
     timings = race(
         {n: (contenders[n].prepare, contenders[n].run) for n in racing}, clock, seconds=seconds, round_seconds=laps
     )

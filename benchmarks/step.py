@@ -16,16 +16,20 @@ from benchmarks import peers
 from benchmarks.cases import Step
 from benchmarks.experiment import Contender, Experiment
 from benchmarks.memory import saved_bytes
+from diffmas.capture import CapturedRuns
+from diffmas.latent import step_by_step
 from diffmas.system import MultiAgentSystem
 from diffmas.topology import Agent, Topology
+from diffmas_ops import KVTrace
 
 PEER = "DynamicCache + SDPA"
-OURS, CHECKPOINTED = "diffmas", "diffmas, checkpointing"
+OURS, CHECKPOINTED, CAPTURED = "diffmas", "diffmas, checkpointing", "diffmas, captured"
 
 
 def build(case: Step, device: str) -> Experiment:
     """Loss and all gradients of one step; rows of one length, so that the peer needs no padding."""
     contenders, twin = contenders_of(case, device)
+    del contenders[CAPTURED]
     dtype = getattr(torch, case.dtype)
 
     def in_float32() -> tuple[Tensor, ...]:
@@ -62,7 +66,7 @@ class Twin:
 
 
 def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
-    """Ours, ours with activation checkpointing and the peer, on one model's weights and one batch."""
+    """Ours, with activation checkpointing, with captured latent runs, and the peer: one model's weights, one batch."""
     model = lora_model(case, device)
     twin = copy.deepcopy(model)
     for own, frozen in zip(twin.parameters(), model.parameters(), strict=True):
@@ -82,16 +86,31 @@ def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
     def theirs() -> Tensor:
         return peers.sequential_loss(twin.get_base_model(), prompts, answer, case.latent)
 
+    def replayed() -> Tensor:
+        loss = ours()
+        if not runs.recordings:
+            raise RuntimeError("latent runs were not captured")
+        return loss
+
+    def captured() -> None:
+        without()
+        runs.install(system)
+
+    runs = CapturedRuns()
+
     def without() -> None:
+        system.latent_run, system.allocate_trace = step_by_step, KVTrace.allocate
         system.language_model.gradient_checkpointing_disable()
 
     def checkpointing() -> None:
+        without()
         system.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     trace = 2 * case.layers * case.batch * case.kv_heads * case.columns * case.head_dim * case.item
     contenders = {
         OURS: _contender(model, ours, without, trace),
         CHECKPOINTED: _contender(model, ours, checkpointing, trace),
+        CAPTURED: _contender(model, replayed, captured, trace),
         PEER: _contender(twin, theirs, lambda: None, 0),
     }
     return contenders, Twin(twin, (prompts, answer), system)

@@ -285,6 +285,11 @@ class CapturedRuns:
         weakref.finalize(storage, free.append, buffers)
         return KVTrace(storage, [0] * sizes["batch"], grow=False, implementation=implementation)
 
+    @property
+    def recordings(self) -> int:
+        """How many runs have been recorded."""
+        return sum(run is not None for run in self._runs.values())
+
     def __call__(self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
         parameters = [p for p in system.parameters() if p.requires_grad]
         differentiable = hidden.requires_grad or trace.order.requires_grad or parameters

@@ -138,9 +138,11 @@ def test_whole_models_are_raced_with_the_peer(clock):
         model_steps.latent_run(TINY_STEP, "cpu", clock, seconds=0),
     ):
         peer, *ours = (json.loads(json.dumps(result)))["contenders"]
+        captured = ours.pop()
+        assert captured["name"] == step.CAPTURED and "not captured" in captured["unavailable"]
         assert peer["name"] == step.PEER and "errors" not in peer and peer["median_s"]
         assert ours and all(max(c["errors"].values()) <= 1e-4 and c["peak_bytes"] > 0 for c in ours)
-        assert len(list(report.rows(result, {"copy": 1e9, "float32": 1e9}))) == 1 + len(ours)
+        assert len(list(report.rows(result, {"copy": 1e9, "float32": 1e9}))) == 2 + len(ours)
 
 
 def test_a_model_that_does_not_fit_says_so(clock):
@@ -161,7 +163,7 @@ def test_a_model_that_does_not_fit_says_so(clock):
     plain, ours = result["contenders"]
     assert plain["unavailable"] == "out of memory" and ours["median_s"] and "errors" not in ours
     assert report.speedup(result) is None and len(list(report.rows(result, {"copy": 1e9, "float32": 1e9}))) == 2
-    with pytest.raises(torch.OutOfMemoryError, match="toy step, layers .* ours does not fit"):
+    with pytest.raises(RuntimeError, match="toy step, layers .* ours does not run .*out of memory"):
         run(ours=Contender(full))
     with pytest.raises(WrongResult, match="errors of ours"):
         run(ours=constant(1.2))
@@ -176,8 +178,8 @@ def test_largest_batch(most):
 
 
 def test_largest_batches_of_a_step():
-    found = model_steps.batches_that_fit(TINY_STEP, "cpu", limit=2)
-    assert [(f["name"], f["batch"]) for f in found] == [(n, 2) for n in (step.OURS, step.CHECKPOINTED, step.PEER)]
+    found = model_steps.batches_that_fit(TINY_STEP, "cpu", limit=1)
+    assert [(f["name"], f["batch"]) for f in found] == [(n, 1) for n in (step.OURS, step.CHECKPOINTED, step.PEER)]
     assert all(f["peak_bytes"] > 0 for f in found)
 
 

@@ -194,7 +194,7 @@ def test_latent_project(rows, size, weighted, dtype):
     suite.test_latent_project(rows, size, weighted, dtype)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 13])
+@pytest.mark.parametrize("rows", [1, 13])
 def test_latent_project_in_parts(operators, rows):
     """Sums that are split, and finished by the last block: the counters are left as they were found."""
     suite.test_latent_project(rows, 584, True, torch.bfloat16)

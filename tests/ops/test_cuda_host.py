@@ -102,7 +102,7 @@ def test_latent_project_in_two_launches(monkeypatch):
     suite.test_latent_project(5, 584, True, torch.bfloat16)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_whichever_block_comes_last(operators, monkeypatch, seed):
     """The same bits for every order of the blocks of a projection."""
     torch.manual_seed(0)
