@@ -247,8 +247,8 @@ class _Replay(torch.autograd.Function):
 class CapturedRuns:
     """A latent run (:data:`diffmas.latent.LatentRun`) that replays; step by step where it cannot, with one warning.
 
-    Not captured: models under autocast, with latent steps that are checkpointed, with sharded parameters; traces that
-    grow (decoding), or whose gradient was cut in between; devices other than `devices`.
+    Not captured: steps that are profiled, models under autocast, with latent steps that are checkpointed, with sharded
+    parameters; traces that grow (decoding), or whose gradient was cut in between; devices other than `devices`.
 
     Args:
         executor: makes what records a run.
@@ -335,6 +335,9 @@ class CapturedRuns:
     def _refusal(
         self, system: MultiAgentSystem, trace: KVTrace, parameters: list[Tensor], recording: bool
     ) -> str | None:
+        if "run" in vars(system):
+            # Profiling marks every call; a replay makes none.
+            return "calls are watched"
         if torch.is_autocast_enabled(trace.device.type):
             return "autocast is enabled"
         if system.checkpointing.mode == "all" and recording:

@@ -16,6 +16,7 @@ from models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.capture import CapturedRuns, CudaGraphs, Eager
 from diffmas.latent import step_by_step
+from diffmas.profiling import watch
 from diffmas.system import MultiAgentSystem
 from diffmas.topology import TOPOLOGIES, Topology
 from diffmas_ops import KVTrace
@@ -173,6 +174,9 @@ def test_what_cannot_be_captured_runs_step_by_step_and_says_why_once():
         got = train(build(runs=runs))
     assert len([w for w in caught if "not captured" in str(w.message)]) == 1
     assert_equal_training(got, train(build()))
+    system = build(runs=on_cpu())
+    with watch(system, lambda name: None), pytest.warns(UserWarning, match="not captured: calls are watched"):
+        system(*batch(system, 0))
     with pytest.warns(UserWarning, match="not captured: activations of latent steps are checkpointed"):
         got = train(build(runs=on_cpu(), checkpointing="all"))
     assert_equal_training(got, train(build()))
