@@ -1,0 +1,114 @@
+"""Several processes: what one decides for all, what they share out, and what a sharded model (FSDP2) needs.
+
+Everything here is a no-op in a single process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+T = TypeVar("T")
+
+
+def processes() -> int:
+    """Number of processes training or evaluating together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def process() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What `decide()` returns in process 0, in all of them; what it raises there is raised everywhere."""
+    if processes() == 1:
+        return decide()
+    outcome: list[Any] = [None, None]
+    if process() == 0:
+        try:
+            outcome[0] = decide()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set in any process; all of them must ask."""
+    if processes() == 1:
+        return flag
+    flags = torch.tensor(flag, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gathered(items: list[T]) -> list[T]:
+    """The items of all processes, in every process."""
+    if processes() == 1:
+        return items
+    parts: list[Any] = [None] * processes()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def is_sharded(system: nn.Module) -> bool:
+    """Whether FSDP2 shards the parameters of `system`."""
+    return isinstance(system, FSDPModule)
+
+
+@contextlib.contextmanager
+def root_unsharded(system: nn.Module) -> Iterator[None]:
+    """Parameters outside the layers (embeddings, head, alignment) are whole, as inside `system.forward`."""
+    if not is_sharded(system):
+        yield
+        return
+    system.unshard()
+    try:
+        yield
+    finally:
+        system.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded parameter's full value; all processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(full: Tensor, parameter: Tensor) -> Tensor:
+    """`full` sharded as `parameter` is; every process holds all of it."""
+    if not isinstance(parameter, DTensor):
+        return full
+    full = full.to(parameter.device)
+    return distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+class _Reach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, order, hidden):
+        ctx.like = hidden.new_empty(()).expand(hidden.shape)
+        ctx.set_materialize_grads(False)
+        return order.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, torch.zeros_like(ctx.like)
+
+
+def reach(order: Tensor, hidden: Tensor) -> Tensor:
+    """The order token `order`, whose backward also reaches `hidden`, with a gradient of zero.
+
+    FSDP2 gathers a layer's parameters for the backward when the gradient of its output arrives. The last layer of an
+    agent's last call has an output nobody uses, while its keys and values do get gradients.
+    """
+    return _Reach.apply(order, hidden)
