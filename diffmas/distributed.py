@@ -6,6 +6,7 @@ Everything here is a no-op in a single process.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainingArguments
 
 T = TypeVar("T")
 
@@ -62,6 +64,25 @@ def gathered(items: list[T]) -> list[T]:
     return [item for part in parts for item in part]
 
 
+def settle_sharding(args: TrainingArguments) -> None:
+    """What sharding by a launcher's or transformers' flags means here: FSDP2, layer by layer.
+
+    Raises:
+        ValueError: FSDP1, or only one process loading the weights.
+    """
+    flags = getattr(args, "fsdp_plugin_args", None)
+    if flags is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    flags = flags or {}
+    if (version := int(flags.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))) != 2:
+        raise ValueError(f"fsdp_version is {version}; allowed: 2")
+    if flags.get("cpu_ram_efficient_loading"):
+        raise ValueError("cpu_ram_efficient_loading is true; allowed: false, every process measures the embedding")
+    # The launcher's default is true.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+
+
 def is_sharded(system: nn.Module) -> bool:
     """Whether FSDP2 shards the parameters of `system`."""
     return isinstance(system, FSDPModule)
@@ -96,13 +117,14 @@ def like(full: Tensor, parameter: Tensor) -> Tensor:
 class _Reach(torch.autograd.Function):
     @staticmethod
     def forward(ctx, order, hidden):
-        ctx.like = hidden.new_empty(()).expand(hidden.shape)
+        ctx.hidden = hidden.shape, {"dtype": hidden.dtype, "device": hidden.device}
         ctx.set_materialize_grads(False)
         return order.new_empty(0)
 
     @staticmethod
     def backward(ctx, _):
-        return None, torch.zeros_like(ctx.like)
+        shape, options = ctx.hidden
+        return None, torch.zeros(shape, **options)
 
 
 def reach(order: Tensor, hidden: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.controls import CONTROLS
 from diffmas.data import Collator
+from diffmas.distributed import gathered, is_sharded, process, processes, root_unsharded
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Item, Task, gold
@@ -44,6 +45,9 @@ class Record:
 class Evaluator:
     """Evaluates one system on one task.
 
+    Several processes share out the batches and all get every record. The layers of a sharded system are gathered for
+    each call by all processes at once, which then make the same calls.
+
     Args:
         batch_size: rows decoded together; at least 2, since a mismatched trace is another row's.
     """
@@ -68,21 +72,28 @@ class Evaluator:
         """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}; allowed: {', '.join(VARIANTS)}")
-        system = self.system
-        if variant == "single":
-            system = _on_same_model(system, topology=TOPOLOGIES["single"])
-        elif variant == "training_free":
-            system = _on_same_model(system, alignment=system.alignment.initial)
+        with root_unsharded(self.system), torch.no_grad():
+            system = self.system
+            if variant == "single":
+                system = _on_same_model(system, topology=TOPOLOGIES["single"])
+            elif variant == "training_free":
+                system = _on_same_model(system, alignment=system.alignment.initial)
+            adapter = contextlib.nullcontext() if variant in CONTROLS else system.model.disable_adapter()
+            with _evaluating(system), adapter:
+                return self._share(system, variant, items, advance)
+
+    def _share(self, system, variant, items, advance) -> list[Record]:
         control = CONTROLS.get(variant, CONTROLS["matched"])
         collator = Collator(system.topology, self.task.prompts, self.tokenizer)
-        adapter = contextlib.nullcontext() if variant in CONTROLS else system.model.disable_adapter()
+        first, step = (0, 1) if is_sharded(self.system) else (process(), processes())
         records: list[Record] = []
-        with _evaluating(system), adapter, torch.no_grad():
-            for batch in _batches(len(items), self.batch_size):
-                rows = [items[i] for i in batch]
-                records += self._answer(system, collator, control, variant, batch, rows)
-                advance(len(rows))
-        return records
+        batches = list(_batches(len(items), self.batch_size))
+        for begin in range(0, len(batches), step):
+            together = batches[begin : begin + step]
+            for batch in together[first : first + 1]:
+                records += self._answer(system, collator, control, variant, batch, [items[i] for i in batch])
+            advance(sum(map(len, together)))
+        return records if step == 1 else sorted(gathered(records), key=lambda record: record.index)
 
     def _answer(self, system, collator, control, variant, indices, rows) -> list[Record]:
         encoded = collator.encode_prompts(rows)

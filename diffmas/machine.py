@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 
+from diffmas.distributed import processes
+
 
 def peak_memory_mb() -> float:
     """Most memory this process had at once: of the GPU where it used one, otherwise resident, in MB (10⁶ bytes)."""
@@ -25,6 +27,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "threads": torch.get_num_threads(),
+        "processes": processes(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.loss import LOSSES
 from diffmas.system import MultiAgentSystem
@@ -129,11 +130,19 @@ def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments)
 
 
 def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
-    """Write what training changes: the adapter, as stock PEFT loads it, and a learned alignment."""
-    folder = Path(folder)
-    system.model.save_pretrained(folder)
+    """Write what training changes: the adapter, as stock PEFT loads it, and a learned alignment.
+
+    Of several processes the first writes; all of them have to call this, since sharded weights are gathered.
+    """
+    folder, first = Path(folder), process() == 0
+    trained = None
+    if is_sharded(system):
+        trained = {n: whole(p.detach()).cpu() for n, p in system.model.named_parameters() if p.requires_grad}
+    system.model.save_pretrained(folder, state_dict=trained, is_main_process=first)
     if system.alignment.kind == "learned":
-        save_file({"weight": system.alignment.weight.detach().cpu().contiguous()}, folder / ALIGNMENT_FILE)
+        weight = whole(system.alignment.weight.detach())
+        if first:
+            save_file({"weight": weight.cpu().contiguous()}, folder / ALIGNMENT_FILE)
 
 
 def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
@@ -141,10 +150,19 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
-    system.model.load_adapter(str(folder), "default", is_trainable=True)
+    if is_sharded(system):
+        adapter = {n.replace(".default", ""): p for n, p in system.model.named_parameters() if p.requires_grad}
+        for name, value in load_file(folder / ADAPTER_FILE).items():
+            _copy(value, adapter[name])
+    else:
+        system.model.load_adapter(str(folder), "default", is_trainable=True)
     if system.alignment.kind == "learned":
-        with torch.no_grad():
-            system.alignment.weight.copy_(load_file(folder / ALIGNMENT_FILE)["weight"])
+        _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
+
+
+@torch.no_grad()
+def _copy(value: torch.Tensor, parameter: torch.Tensor) -> None:
+    parameter.copy_(like(value, parameter))
 
 
 def describe(
@@ -190,8 +208,7 @@ def load_run(folder: str | Path) -> Run:
         args,
     )
     if system.alignment.kind == "learned":
-        with torch.no_grad():
-            system.alignment.weight.copy_(load_file(folder / ALIGNMENT_FILE)["weight"])
+        _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
     return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"])
 
 

@@ -17,6 +17,7 @@ from diffmas.attention import attach, rotary_of
 from diffmas.capture import CapturedRuns, capture_latent_runs
 from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.controls import Control
+from diffmas.distributed import is_sharded, reach
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.latent import LatentRun
 from diffmas.lora import fuse_lora
@@ -119,6 +120,17 @@ class MultiAgentSystem(nn.Module):
             initial=alignment_initial,
             implementation=implementation,
         )
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """What accelerate shards one by one: transformers' layers."""
+        return self.language_model._no_split_modules
+
+    @property
+    def has_unreached_parameters(self) -> bool:
+        """Whether a learned Wₐ takes no part in the gradient."""
+        reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.detach_trace
+        return self.alignment.kind == "learned" and not reached
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -233,7 +245,10 @@ class MultiAgentSystem(nn.Module):
         `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
         """
         call = lengths if isinstance(lengths, Call) else trace.open(lengths)
-        return self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if is_sharded(self) and hidden.requires_grad:
+            trace.order = reach(trace.order, hidden)
+        return hidden
 
     def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Like :meth:`read`, of a call that is open already."""

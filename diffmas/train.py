@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.data import Collator
+from diffmas.distributed import decided_by_first, gathered, is_sharded, process, processes, settle_sharding
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.liger import fuse_liger
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return train(*arguments)
     except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        where = f" in process {process()}" if process() else ""
+        print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
         return 2
 
 
@@ -74,6 +76,7 @@ def train(
     started = time.perf_counter()
     if args.gradient_checkpointing:
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
+    settle_sharding(args)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
@@ -92,7 +95,7 @@ def train(
     if args.auto_batch or system_args.checkpointing == "auto":
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
         print_fit(args, fitted["fit"])
-    checkpoint = _choose_folder(args, task.name, description)
+    args.output_dir, checkpoint = decided_by_first(lambda: _choose_folder(args, task.name, description))
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
     args.remove_unused_columns = False
@@ -109,24 +112,29 @@ def train(
         callbacks=[MetricsFile(), stop, *([ProfileStep(system, autocast_dtype(args))] if args.profile else [])],
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    first = trainer.is_world_process_zero()
     if stop.interrupted:
-        print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {args.output_dir}")
+        if first:
+            print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {args.output_dir}")
         return 130
-    if not trainer.is_world_process_zero():
-        return 0
     folder = Path(args.output_dir)
-    save_weights(trainer.accelerator.unwrap_model(system), folder)
+    save_weights(system, folder)
     summary: dict[str, Any] = {}
     if not args.disable_final_eval:
-        accuracies, records = evaluate_all(evaluator, show_progress=not args.disable_tqdm)
-        write_records(folder, records)
+        accuracies, records = evaluate_all(evaluator, show_progress=first and not args.disable_tqdm)
+        if first:
+            write_records(folder, records)
         summary.update(accuracy_fields(accuracies), eval_items=len(task.eval))
+    peak = max(gathered([peak_memory_mb()]))
+    if not first:
+        return 0
     summary.update(
         seconds=round(time.perf_counter() - started, 1),
-        peak_memory_mb=round(peak_memory_mb()),
+        peak_memory_mb=round(peak),
         steps=trainer.state.global_step,
         parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
         machine=machine(),
+        parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
         **fitted,
         **description,
     )
@@ -137,9 +145,9 @@ def train(
     return 0
 
 
-def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any]) -> str | None:
-    """Settle `args.output_dir` and the checkpoint to resume from; nothing finished is overwritten."""
-    resume = args.resume_from_checkpoint
+def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any]) -> tuple[str, str | None]:
+    """The run's folder and the checkpoint to resume from; nothing finished is overwritten."""
+    resume, output_dir = args.resume_from_checkpoint, args.output_dir
     if resume is not None:
         folder = Path(resume)
         if not folder.is_dir():
@@ -149,19 +157,19 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
             if checkpoint is None:
                 raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: it holds no checkpoint")
             folder = checkpoint
-        args.output_dir = args.output_dir or str(folder.parent)
+        output_dir = output_dir or str(folder.parent)
         _check_same(folder.parent / SYSTEM_FILE, description)
-    elif args.output_dir is None:
+    elif output_dir is None:
         candidates = (Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, sys.maxsize))
-        args.output_dir = str(next(c for c in candidates if not c.exists()))
-    elif any(Path(args.output_dir).glob("checkpoint-*")) or Path(args.output_dir, ADAPTER_FILE).exists():
+        output_dir = str(next(c for c in candidates if not c.exists()))
+    elif any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, ADAPTER_FILE).exists():
         raise ValueError(
-            f"output_dir is {args.output_dir!r}, which holds a run already; allowed: another folder, or "
-            f"--resume_from_checkpoint {args.output_dir}"
+            f"output_dir is {output_dir!r}, which holds a run already; allowed: another folder, or "
+            f"--resume_from_checkpoint {output_dir}"
         )
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    Path(args.output_dir, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
-    return None if resume is None else str(folder)
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    Path(output_dir, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    return output_dir, None if resume is None else str(folder)
 
 
 def weight_settings(args: TrainArguments) -> dict[str, Any]:

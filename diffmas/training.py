@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from diffmas.batching import ItemLengths, LengthGrouped
+from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
 from diffmas.runs import load_weights, save_weights
 
 METRICS_FILE = "metrics.jsonl"
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 
 
 class Items(Dataset):
@@ -36,11 +39,16 @@ class Items(Dataset):
 class SystemTrainer(Trainer):
     """Trains a :class:`~diffmas.system.MultiAgentSystem`; evaluates by generating answers.
 
-    Checkpoints hold the adapter (and a learned alignment), not the base model. With gradient accumulation and
-    several processes, every answer token weighs the same.
+    Checkpoints hold the adapter (and a learned alignment), not the base model; the optimizer's state is stored whole
+    and by parameter, so that another number of processes, sharded or not, can resume. With gradient accumulation
+    and several processes, every answer token weighs the same.
     """
 
     def __init__(self, *, evaluator: Evaluator | None = None, lengths: ItemLengths | None = None, **kwargs):
+        args = kwargs["args"]
+        if args.ddp_find_unused_parameters is None:
+            # Searching the graph of a whole trajectory is only worth it where there is something to find.
+            args.ddp_find_unused_parameters = kwargs["model"].has_unreached_parameters
         super().__init__(**kwargs)
         self.lengths = lengths
         self.evaluator = evaluator
@@ -84,13 +92,33 @@ class SystemTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.accelerator.unwrap_model(self.model), folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_FILE))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint, file), map_location="cpu", weights_only=True)
+            for file in (OPTIMIZER_FILE, SCHEDULER_FILE)
+        )
+        options = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        self.lr_scheduler.load_state_dict(schedule)
 
 
 class MetricsFile(TrainerCallback):
@@ -116,7 +144,11 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class StopOnInterrupt(TrainerCallback):
-    """On Ctrl-C, finish the step, save a checkpoint and stop; on a second one, stop at once."""
+    """On Ctrl-C, finish the step, save a checkpoint and stop; on a second one, stop at once.
+
+    Several processes stop after the same step. Their launcher passes on the Ctrl-C that the terminal has sent them
+    already, so there a second one is ignored; the launcher itself ends processes that take too long.
+    """
 
     def __init__(self):
         self.interrupted = False
@@ -128,11 +160,15 @@ class StopOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, self._previous)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = any_process(self.interrupted, args.device)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
     def _remember(self, number, frame):
         self.interrupted = True
-        signal.signal(signal.SIGINT, self._previous)
-        print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again stops at once)", flush=True)
+        if processes() == 1:
+            signal.signal(signal.SIGINT, self._previous)
+            print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again stops at once)", flush=True)
+        elif process() == 0:
+            print("\ninterrupted: saving a checkpoint after this step", flush=True)
