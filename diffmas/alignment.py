@@ -15,7 +15,8 @@ class Alignment(nn.Module):
 
     ρ is the mean row norm of the input embedding. Wₐ is the identity ("identity"), the ridge solution
     `(WₒᵀWₒ + λI)⁻¹ WₒᵀWᵢ` of LatentMAS (arXiv 2511.20639; "ridge"), or trained from one of the two ("learned").
-    With tied embeddings the ridge solution is the identity up to λ, and no product is taken.
+    With tied embeddings the ridge solution is the identity up to λ, and no product is taken. A learned Wₐ is kept in
+    float32, whatever the model's dtype.
 
     Args:
         input_embedding, output_embedding: weights `[vocab, hidden]`.
@@ -57,8 +58,7 @@ class Alignment(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[rows, hidden]` to `[rows, hidden]`, in the dtype of `hidden`."""
-        weight = None if self.weight is None else self.weight.to(hidden.dtype)
-        return latent_project(hidden, weight, self.target_norm, implementation=self.implementation)
+        return latent_project(hidden, self.weight, self.target_norm, implementation=self.implementation)
 
 
 def ridge_alignment(input_embedding: Tensor, output_embedding: Tensor, ridge: float = 1e-5) -> Tensor:

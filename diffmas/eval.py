@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from transformers import set_seed
 
 from diffmas.arguments import Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import print_comparison, write_comparison_report
 from diffmas.controls import CONTROLS
+from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.machine import machine, peak_memory_mb
@@ -92,11 +94,16 @@ def _evaluate(args: EvalArguments) -> int:
     task_args = replace(run.task, **changes)
     changes = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**run.decoding, **changes, "seed": args.seed})
-    if torch.cuda.is_available():
-        run.system.cuda()
+    # Under torchrun, this joins the other processes.
+    device = PartialState(cpu=not torch.cuda.is_available()).device
+    run.system.to(device)
     task = load_task(task_args)
     evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
-    accuracies, records = evaluate_all(evaluator, variants, show_progress=not args.disable_tqdm)
+    first = process() == 0
+    accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
+    peak = max(gathered([peak_memory_mb()]))
+    if not first:
+        return 0
     folder = Path(args.output_dir or Path(args.run, "eval"))
     folder.mkdir(parents=True, exist_ok=True)
     write_records(folder, records)
@@ -104,7 +111,7 @@ def _evaluate(args: EvalArguments) -> int:
         **accuracy_fields(accuracies),
         "eval_items": len(task.eval),
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_mb": round(peak_memory_mb()),
+        "peak_memory_mb": round(peak),
         "evaluation": asdict(decoding),
         "machine": machine(),
         **describe(run.system, run.args, task_args, run.decoding),

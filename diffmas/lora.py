@@ -6,6 +6,7 @@ intermediates cost more than the arithmetic.
 
 from __future__ import annotations
 
+import contextlib
 import types
 
 import torch
@@ -20,9 +21,10 @@ from diffmas_ops import few_rows_matmul
 def fuse_lora(model: nn.Module) -> None:
     """Run the LoRA layers inside `model` as one operation wherever they are plain.
 
-    A layer is left to PEFT, call by call, while it is anything else: adapters disabled, merged or several, dropout,
-    a variant such as DoRA, a quantised or hooked base layer, mixed dtypes, autocast. Parameters and checkpoints stay
-    PEFT's own.
+    Base and inputs share a dtype; the adapter has the same or, over a bfloat16 or float16 base, float32. Its products
+    are then float32, and each result is rounded once. A layer is left to PEFT, call by call, while it is anything
+    else: adapters disabled, merged or several, dropout, a variant such as DoRA, a quantised or hooked base layer,
+    other mixtures of dtypes, a float32 base under autocast. Parameters and checkpoints stay PEFT's own.
     """
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
@@ -36,30 +38,47 @@ def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
     base, name = self.base_layer, names[0]
     a, b = self.lora_A[name], self.lora_B[name]
     weight, low = base.weight, a.weight
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == weight.dtype:
+        x = x.to(weight.dtype)
     if (
         self.disable_adapters
         or self.merged
         or name in self.lora_variant
         or type(self.lora_dropout[name]) is not nn.Identity
-        or not x.dtype == weight.dtype == low.dtype
+        or x.dtype != weight.dtype
+        or low.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32))
         or b.bias is not None
-        or torch.is_autocast_enabled(x.device.type)
         or base._forward_hooks
         or base._forward_pre_hooks
     ):
         return Linear.forward(self, x)
-    return _LoraLinear.apply(x, weight, base.bias, low, b.weight, self.scaling[name])
+    with _without_autocast(x):
+        return _LoraLinear.apply(x, weight, base.bias, low, b.weight, self.scaling[name])
+
+
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _add_product(out: Tensor, x: Tensor, y: Tensor, alpha: float = 1.0) -> Tensor:
+    """`out += alpha x y`, rounded once where `x` and `y` are wider than `out`."""
+    return out.addmm_(x, y, alpha=alpha) if out.dtype == x.dtype else out.add_(x @ y, alpha=alpha)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`y = x Wᵀ + bias + s (x Aᵀ) Bᵀ` with `x [..., in]`, `W [out, in]`, `A [r, in]`, `B [out, r]`."""
+    """`y = x Wᵀ + bias + s (x Aᵀ) Bᵀ` with `x [..., in]`, `W [out, in]`, `A [r, in]`, `B [out, r]`.
+
+    `A` and `B` may be wider than `x` and `W`: their products and gradients then are in their dtype.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, a, b, scaling):
         rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.T
+        low = rows.to(a.dtype) @ a.T
         y = few_rows_matmul(rows, weight, True) if bias is None else F.linear(rows, weight, bias)
-        y.addmm_(low, b.T, alpha=scaling)
+        _add_product(y, low, b.T, scaling)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], -1)
@@ -71,13 +90,15 @@ class _LoraLinear(torch.autograd.Function):
         need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
         shape = (*grad.shape[:-1], rows.shape[1])
         grad = grad.reshape(-1, grad.shape[-1])
-        # beta = 0 ignores what is added to: a scaled product in one operation.
-        grad_low = torch.addmm(low, grad, b, beta=0, alpha=ctx.scaling)
-        return (
-            few_rows_matmul(grad, weight, False).addmm_(grad_low, a).view(shape) if need_x else None,
-            grad.T @ rows if need_weight else None,
-            grad.sum(0) if need_bias else None,
-            grad_low.T @ rows if need_a else None,
-            torch.addmm(b, grad.T, low, beta=0, alpha=ctx.scaling) if need_b else None,
-            None,
-        )
+        wide = grad.to(a.dtype)
+        with _without_autocast(grad):
+            # beta = 0 ignores what is added to: a scaled product in one operation.
+            grad_low = torch.addmm(low, wide, b, beta=0, alpha=ctx.scaling)
+            return (
+                _add_product(few_rows_matmul(grad, weight, False), grad_low, a).view(shape) if need_x else None,
+                grad.T @ rows if need_weight else None,
+                grad.sum(0) if need_bias else None,
+                grad_low.T @ rows.to(a.dtype) if need_a else None,
+                torch.addmm(b, wide.T, low, beta=0, alpha=ctx.scaling) if need_b else None,
+                None,
+            )

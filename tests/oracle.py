@@ -14,6 +14,8 @@ from transformers import DynamicCache
 def rotate(x: Tensor, shift: int | Tensor, inv_freq: Tensor, interleaved: bool = False) -> Tensor:
     """`x [..., D]` turned by `shift · inv_freq`, angles in float64; dims behind the rotary ones stay."""
     angles = torch.as_tensor(shift, dtype=torch.float64).unsqueeze(-1) * inv_freq.double()
+    if x.dtype.itemsize < 4:
+        return rotate(x.float(), shift, inv_freq, interleaved).to(x.dtype)
     turned, rest = x.split((2 * inv_freq.numel(), x.shape[-1] - 2 * inv_freq.numel()), -1)
     pairs = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, -1)
     z = torch.complex(*pairs)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas_ops import backends
+from diffmas_ops.dtypes import accumulation_dtype
 
 
 def latent_project(
@@ -16,7 +17,8 @@ def latent_project(
 
     Args:
         hidden: `[rows, hidden_size]`.
-        weight: `[hidden_size, hidden_size]` of the same dtype, or None for the identity.
+        weight: `[hidden_size, hidden_size]` of the same dtype or, beside bfloat16 and float16, float32; or None for
+            the identity. A wider weight is rounded to the dtype of `hidden`, its gradient is not.
         target_norm: ρ > 0, the mean row norm of the model's input embedding.
 
     Returns:
@@ -32,8 +34,10 @@ def latent_project(
     if weight is not None:
         if tuple(weight.shape) != (size, size):
             raise ValueError(f"weight has shape {tuple(weight.shape)}; allowed: [{size}, {size}]")
-        if weight.dtype != hidden.dtype:
-            raise TypeError(f"weight is {weight.dtype}; allowed: {hidden.dtype}, the dtype of hidden")
+        if weight.dtype not in (hidden.dtype, accumulation_dtype(hidden.dtype)):
+            raise TypeError(
+                f"weight is {weight.dtype}; allowed: {hidden.dtype}, the dtype of hidden, or the one it adds up in"
+            )
         if weight.device != hidden.device:
             raise ValueError(f"weight is on {weight.device}; allowed: {hidden.device}, the device of hidden")
         weight = weight.contiguous()
@@ -46,7 +50,7 @@ class _LatentProject(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target_norm, implementation):
         ops = backends.functions("latent_project", hidden, implementation)
-        out, norm = ops.latent_project(hidden, weight, target_norm)
+        out, norm = ops.latent_project(hidden, _narrow(weight, hidden), target_norm)
         ctx.save_for_backward(hidden, weight, out, norm)
         ctx.target_norm, ctx.ops = target_norm, ops
         return out
@@ -57,6 +61,10 @@ class _LatentProject(torch.autograd.Function):
         hidden, weight, out, norm = ctx.saved_tensors
         need_weight = ctx.needs_input_grad[1]
         grad_hidden, grad_weight = ctx.ops.latent_project_backward(
-            grad_out.contiguous(), hidden, weight, out, norm, ctx.target_norm, need_weight
+            grad_out.contiguous(), hidden, _narrow(weight, hidden), out, norm, ctx.target_norm, need_weight
         )
         return grad_hidden, grad_weight.to(weight.dtype) if need_weight else None, None, None
+
+
+def _narrow(weight: Tensor | None, hidden: Tensor) -> Tensor | None:
+    return None if weight is None else weight.to(hidden.dtype)
