@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -81,6 +82,10 @@ def settle_sharding(args: TrainingArguments) -> None:
     # The launcher's default is true.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     os.environ.setdefault("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
+    if args.device.type == "cpu" and processes() > 1:
+        # accelerate shards on accelerators alone and would quietly copy the model to every process here.
+        Accelerator(mixed_precision="no", cpu=True).state.fsdp_plugin = FullyShardedDataParallelPlugin(**flags)
+        PartialState().distributed_type = DistributedType.FSDP
 
 
 def is_sharded(system: nn.Module) -> bool:

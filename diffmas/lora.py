@@ -39,14 +39,13 @@ def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
     a, b = self.lora_A[name], self.lora_B[name]
     weight, low = base.weight, a.weight
     device = x.device.type
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == weight.dtype:
-        x = x.to(weight.dtype)
+    rows = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
     if (
         self.disable_adapters
         or self.merged
         or name in self.lora_variant
         or type(self.lora_dropout[name]) is not nn.Identity
-        or x.dtype != weight.dtype
+        or rows.dtype != weight.dtype
         or low.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32))
         or b.bias is not None
         or base._forward_hooks
@@ -54,7 +53,7 @@ def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
     ):
         return Linear.forward(self, x)
     with _without_autocast(x):
-        return _LoraLinear.apply(x, weight, base.bias, low, b.weight, self.scaling[name])
+        return _LoraLinear.apply(rows, weight, base.bias, low, b.weight, self.scaling[name])
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

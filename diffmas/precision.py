@@ -28,8 +28,7 @@ def settle_precision(system: SystemArguments, args: TrainingArguments) -> None:
         if system.dtype not in ("auto", "bfloat16"):
             raise ValueError(f"bf16 is True and dtype is {system.dtype!r}; allowed: auto, bfloat16")
         system.dtype = "bfloat16"
-        args.bf16, args.mixed_precision = False, "no"
-        os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+        args.mixed_precision = os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
 
 
 def check_base(dtype: torch.dtype) -> None:

@@ -24,6 +24,7 @@ from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.liger import fuse_liger
 from diffmas.machine import machine, peak_memory_mb
+from diffmas.precision import check_base, settle_precision
 from diffmas.profiling import ProfileStep
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
@@ -77,12 +78,14 @@ def train(
     if args.gradient_checkpointing:
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
     settle_sharding(args)
+    settle_precision(system_args, args)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
         raise ValueError("the training set is empty; allowed: at least one item")
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology)
+    check_base(system.language_model.dtype)
     if args.use_liger_kernel:
         fuse_liger(system.model, args.device, args.liger_kernel_config)
         # Done: the Trainer would look for a transformers model and find a system.

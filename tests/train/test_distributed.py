@@ -20,17 +20,26 @@ from diffmas import eval as evaluate
 from diffmas import train
 
 KINDS = ["ddp", "fsdp"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ROOT = Path(__file__).parents[2]
 
 
-def start(command, **options):
+def start(command):
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(map(str, [ROOT, ROOT / "tests"])),
     }
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT) | options
-    return subprocess.Popen([*TORCHRUN, *map(str, command)], **options)
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, cwd=ROOT)
+    return subprocess.Popen([*TORCHRUN, *map(str, command)], start_new_session=True, **options)
+
+
+def finish(launcher):
+    """Its output; nothing is left running."""
+    try:
+        return launcher.communicate(timeout=300)[0]
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGTERM)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +56,7 @@ def runs(base, tmp_path_factory):
     single = [*flags, f"--output_dir={folder / 'single'}", "--per_device_train_batch_size=4"]
     assert train.main([*single, "--disable_final_eval=True"]) == 0
     pair = start([two_processes.__file__, folder, *flags, "--per_device_train_batch_size=2"])
-    output, _ = pair.communicate(timeout=300)
+    output = finish(pair)
     assert pair.returncode == 0, output
     (folder / "output").write_text(output)
     return folder
@@ -131,14 +140,14 @@ def test_output_is_that_of_one_process(runs):
 def test_ctrl_c_stops_all_processes_after_the_same_step(flags, tmp_path):
     run = tmp_path / "run"
     command = flags(max_steps=1000, save_steps=1000, logging_steps=1, disable_final_eval=True)
-    launcher = start(["-m", "diffmas.train", *command], start_new_session=True)
+    launcher = start(["-m", "diffmas.train", *command])
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while launcher.poll() is None and (not metrics.is_file() or not metrics.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     # A terminal sends it to the launcher and to the processes, and the launcher passes it on to them.
     os.killpg(launcher.pid, signal.SIGINT)
-    output, _ = launcher.communicate(timeout=120)
+    output = finish(launcher)
     assert launcher.returncode != 0
     assert output.count("stopped at step") == 1, output
     (checkpoint,) = run.glob("checkpoint-*")

@@ -116,6 +116,9 @@ def test_ctrl_c_saves_and_resume_goes_on(flags, tmp_path):
         ({"gradient_checkpointing": True}, "--checkpointing"),
         ({"implementation": "cuda"}, "implementation 'cuda' cannot run"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "float16"}, "allowed: --bf16 True or --dtype bfloat16"),
+        ({"bf16": True, "dtype": "float32"}, "bf16 is True and dtype is 'float32'; allowed: auto, bfloat16"),
+        ({"fp16": True}, "fp16 is True; allowed: --bf16 True"),
         ({"lora_rank": 0}, "lora_rank is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1}, "temperature is -1"),
@@ -186,3 +189,12 @@ def test_gsm8k_from_a_local_folder_trains_and_evaluates(flags, tmp_path):
     changes = dict(task="gsm8k", data_dir=tmp_path, topology="sequential", handover=None, max_steps=2, max_new_tokens=4)
     assert train.main(flags(**changes)) == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["eval_items"] == 9
+
+
+def test_bf16_means_a_bfloat16_base_under_a_float32_adapter(flags, tmp_path):
+    assert train.main(flags(bf16=True, alignment="learned", disable_final_eval=True)) == 0
+    run = load_run(tmp_path / "run")
+    assert (run.args.dtype, run.system.language_model.dtype) == ("bfloat16", torch.bfloat16)
+    trained = {p.dtype for p in run.system.parameters() if p.requires_grad}
+    saved = adapter(tmp_path / "run") | load_file(tmp_path / "run" / "alignment.safetensors")
+    assert trained == {t.dtype for t in saved.values()} == {torch.float32}

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.arguments import TrainArguments
-from diffmas.distributed import processes, whole
+from diffmas.distributed import is_sharded, processes, settle_sharding, whole
 from diffmas.system import MultiAgentSystem
 from diffmas.topology import Agent, Topology
 from diffmas.training import SystemTrainer
@@ -57,6 +57,7 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
         gradient_accumulation_steps=2, max_grad_norm=0, save_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False, fsdp=sharded or None,
     )  # fmt: skip
+    settle_sharding(args)
     trainer = SystemTrainer(
         model=MultiAgentSystem(model, topology, **options),
         args=args,
@@ -71,6 +72,7 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
         callbacks=[kept],
     )
     trainer.train()
+    assert is_sharded(trainer.model) == sharded
     return kept.of
 
 
