@@ -65,15 +65,15 @@ def gathered(items: list[T]) -> list[T]:
     return [item for part in parts for item in part]
 
 
-def settle_sharding(args: TrainingArguments) -> None:
-    """What sharding by a launcher's or transformers' flags means here: FSDP2, layer by layer.
+def settle_sharding(args: TrainingArguments) -> bool:
+    """What sharding by a launcher's or transformers' flags means here: FSDP2, layer by layer. Whether it is asked for.
 
     Raises:
         ValueError: FSDP1, or only one process loading the weights.
     """
     flags = getattr(args, "fsdp_plugin_args", None)
     if flags is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return
+        return False
     flags = flags or {}
     if (version := int(flags.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))) != 2:
         raise ValueError(f"fsdp_version is {version}; allowed: 2")
@@ -86,6 +86,7 @@ def settle_sharding(args: TrainingArguments) -> None:
         # accelerate shards on accelerators alone and would quietly copy the model to every process here.
         Accelerator(mixed_precision="no", cpu=True).state.fsdp_plugin = FullyShardedDataParallelPlugin(**flags)
         PartialState().distributed_type = DistributedType.FSDP
+    return True
 
 
 def is_sharded(system: nn.Module) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
@@ -20,6 +21,7 @@ from diffmas.tasks import TaskArguments
 from diffmas.topology import Topology, load_topology
 
 SYSTEM_FILE, ALIGNMENT_FILE, ADAPTER_FILE = "system.json", "alignment.safetensors", "adapter_model.safetensors"
+QUANTIZATIONS = ("none", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -31,6 +33,9 @@ class SystemArguments:
         default=None, metadata={"help": "Hub id or folder of a causal language model; default: the embedded base."}
     )
     dtype: str = field(default="auto", metadata={"help": f"Of the base model's weights: {', '.join(DTYPES)}."})
+    quantization: str = field(
+        default="none", metadata={"help": f"Of the base model's weights: {', '.join(QUANTIZATIONS)} (bitsandbytes)."}
+    )
     random_weights: bool = field(
         default=False, metadata={"help": "Take only the model's configuration and tokenizer (for tests and timing)."}
     )
@@ -80,12 +85,15 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
     """The base model and its tokenizer.
 
     Raises:
-        ValueError: an unknown dtype. OSError: a model that cannot be found.
+        ValueError: an unknown dtype or quantization. OSError: a model that cannot be found.
+        ModuleNotFoundError: a quantization without bitsandbytes.
     """
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
     source = args.model or EMBEDDED_PATH
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    if args.quantization != "none":
+        return _load_quantized(args, source, torch.bfloat16 if dtype == "auto" else dtype)
     tokenizer = AutoTokenizer.from_pretrained(source)
     if args.random_weights:
         from transformers import AutoConfig
@@ -95,6 +103,22 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
     else:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model, tokenizer
+
+
+def _load_quantized(args, source, dtype) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """Linear layers in 4 bits (NF4, QLoRA, arXiv 2305.14314); what they compute in, and all else, is `dtype`."""
+    if args.quantization not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {args.quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
+    if args.random_weights:
+        raise ValueError(f"quantization is {args.quantization!r} with random_weights; allowed: none")
+    if find_spec("bitsandbytes") is None:
+        raise ModuleNotFoundError("quantization is '4bit', which needs bitsandbytes: pip install bitsandbytes")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    device = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, device_map=device)
+    return model, AutoTokenizer.from_pretrained(source)
 
 
 def build_system(

@@ -77,7 +77,8 @@ def train(
     started = time.perf_counter()
     if args.gradient_checkpointing:
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
-    settle_sharding(args)
+    if settle_sharding(args) and system_args.quantization != "none":
+        raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
     settle_precision(system_args, args)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)

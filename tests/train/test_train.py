@@ -116,6 +116,8 @@ def test_ctrl_c_saves_and_resume_goes_on(flags, tmp_path):
         ({"gradient_checkpointing": True}, "--checkpointing"),
         ({"implementation": "cuda"}, "implementation 'cuda' cannot run"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"quantization": "3bit"}, "quantization is '3bit'; allowed: none, 4bit"),
+        ({"quantization": "4bit", "random_weights": True}, "with random_weights; allowed: none"),
         ({"dtype": "float16"}, "allowed: --bf16 True or --dtype bfloat16"),
         ({"bf16": True, "dtype": "float32"}, "bf16 is True and dtype is 'float32'; allowed: auto, bfloat16"),
         ({"fp16": True}, "fp16 is True; allowed: --bf16 True"),
