@@ -81,7 +81,7 @@ def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
 
     def ours() -> Tensor:
         ids = [p.flatten() for p in prompts]
-        return system(ids, lengths, answer.flatten(), [case.answer] * case.batch).loss
+        return system(ids, lengths, answer.flatten(), [case.answer] * case.batch, return_logits=False).loss
 
     def theirs() -> Tensor:
         return peers.sequential_loss(twin.get_base_model(), prompts, answer, case.latent)

@@ -82,18 +82,18 @@ def test_plan_is_what_a_trajectory_does(topology, handover, monkeypatch):
     agents = tuple(Agent(*item) for item in DIAMOND.items()) if topology == "diamond" else TOPOLOGIES[topology].agents
     system = build(Topology(topology, agents, handover), 2)
     calls, traces = [], []
-    allocate, open_call = KVTrace.allocate.__func__, KVTrace.open
+    make, open_call = KVTrace.__init__, KVTrace.open
 
-    def spy_allocate(cls, **options):
-        traces.append(options["batch"] * options["capacity"])
-        return allocate(cls, **options)
+    def spy_make(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        traces.append(self.batch * self.capacity)
 
     def spy_open(self, lengths):
         call = open_call(self, lengths)
         calls.append((call.total, sum(self.host_lengths)))
         return call
 
-    monkeypatch.setattr(KVTrace, "allocate", classmethod(spy_allocate))
+    monkeypatch.setattr(KVTrace, "__init__", spy_make)
     monkeypatch.setattr(KVTrace, "open", spy_open)
     prompts, answers = [[3 + k, 9 - k, 4] for k in range(len(agents))], [5, 1, 2]
     forward(system, prompts, answers)()
