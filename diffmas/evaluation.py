@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.answering import batches, evaluating
 from diffmas.controls import CONTROLS
 from diffmas.data import Collator
 from diffmas.distributed import gathered, is_sharded, process, processes, root_unsharded
@@ -78,8 +78,7 @@ class Evaluator:
                 system = _on_same_model(system, topology=TOPOLOGIES["single"])
             elif variant == "training_free":
                 system = _on_same_model(system, alignment=system.alignment.initial)
-            adapter = contextlib.nullcontext() if variant in CONTROLS else system.model.disable_adapter()
-            with _evaluating(system), adapter:
+            with evaluating(system, adapter=variant in CONTROLS):
                 return self._share(system, variant, items, advance)
 
     def _share(self, system, variant, items, advance) -> list[Record]:
@@ -87,9 +86,9 @@ class Evaluator:
         collator = Collator(system.topology, self.task.prompts, self.tokenizer)
         first, step = (0, 1) if is_sharded(self.system) else (process(), processes())
         records: list[Record] = []
-        batches = list(_batches(len(items), self.batch_size))
-        for begin in range(0, len(batches), step):
-            together = batches[begin : begin + step]
+        all_batches = list(batches(len(items), self.batch_size))
+        for begin in range(0, len(all_batches), step):
+            together = all_batches[begin : begin + step]
             for batch in together[first : first + 1]:
                 records += self._answer(system, collator, control, variant, batch, [items[i] for i in batch])
             advance(sum(map(len, together)))
@@ -122,25 +121,6 @@ def evaluate_all(
             accuracies[variant] = sum(r.correct for r in found) / len(found)
             records += found
     return accuracies, records
-
-
-def _batches(size: int, batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches; a last batch of one joins its predecessor, so that every row has another beside it."""
-    starts = list(range(0, size, batch_size))
-    if len(starts) > 1 and size - starts[-1] == 1:
-        starts.pop()
-    for begin, end in zip(starts, [*starts[1:], size], strict=True):
-        yield list(range(begin, end))
-
-
-@contextlib.contextmanager
-def _evaluating(system: MultiAgentSystem) -> Iterator[None]:
-    training = system.training
-    system.eval()
-    try:
-        yield
-    finally:
-        system.train(training)
 
 
 def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "identity") -> MultiAgentSystem:

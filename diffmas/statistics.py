@@ -21,10 +21,6 @@ class Interval:
     items: int
     seeds: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def mean_interval(
     outcomes: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0, limits=(0.0, 1.0)
@@ -65,8 +61,8 @@ def mean_interval(
         drawn = drawn + np.sqrt(_seed_variance(x) / seeds) * generator.standard_t(seeds - 1, size=resamples)
     low, high = np.quantile(drawn, [tail, 1 - tail])
     if np.ptp(by_item) == 0:
-        unseen = (limits[1] - limits[0]) * (1 - tail ** (1 / items))
-        low, high = low - unseen, high + unseen
+        unseen = 1 - tail ** (1 / items)
+        low, high = low - unseen * (mean - limits[0]), high + unseen * (limits[1] - mean)
     # Float noise must not push a bound over the mean it belongs to.
     low, high = min(low, mean), max(high, mean)
     return Interval(mean, max(float(low), limits[0]), min(float(high), limits[1]), items, seeds)
