@@ -108,6 +108,7 @@ class MultiAgentSystem(nn.Module):
         fuse_lora(base)
         fuse_norms(base)
         self.rotary = rotary_of(base)
+        self.decode_step: engine.Step = engine.eager_step
         self.latent_run: LatentRun = latent_run(latent_backward)
         self.allocate_trace = KVTrace.allocate
         if capture_latent_runs(capture, latent_backward):

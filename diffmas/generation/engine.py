@@ -23,7 +23,8 @@ from diffmas.generation.text import TextStream, cut, decode
 if TYPE_CHECKING:
     from diffmas.system import Lengths, MultiAgentSystem
 
-#: Runs one decoding step: next-token logits `[answers, vocab]` for `tokens [answers]`. A captured one goes in here.
+#: `step(system, pool, tokens)` runs one decoding step: the logits `[answers, vocab]` behind `tokens [answers]`, which
+#: the pool's traces hold afterwards. What a system's `decode_step` has to be.
 Step = Callable[["MultiAgentSystem", OwnTraces, Tensor], Tensor]
 
 #: Room for new tokens that a trace starts with; from there on it grows by doubling.
@@ -72,7 +73,6 @@ class Engine:
             `max_rows` (a last block of one row joins the block before it), since one row's trace may be given to
             another.
         streaming: keep track of every answer's text.
-        step: runs a decoding step.
 
     Raises:
         ValueError: prompts or seeds that do not fit, named.
@@ -89,14 +89,13 @@ class Engine:
         seeds: Sequence[int] | None = None,
         control: Control | None = None,
         streaming: bool = False,
-        step: Step = eager_step,
     ):
         self.rows, self.samples = rows, samples = len(prompt_lengths[0]), decoding.samples
         self._seeds = [decoding.seed + row for row in range(rows)] if seeds is None else [index(s) for s in seeds]
         if len(self._seeds) != rows or min(self._seeds) < 0:
             raise ValueError(f"seeds is {self._seeds}; allowed: {rows} integers ≥ 0, one per row")
         self._system, self._tokenizer, self._decoding = system, tokenizer, decoding
-        self._control, self._step = control, step
+        self._control = control
         device = system.language_model.device
         self._ids = [ids.to(device).split(list(n)) for ids, n in zip(prompt_ids, prompt_lengths, strict=True)]
         self._stops = stop_ids(system, tokenizer)
@@ -123,7 +122,7 @@ class Engine:
         tokens = torch.empty(0, dtype=torch.long, device=self._system.language_model.device)
         while self._waiting or self._active:
             if self._active:
-                logits = self._step(self._system, self._pool, tokens)
+                logits = self._system.decode_step(self._system, self._pool, tokens)
                 answers = self._active
             if count := self._admissible():
                 entering = [self._waiting.popleft() for _ in range(count)]

@@ -19,10 +19,10 @@ def system(tokenizer):
     return MultiAgentSystem(causal_lm("qwen3", vocab_size=len(tokenizer)), TOPOLOGIES["single"])
 
 
-def decode(system, rows, tokenizer, step=engine.eager_step, **options):
+def decode(system, rows, tokenizer, **options):
     ids, lengths = packed(rows)
     decoding = Decoding(**dict(max_new_tokens=12) | options)
-    found = engine.generate(system, [ids], [lengths], tokenizer, decoding, step=step)
+    found = system.generate([ids], [lengths], tokenizer, decoding)
     return [[answer.tokens for answer in row] for row in found]
 
 
@@ -41,10 +41,10 @@ def test_prompts_are_read_and_kept_once(system, tokenizer, max_rows):
         assert len(tokens) <= max_rows
         return engine.eager_step(system, traces, tokens)
 
-    system.read = counting
+    system.read, system.decode_step = counting, step
     rows = prompts(3, 500, longest=400)
     samples = 7
-    shared = decode(system, rows, tokenizer, step, samples=samples, max_rows=max_rows)
+    shared = decode(system, rows, tokenizer, samples=samples, max_rows=max_rows)
     assert sorted(reads) == sorted(map(len, rows))
     assert len({tuple(tokens) for row in shared for tokens in row}) > 1
     # Three prompts with room, and short tails: 21 copies of the longest prompt would be 8400 columns.
