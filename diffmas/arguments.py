@@ -42,7 +42,7 @@ class TrainArguments(TrainingArguments):
     memory_limit_gb: float | None = field(
         default=None,
         metadata={
-            "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 % of what is free."
+            "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 %% of what is free."
         },
     )
     profile: bool = field(

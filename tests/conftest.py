@@ -1,6 +1,7 @@
 """Shared fixtures: implementations to test, poisoned buffers, a hypothesis profile that repeats itself."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,19 @@ settings.load_profile("repeatable")
 @pytest.fixture(params=["reference", "auto"])
 def implementation(request):
     return request.param
+
+
+@pytest.fixture
+def confinement():
+    """Skips where a user may not confine programs; root on Linux always can."""
+    from diffmas.sandbox import SandboxError, best_mode
+
+    try:
+        best_mode()
+    except SandboxError as error:
+        if sys.platform == "linux" and os.geteuid() == 0:
+            raise
+        pytest.skip(str(error))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class TaskArguments:
     task: str = field(
         default="relay",
         metadata={
-            "help": f"{', '.join(NAMES)}, rg:name (a data set of reasoning-gym; rg:name,option=value sets an option), "
+            "help": f"{', '.join(NAMES)}, rg:name (a data set of reasoning-gym; rg:name:option=value sets an option), "
             "or the path of a .jsonl file."
         },
     )

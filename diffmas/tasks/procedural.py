@@ -1,7 +1,7 @@
 """Procedural reasoning tasks of the package reasoning-gym: `rg:<name>`, with its own scoring.
 
-`rg:chain_sum,max_terms=3,size=50000` also sets the data set's options. A checksum of the question decides whether an
-item is held out, so no question is both trained on and evaluated.
+`rg:chain_sum:max_terms=3:size=50000` also sets the data set's options (between colons or commas). A checksum of the
+question decides whether an item is held out, so no question is both trained on and evaluated.
 """
 
 from __future__ import annotations
@@ -94,12 +94,12 @@ def answer(text: str) -> str | None:
 
 
 def _parse(task: str) -> tuple[str, dict[str, Any]]:
-    name, *settings = task.removeprefix(PREFIX).split(",")
+    name, *settings = re.split("[:,]", task.removeprefix(PREFIX))
     options = {}
     for setting in settings:
         key, mark, value = setting.partition("=")
         if not mark or not key.strip().isidentifier():
-            raise ValueError(f"task is {task!r}; allowed: rg:name, or rg:name,option=value,…")
+            raise ValueError(f"task is {task!r}; allowed: rg:name, or rg:name:option=value:…")
         options[key.strip()] = yaml.safe_load(value)
     return name.strip(), options
 

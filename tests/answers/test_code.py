@@ -68,7 +68,7 @@ ITEM = {
         ("def f(x):\n    return bytes(10**11)", "memory"),
     ],
 )
-def test_programs_are_run_with_their_tests(program, reason):
+def test_programs_are_run_with_their_tests(program, reason, confinement):
     text = f"```python\n{program}\n```"
     result = code.execute(text, ITEM, Limits(seconds=2 if reason == "timeout" else 20))
     assert result.reason == reason, result
@@ -80,6 +80,6 @@ def test_no_program_is_wrong():
     assert not code.check("I cannot.", ITEM) and code.execute("", ITEM) is None
 
 
-def test_tests_that_import_numpy():
+def test_tests_that_import_numpy(confinement):
     item = {"entry_point": "f", "test": "import numpy as np\nassert np.allclose(f(1.0), 2.0)"}
     assert code.check(f"```python\n{F}```", item) and not code.check("```python\ndef f(x): return x\n```", item)

@@ -13,12 +13,12 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
         load_task(TaskArguments(task="rg:chain_sum"))
 
 
-@pytest.mark.parametrize("name", ["chain_sum,max_terms=2,max_digits=2", "leg_counting", "basic_arithmetic"])
+@pytest.mark.parametrize("name", ["chain_sum:max_terms=2,max_digits=2", "leg_counting", "basic_arithmetic"])
 def test_items(name):
     pytest.importorskip("reasoning_gym")
     args = TaskArguments(task=f"rg:{name},size=5000", eval_size=40, train_size=300)
     first, again = load_task(args), load_task(args)
-    assert first.name == name.partition(",")[0] and len(first.train) == 300 and len(first.eval) == 40
+    assert first.name == name.partition(":")[0] and len(first.train) == 300 and len(first.eval) == 40
     assert first.eval == again.eval and [*first.train] == [*again.train]
     held_out = {item["question"] for item in first.eval}
     assert len(held_out) == 40 and held_out.isdisjoint(item["question"] for item in first.train)
@@ -52,7 +52,7 @@ def test_what_a_scorer_cannot_bear_is_wrong():
     ("task", "message"),
     [
         ("rg:no_such_set", "allowed after rg: .*chain_sum"),
-        ("rg:chain_sum,max_terms", "allowed: rg:name, or rg:name,option=value"),
+        ("rg:chain_sum,max_terms", "allowed: rg:name, or rg:name:option=value"),
         ("rg:chain_sum,no_such_option=1", "refuses .*no_such_option"),
         ("rg:chain_sum,min_terms=9,max_terms=2", "refuses .*max_terms"),
         ("rg:chain_sum,size=1,seed=0,max_digits=1,max_terms=2", "no question to hold out"),

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 
+from diffmas import train
 from diffmas.answers import choice, code, mathematics
 from diffmas.tasks import LOADERS, TaskArguments, load_task
 from diffmas.tasks.base import NAMES, gold
@@ -105,12 +106,19 @@ def test_every_task_is_listed_and_tested():
     assert tuple(LOADERS) == NAMES and set(TASKS) == set(NAMES) - {"relay"}
 
 
+def test_help_lists_the_tasks(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(NAMES) + ", rg:name" in shown
+
+
 @pytest.mark.parametrize("name", TASKS)
-def test_task_from_local_files(name, tmp_path):
+def test_task_from_local_files(name, tmp_path, confinement):
     if name == "math":
         pytest.importorskip("math_verify")
-    train, evaluation, answer, *_ = TASKS[name]
-    write(tmp_path / "train.jsonl", train)
+    training, evaluation, answer, *_ = TASKS[name]
+    write(tmp_path / "train.jsonl", training)
     write(tmp_path / "test.jsonl.gz", evaluation)
     task = load_task(TaskArguments(task=name, data_dir=str(tmp_path), eval_size=3))
     assert task.name == name and len(task.eval) == len(evaluation) and len(task.train) == 1
@@ -129,12 +137,12 @@ def test_task_from_local_files(name, tmp_path):
 def test_task_from_the_hub(name, monkeypatch):
     if name == "math":
         pytest.importorskip("math_verify")
-    train, evaluation, _, train_source, eval_source = TASKS[name]
+    training, evaluation, _, train_source, eval_source = TASKS[name]
     asked = []
 
     def load_dataset(hub, config=None, *, split):
         asked.append((hub, config, split))
-        return iter(evaluation if (hub, config, split) == eval_source else train)
+        return iter(evaluation if (hub, config, split) == eval_source else training)
 
     module = types.ModuleType("datasets")
     module.load_dataset = load_dataset
@@ -241,7 +249,7 @@ def test_checkers_belong_to_their_tasks(tmp_path):
         assert (task.check, task.extract) == (kind.check, kind.extract)
 
 
-def test_programs_are_run(tmp_path):
+def test_programs_are_run(tmp_path, confinement):
     write(tmp_path / "test.jsonl", [EVAL_ROW])
     task = load_task(TaskArguments(task="humaneval+", data_dir=str(tmp_path)))
     item = task.eval[0]
