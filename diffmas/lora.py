@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -31,29 +32,56 @@ def fuse_lora(model: nn.Module) -> None:
             module.forward = types.MethodType(_forward, module)
 
 
+@dataclass(frozen=True)
+class LoraParts:
+    """`y = x Wᵀ + bias + s (x Aᵀ) Bᵀ`; `a` and `b` are None in a layer without adapter."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scaling: float = 1.0
+
+
+def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
+    """What a linear layer with or without LoRA computes in `dtype`, or None where it is not plain.
+
+    The adapter may be of a wider dtype than a 16-bit layer.
+    """
+    if type(module) is nn.Linear:
+        return None if _special(module, dtype) else LoraParts(module.weight, module.bias)
+    if type(module) is not Linear or _special(base := module.base_layer, dtype) or module.merged:
+        return None
+    if module.disable_adapters:
+        return LoraParts(base.weight, base.bias)
+    names = module.active_adapters
+    if len(names) != 1 or (name := names[0]) not in module.lora_A or name in module.lora_variant:
+        return None
+    a, b = module.lora_A[name].weight, module.lora_B[name]
+    allowed = (dtype, torch.promote_types(dtype, torch.float32))
+    if type(module.lora_dropout[name]) is not nn.Identity or b.bias is not None or a.dtype not in allowed:
+        return None
+    return LoraParts(base.weight, base.bias, a, b.weight, module.scaling[name])
+
+
+def _special(base: nn.Module, dtype: torch.dtype) -> bool:
+    return (
+        type(base) is not nn.Linear
+        or base.weight.dtype != dtype
+        or base.weight.requires_grad
+        or (base.bias is not None and base.bias.requires_grad)
+        or bool(base._forward_hooks or base._forward_pre_hooks)
+    )
+
+
 def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
-    names = self.active_adapters
-    if args or kwargs or len(names) != 1 or names[0] not in self.lora_A:
-        return Linear.forward(self, x, *args, **kwargs)
-    base, name = self.base_layer, names[0]
-    a, b = self.lora_A[name], self.lora_B[name]
-    weight, low = base.weight, a.weight
     device = x.device.type
     rows = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-    if (
-        self.disable_adapters
-        or self.merged
-        or name in self.lora_variant
-        or type(self.lora_dropout[name]) is not nn.Identity
-        or rows.dtype != weight.dtype
-        or low.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32))
-        or b.bias is not None
-        or base._forward_hooks
-        or base._forward_pre_hooks
-    ):
-        return Linear.forward(self, x)
+    parts = None if args or kwargs else lora_parts(self, rows.dtype)
+    if parts is None or parts.a is None:
+        return Linear.forward(self, x, *args, **kwargs)
     with _without_autocast(x):
-        return _LoraLinear.apply(rows, weight, base.bias, low, b.weight, self.scaling[name])
+        return _LoraLinear.apply(rows, parts.weight, parts.bias, parts.a, parts.b, parts.scaling)
 
 
 def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:

@@ -17,6 +17,7 @@ from diffmas.attention import attach, rotary_of
 from diffmas.capture import CapturedRuns, capture_latent_runs
 from diffmas.checkpointing import ActivationCheckpointing
 from diffmas.controls import Control
+from diffmas.decoder_layer import fuse_layers
 from diffmas.distributed import is_sharded, reach
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.latent import LatentRun
@@ -107,6 +108,7 @@ class MultiAgentSystem(nn.Module):
         attach(base)
         fuse_lora(base)
         fuse_norms(base)
+        fuse_layers(base)
         self.rotary = rotary_of(base)
         self.decode_step: engine.Step = engine.eager_step
         self.latent_run: LatentRun = latent_run(latent_backward)
@@ -168,8 +170,9 @@ class MultiAgentSystem(nn.Module):
         lengths = prompt_lengths[-1]
         ids = _interleave(prompt_ids[-1], lengths, answer_ids, answer_lengths)
         totals = [p + a for p, a in zip(lengths, answer_lengths, strict=True)]
-        hidden = self.read(trace, totals, input_ids=ids)
-        states = hidden[_predicting(lengths, answer_lengths).to(hidden.device)]
+        # The tokens that predict the answer's.
+        predicting = [(p - 1, p - 1 + a) for p, a in zip(lengths, answer_lengths, strict=True)]
+        states = self.read(trace, totals, input_ids=ids, outputs=predicting)
         head = self.language_model.get_output_embeddings()
         logits = head(states) if return_logits else None
         loss = plain_loss(logits, answer_ids) if return_logits else self.loss(head, states, answer_ids)
@@ -240,12 +243,14 @@ class MultiAgentSystem(nn.Module):
         *,
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        outputs: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
         """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row.
 
         `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
+        `outputs`: per row, the range of its new tokens whose hidden states are returned; None: all.
         """
-        call = lengths if isinstance(lengths, Call) else trace.open(lengths)
+        call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
         hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
         if is_sharded(self) and hidden.requires_grad:
             trace.order = reach(trace.order, hidden)
@@ -257,15 +262,17 @@ class MultiAgentSystem(nn.Module):
         decoder = self.language_model.get_decoder()
         with self.checkpointing.for_call(latent=inputs_embeds is not None):
             output = decoder(**inputs, position_ids=call.position_ids, use_cache=False, trace_call=call)
-        return output.last_hidden_state[0]
+        hidden, wanted = output.last_hidden_state[0], call.outputs
+        # A fused last layer has left the others out already.
+        return hidden if wanted is None or len(hidden) == wanted.total else hidden[wanted.index]
 
     def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:
         trace = state.trace
         begin = trace.host_lengths
-        hidden = self.read(trace, lengths, input_ids=ids)
+        hidden = self.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
         prompt_end = trace.host_lengths
         if self.latent_steps:
-            self.latent_run(self, trace, hidden[last_tokens(lengths).to(hidden.device)])
+            self.latent_run(self, trace, hidden)
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
 
     def _receive(
@@ -330,21 +337,8 @@ class MultiAgentSystem(nn.Module):
                 )
 
 
-def last_tokens(lengths: Lengths) -> Tensor:
-    """Index of every row's last token in its packed batch."""
-    return torch.tensor(lengths).cumsum(0) - 1
-
-
 def _interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: Lengths) -> Tensor:
     """Row by row, the first packed batch's tokens and then the second's."""
     pairs = zip(first.split(list(first_lengths)), second.split(list(second_lengths)), strict=True)
     return torch.cat([part for pair in pairs for part in pair])
 
-
-def _predicting(prompt_lengths: Lengths, answer_lengths: Lengths) -> Tensor:
-    """Packed indices, in prompt-and-answer rows, of the tokens that predict the answers."""
-    indices, offset = [], 0
-    for prompt, answer in zip(prompt_lengths, answer_lengths, strict=True):
-        indices.extend(range(offset + prompt - 1, offset + prompt + answer - 1))
-        offset += prompt + answer
-    return torch.tensor(indices)

@@ -21,6 +21,7 @@ OPERATORS = {
     "kv_concat": ("kv_concat", "kv_concat_backward"),
     "latent_project": ("latent_project", "latent_project_backward"),
     "few_rows_matmul": ("few_rows_matmul",),
+    "decoder_layer": ("decoder_layer", "decoder_layer_backward_output", "decoder_layer_backward_input"),
     "cached_attention": (
         "cached_attention",
         "cached_attention_backward_queries",

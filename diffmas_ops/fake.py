@@ -56,6 +56,38 @@ def _(x: Tensor, weight: Tensor, transposed: bool):
     return x.new_empty(x.shape[0], weight.shape[0 if transposed else 1])
 
 
+@register_fake("diffmas::decoder_layer")
+def _(h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_new,
+      outputs, *rest):  # fmt: skip
+    rows = len(h if outputs is None else outputs)
+    hidden, inner, queries, kv = (weights[i].shape[0] for i in (3, 4, 0, 1))
+    ranks = [each.shape[0] for each in a]
+    heads = (rows, queries // cos.shape[1])
+    shapes = [
+        (rows, hidden), (len(h), kv), (rows, queries), (*heads, cos.shape[1]), heads, (rows, hidden), (rows, inner),
+        (rows, inner), (rows, ranks[0]), (len(h), ranks[1] + ranks[2]), (rows, ranks[3]), (rows, ranks[4] + ranks[5]),
+        (rows, ranks[6]),
+    ]  # fmt: skip
+    return [h.new_empty(shape) for shape in shapes]
+
+
+def _adapters(a, b, chosen):
+    return [like.new_empty(like.shape) for i in chosen if a[i].shape[0] for like in (a[i], b[i])]
+
+
+@register_fake("diffmas::decoder_layer_backward_output")
+def _(grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
+      *rest):  # fmt: skip
+    likes = (grad, out, out)
+    return [like.new_empty(like.shape) for like in likes] + _adapters(a, b, (3, 4, 5, 6))
+
+
+@register_fake("diffmas::decoder_layer_backward_input")
+def _(grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
+      *rest):  # fmt: skip
+    return [h.new_empty(h.shape), *_adapters(a, b, (0, 1, 2))]
+
+
 @register_fake("diffmas::cached_attention")
 def _(q: Tensor, k, v, keys, values, q_begin, q_end, starts, max_new, max_kv, scale):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))

@@ -19,7 +19,7 @@ from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
-    from diffmas_ops.trace import Call, TraceStorage
+    from diffmas_ops.trace import Call, Outputs, TraceStorage
 
 # A position behind every column, so that a deferred row is never masked.
 _BEHIND_ALL = 2**30
@@ -70,14 +70,25 @@ class TraceGradients:
         return self._keys, self._values
 
     def backward(
-        self, call: Call, layer: int, grad_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, scale: float
+        self,
+        call: Call,
+        layer: int,
+        grad_out: Tensor,
+        q: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+        outputs: Outputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of a call's packed `q, k, v` at `layer`, given that of its output."""
+        """Gradients of a call's packed `q, k, v` at `layer`, given that of its output.
+
+        `outputs`: q, out, lse and the gradient of out are of these tokens of the call only.
+        """
         if call.rehearsing:
-            return self._rehearse(call, layer, grad_out, q, out, lse, scale)
+            return self._rehearse(call, layer, grad_out, q, out, lse, scale, outputs or call)
         call.claim_backward(layer)
-        if call.run is None:
-            return self._backward_many(call, layer, grad_out, q, out, lse, scale)
+        if call.run is None or outputs is not None:
+            return self._backward_many(call, layer, grad_out, q, out, lse, scale, outputs or call)
         return self._backward_token(call, layer, grad_out, q, out, lse, scale)
 
     def flush_all(self, column_end: Tensor, max_kv: int) -> None:
@@ -113,25 +124,25 @@ class TraceGradients:
             self.frozen, column_end, pending.q.shape[1] - pending.first, max_kv, pending.scale,
         )  # fmt: skip
 
-    def _rehearse(self, call, layer, grad_out, q, out, lse, scale):
+    def _rehearse(self, call, layer, grad_out, q, out, lse, scale, queries):
         """`_backward_many` without a trace of it: only the call's own columns are added to, and then set back."""
         # The flush is what later calls owe, and stays.
         self.flush(layer, call.ends, call.max_kv)
         _, _, grad_keys, grad_values = self._layer(layer)
         rows = (call.q_begin, call.q_end, call.starts)
         moves = backends.functions("kv_append", grad_keys, self._implementation)
-        before = moves.kv_gather(grad_keys, grad_values, *rows, call.max_new, q.shape[0], grad_keys.dtype)
-        grads = self._backward_many(call, layer, grad_out, q, out, lse, scale, column_begin=call.starts)
+        before = moves.kv_gather(grad_keys, grad_values, *rows, call.max_new, call.total, grad_keys.dtype)
+        grads = self._backward_many(call, layer, grad_out, q, out, lse, scale, queries, column_begin=call.starts)
         moves.kv_append(*before, grad_keys, grad_values, *rows, call.max_new)
         return grads
 
-    def _backward_many(self, call, layer, grad_out, q, out, lse, scale, column_begin=None):
+    def _backward_many(self, call, layer, grad_out, q, out, lse, scale, queries, column_begin=None):
         self.flush(layer, call.ends, call.max_kv)
         keys, values, grad_keys, grad_values = self._layer(layer)
-        rows = (call.q_begin, call.q_end, call.starts)
+        rows = (queries.q_begin, queries.q_end, queries.starts)
         ops = backends.functions("cached_attention", q, self._implementation, many=True)
         columns = (self.frozen if column_begin is None else column_begin, call.ends)
-        sizes = (call.max_new, call.max_kv, scale)
+        sizes = (queries.max_new, call.max_kv, scale)
         if (together := getattr(ops, "cached_attention_backward", None)) is not None:
             grads = (keys, values, grad_keys, grad_values)
             grad_q = together(grad_out, q, out, lse, *grads, *rows, *columns, *sizes)
@@ -141,7 +152,8 @@ class TraceGradients:
                 grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, *columns, *sizes
             )
         gather = backends.functions("kv_append", grad_keys, self._implementation).kv_gather
-        return grad_q, *gather(grad_keys, grad_values, *rows, call.max_new, q.shape[0], q.dtype)
+        own = (call.q_begin, call.q_end, call.starts)
+        return grad_q, *gather(grad_keys, grad_values, *own, call.max_new, call.total, q.dtype)
 
     def _backward_token(self, call, layer, grad_out, q, out, lse, scale):
         pending = self._pending.get(layer)

@@ -38,6 +38,37 @@ class TraceStorage:
             setattr(self, name, new)
 
 
+class Outputs:
+    """The new tokens of a call whose results are wanted: of every row one range, maybe empty.
+
+    Attributes:
+        index: int64 `[total]`, their places in the call's packed tokens.
+        q_begin, q_end, starts: int32 `[batch]`, as in :class:`Call`, for them alone.
+        total, max_new: their number, and the most of one row.
+    """
+
+    def __init__(self, call: Call, ranges: Sequence[tuple[int, int]]):
+        counts = [end - begin for begin, end in ranges]
+        valid = len(ranges) == len(call.lengths) and all(
+            0 <= begin <= end <= n for (begin, end), n in zip(ranges, call.lengths, strict=True)
+        )
+        if not valid or sum(counts) == 0:
+            raise ValueError(
+                f"outputs is {list(ranges)}; allowed: a range (begin, end) within each row's new tokens, "
+                f"{call.lengths}, not all of them empty"
+            )
+        offsets, index, at = [0], [], 0
+        for (begin, end), n in zip(ranges, call.lengths, strict=True):
+            offsets.append(offsets[-1] + end - begin)
+            index.extend(range(at + begin, at + end))
+            at += n
+        self.total, self.max_new = len(index), max(counts)
+        packed = torch.tensor(offsets + [begin for begin, _ in ranges] + index, dtype=torch.int32)
+        bounds, begins, index = packed.to(call.starts.device).split([len(offsets), len(counts), self.total])
+        self.q_begin, self.q_end, self.starts = bounds[:-1], bounds[1:], call.starts + begins
+        self.index = index.long()
+
+
 class Call:
     """One forward of a model over new tokens of every row; made by :meth:`KVTrace.open`.
 
@@ -52,13 +83,22 @@ class Call:
         position_ids: int64 `[1, total]`.
         run, slot: calls of at most one token a row that follow each other share a `run` and count up its
             `slot`; `run` is None for other calls.
+        outputs: the tokens whose results are wanted, where that is not all; a model's last layer need not
+            compute the others beyond their keys and values.
         attend: None, or `(q, k, v, layer, scale) -> (out, lse)` in the operator's place, for a call whose keys and
             values are not all in its own storage; `k, v` are None where they have been appended. Without gradient.
     """
 
     attend = None
 
-    def __init__(self, trace: KVTrace, lengths: list[int], run: int | None, slot: int):
+    def __init__(
+        self,
+        trace: KVTrace,
+        lengths: list[int],
+        run: int | None,
+        slot: int,
+        outputs: Sequence[tuple[int, int]] | None = None,
+    ):
         self.storage, self.gradients, self.implementation = trace.storage, trace.gradients, trace.implementation
         self.lengths, self.run, self.slot = lengths, run, slot
         self.total, self.max_new = sum(lengths), max(lengths)
@@ -80,6 +120,7 @@ class Call:
             self.cu_seqlens, self.starts, self.ends, position_ids = packed.to(trace.device).split(sizes)
             self.position_ids = position_ids.long().unsqueeze(0)
         self.q_begin, self.q_end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        self.outputs = None if outputs is None else Outputs(self, outputs)
         # A strong reference would close a cycle trace -> order token -> autograd node -> call -> trace, which
         # Python's collector cannot see through.
         self._trace = weakref.ref(trace)
@@ -221,8 +262,10 @@ class KVTrace:
     def capacity(self) -> int:
         return self.storage.keys.shape[3]
 
-    def open(self, lengths: int | Sequence[int]) -> Call:
+    def open(self, lengths: int | Sequence[int], outputs: Sequence[tuple[int, int]] | None = None) -> Call:
         """Reserve the next `lengths[b] ≥ 0` columns of every row b (an integer: of all rows) and plan a call.
+
+        `outputs`: per row, the range of its new tokens whose results are wanted; None: all.
 
         Raises:
             TypeError: a length that is no integer.
@@ -240,7 +283,7 @@ class KVTrace:
         if single and self._slot is None:
             self._runs += 1
         self._slot = (0 if self._slot is None else self._slot + 1) if single else None
-        call = Call(self, lengths, self._runs if single else None, self._slot or 0)
+        call = Call(self, lengths, self._runs if single else None, self._slot or 0, outputs)
         self.host_lengths, self.lengths = ends, call.ends
         return call
 

@@ -165,6 +165,65 @@ struct MoveColumns {
   bool interleaved, add;
 };
 
+/// Rows of [rows, dim] data, one after the other at their own strides.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+
+  DIFFMAS_HD T* row(int64_t i) const { return data + i * stride; }
+};
+
+/// y = w x / sqrt(mean(x^2) + epsilon) over rows of `dim`; `inverse` is one number a row.
+template <class T>
+struct RmsNorm {
+  Matrix<const T> x, grad, residual;  // grad and residual in the backward only
+  Matrix<T> y;
+  const T* weight;
+  T* inverse;
+  int64_t dim;
+  T epsilon;
+};
+
+/// Heads [token, head, dim] that are normalised (with a weight) and turned by their token's angles.
+template <class T>
+struct RotateHeads {
+  Packed<const T> x, grad;  // grad in the backward only
+  Packed<T> y;
+  const T* weight;  // or null
+  Matrix<const T> cos, sin;
+  int64_t heads, dim;
+  T epsilon;
+};
+
+/// y = silu(gate) up; in the backward `grad` is that of y.
+template <class T>
+struct SwiGlu {
+  Matrix<const T> gate, up, grad;
+  Matrix<T> y, grad_gate, grad_up;
+  int64_t dim;
+};
+
+/// y[rows, columns] += bias + scaling x[rows, rank] b[rank, columns]; b may stand transposed, `[columns, rank]`.
+template <class T>
+struct LowRank {
+  Matrix<T> y;
+  Matrix<const T> x, b;
+  const T* bias;  // or null
+  int64_t rows, columns, rank;
+  T scaling;
+  bool transposed;
+};
+
+/// target[i][j] = scaling sum_n x[n][i] y[n][j], for few rows n: target is [height, width].
+template <class T>
+struct FewRowsOuter {
+  Matrix<const T> x, y;
+  Matrix<T> target;
+  int64_t rows, height, width;
+  T scaling;
+};
+
 #define DIFFMAS_DECLARE_KERNELS(isa)                                                            \
   namespace isa {                                                                               \
   template <class S>                                                                            \
@@ -190,6 +249,22 @@ struct MoveColumns {
   void outer_product(const OuterProduct<T>&, int64_t begin, int64_t end, T* scratch);           \
   template <class S, class T>                                                                   \
   void move_columns(const MoveColumns<S, T>&, Acc<S>* scratch);                                 \
+  template <class T>                                                                            \
+  void rms_norm(const RmsNorm<T>&, int64_t begin, int64_t end);                                 \
+  template <class T>                                                                            \
+  void rms_norm_gradient(const RmsNorm<T>&, int64_t begin, int64_t end);                        \
+  template <class T>                                                                            \
+  void rotate_heads(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);             \
+  template <class T>                                                                            \
+  void rotate_heads_gradient(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);    \
+  template <class T>                                                                            \
+  void swiglu(const SwiGlu<T>&, int64_t begin, int64_t end);                                    \
+  template <class T>                                                                            \
+  void swiglu_gradient(const SwiGlu<T>&, int64_t begin, int64_t end);                           \
+  template <class T>                                                                            \
+  void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                 \
+  template <class T>                                                                            \
+  void few_rows_outer(const FewRowsOuter<T>&);                                                  \
   }
 
 DIFFMAS_DECLARE_KERNELS(baseline)

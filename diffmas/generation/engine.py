@@ -183,9 +183,9 @@ class Engine:
         trace = self._system.communicate(ids, lengths, room)
         if self._control is not None:
             trace = self._control(trace, [self._seeds[row] for row in rows])
-        hidden = self._system.read(trace, lengths[-1], input_ids=ids[-1])
-        last = (torch.tensor(lengths[-1]).cumsum(0) - 1).to(hidden.device)
-        logits = self._system.language_model.get_output_embeddings()(hidden[last])
+        last = [(n - 1, n) for n in lengths[-1]]
+        hidden = self._system.read(trace, lengths[-1], input_ids=ids[-1], outputs=last)
+        logits = self._system.language_model.get_output_embeddings()(hidden)
         for i, row in enumerate(rows):
             self._prompts[row], self._started[row] = Prompt(trace, i, logits[i], self.samples), started
 

@@ -25,7 +25,11 @@ inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> right[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) right[j] = load(b + k * ldb + j * W<T>);
+    for (int j = 0; j < NV; ++j) {
+      right[j] = load(b + k * ldb + j * W<T>);
+      // One row of A is bound by the reading of b, whose next K rows the hardware does not foresee across pages.
+      if (M == 1) __builtin_prefetch(b + (K + k) * ldb + j * W<T>);
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const T left = LEFT == Left::RowMajor ? a[i * lda + k] : a[k * lda + i];
@@ -77,7 +81,10 @@ inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, i
   for (int64_t k = 0; k < K; k += W<T>) {
     Vec<T> right[ROWS_Y];
 #pragma GCC unroll 4
-    for (int j = 0; j < ROWS_Y; ++j) right[j] = load(y + j * ldy + k);
+    for (int j = 0; j < ROWS_Y; ++j) {
+      right[j] = load(y + j * ldy + k);
+      if (ROWS_X == 1) __builtin_prefetch(y + (ROWS_Y + j) * ldy + k);
+    }
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS_X; ++i) {
       const Vec<T> left = load(x + i * ldx + k);

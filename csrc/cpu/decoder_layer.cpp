@@ -1,0 +1,356 @@
+// A decoder layer in one operator forward and two backward, with the attention's own backward between them. The CPU has
+// it; on other devices the model's own modules serve. Meaning: diffmas_ops/decoder_layer/reference.py.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/linears.h"
+
+namespace diffmas {
+
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+enum Projection_ { Q, K, V, O, GATE, UP, DOWN, PROJECTIONS };
+enum Norm_ { INPUT, MIDDLE, Q_NORM, K_NORM, NORMS };
+
+template <class T>
+struct Layer {
+  Tensors norms;
+  T epsilon;
+  std::vector<Linear<T>> linears;
+
+  std::vector<Linear<T>> of(std::initializer_list<int> chosen) const {
+    std::vector<Linear<T>> result;
+    for (int i : chosen) result.push_back(linears[i]);
+    return result;
+  }
+};
+
+template <class T>
+Layer<T> make_layer(
+    const Tensor& like, const Tensors& norms, double epsilon, const Tensors& weights, const Tensors& biases,
+    const Tensors& a, const Tensors& b, const std::vector<double>& scalings) {
+  const ScalarType dtype = like.scalar_type();
+  STD_TORCH_CHECK(norms.size() == NORMS, "there are ", norms.size(), " norms; allowed: 4 (empty where there is none)");
+  const Tensors* lists[] = {&weights, &biases, &a, &b};
+  const char* names[] = {"weights", "biases", "a", "b"};
+  for (int i = 0; i < 4; ++i)
+    STD_TORCH_CHECK(lists[i]->size() == PROJECTIONS, "there are ", lists[i]->size(), " ", names[i], "; allowed: 7");
+  STD_TORCH_CHECK(scalings.size() == PROJECTIONS, "there are ", scalings.size(), " scalings; allowed: 7");
+  for (const Tensor& norm : norms) check_tensor("norms", norm, {ANY}, dtype, like);
+  Layer<T> layer{norms, static_cast<T>(epsilon), {}};
+  const int64_t hidden = weights[O].size(0);
+  const int64_t inputs[] = {hidden, hidden, hidden, weights[Q].size(0), hidden, hidden, weights[GATE].size(0)};
+  const int64_t outs[] = {ANY, ANY, weights[K].size(0), hidden, ANY, weights[GATE].size(0), hidden};
+  for (int i = 0; i < PROJECTIONS; ++i) {
+    check_dim("weights", weights[i], 2);
+    check_tensor("weights", weights[i], {outs[i], inputs[i]}, dtype, like);
+    check_tensor("a", a[i], {ANY, inputs[i]}, dtype, like);
+    check_tensor("b", b[i], {weights[i].size(0), a[i].size(0)}, dtype, like);
+    if (biases[i].numel() != 0) check_tensor("biases", biases[i], {weights[i].size(0)}, dtype, like);
+    layer.linears.push_back({weights[i], biases[i], a[i], b[i], static_cast<T>(scalings[i])});
+  }
+  return layer;
+}
+
+/// Calls f with a value of the dtype, which is also the one computed in.
+template <class F>
+auto with_wide_type(const Tensor& like, const F& f) {
+  STD_TORCH_CHECK(
+      like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::Double, "h is ",
+      torch::headeronly::toString(like.scalar_type()), "; allowed: Float, Double");
+  return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data_ptr());
+}
+
+Tensor rows_like(const Tensor& x, int64_t rows, int64_t columns) {
+  return new_tensor(x, {rows, columns}, x.scalar_type());
+}
+
+Tensor viewed(const Tensor& x, std::initializer_list<int64_t> sizes) {
+  return torch::stable::view(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()));
+}
+
+template <class T>
+struct Normed {
+  Tensor y, inverse;
+};
+
+template <class T>
+Normed<T> normed(const Layer<T>& layer, Norm_ which, const Tensor& x) {
+  const int64_t rows = x.size(0), size = x.size(1);
+  const Normed<T> result{rows_like(x, rows, size), new_tensor(x, {rows}, x.scalar_type())};
+  const RmsNorm<T> norm{
+      matrix<const T>(x), {}, {}, matrix<T>(result.y), data<T>(layer.norms[which]),
+      static_cast<T*>(result.inverse.data_ptr()), size, layer.epsilon};
+  const auto kernel = DIFFMAS_KERNEL(rms_norm<T>);
+  in_rows(rows, 4 * rows * size, [&](int64_t begin, int64_t end) { kernel(norm, begin, end); });
+  return result;
+}
+
+template <class T>
+Tensor norm_gradients(
+    const Layer<T>& layer, Norm_ which, const Tensor& grad, const Tensor& x, const Normed<T>& forward,
+    const Tensor& residual) {
+  const int64_t rows = x.size(0), size = x.size(1);
+  const Tensor grad_x = rows_like(x, rows, size);
+  const RmsNorm<T> norm{
+      matrix<const T>(x), matrix<const T>(grad), matrix<const T>(residual), matrix<T>(grad_x),
+      data<T>(layer.norms[which]), static_cast<T*>(forward.inverse.data_ptr()), size, layer.epsilon};
+  const auto kernel = DIFFMAS_KERNEL(rms_norm_gradient<T>);
+  in_rows(rows, 6 * rows * size, [&](int64_t begin, int64_t end) { kernel(norm, begin, end); });
+  return grad_x;
+}
+
+template <class T>
+RotateHeads<T> rotation(
+    const Layer<T>& layer, Norm_ which, const Tensor& x, const Tensor& y, const Tensor& cos, const Tensor& sin) {
+  const int64_t dim = cos.size(1);
+  STD_TORCH_CHECK(dim % 2 == 0 && x.size(1) % dim == 0, "cos has head dim ", dim, "; allowed: even divisors of ", x.size(1));
+  check_tensor("cos", cos, {x.size(0), dim}, x.scalar_type(), x);
+  check_tensor("sin", sin, {x.size(0), dim}, x.scalar_type(), x);
+  const Tensor& weight = layer.norms[which];
+  const Packed<const T> heads{data<T>(x), x.stride(0), dim};
+  return {heads, {}, {static_cast<T*>(y.data_ptr()), x.size(1), dim}, weight.numel() == 0 ? nullptr : data<T>(weight),
+          matrix<const T>(cos), matrix<const T>(sin), x.size(1) / dim, dim, layer.epsilon};
+}
+
+/// Heads `[N, heads, dim]` of `x [N, heads * dim]`, normalised where the layer has a norm for them, and rotated.
+template <class T>
+Tensor rotated(const Layer<T>& layer, Norm_ which, const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const int64_t rows = x.size(0), dim = cos.size(1);
+  const Tensor y = new_tensor(x, {rows, x.size(1) / dim, dim}, x.scalar_type());
+  const RotateHeads<T> heads = rotation(layer, which, x, y, cos, sin);
+  const auto kernel = DIFFMAS_KERNEL(rotate_heads<T>);
+  in_rows(rows, 6 * rows * x.size(1), [&](int64_t begin, int64_t end) {
+    kernel(heads, begin, end, scratch<T>(dim + PADDING));
+  });
+  return y;
+}
+
+template <class T>
+Tensor rotated_gradients(
+    const Layer<T>& layer, Norm_ which, const Tensor& grad, const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  const int64_t rows = x.size(0), dim = cos.size(1);
+  const Tensor grad_x = rows_like(x, rows, x.size(1));
+  RotateHeads<T> heads = rotation(layer, which, x, grad_x, cos, sin);
+  heads.grad = packed<const T>(grad);
+  const auto kernel = DIFFMAS_KERNEL(rotate_heads_gradient<T>);
+  in_rows(rows, 10 * rows * x.size(1), [&](int64_t begin, int64_t end) {
+    kernel(heads, begin, end, scratch<T>(dim + PADDING));
+  });
+  return grad_x;
+}
+
+template <class T>
+Tensor activated(const Tensor& gate, const Tensor& up) {
+  const Tensor y = rows_like(gate, gate.size(0), gate.size(1));
+  const SwiGlu<T> glu{matrix<const T>(gate), matrix<const T>(up), {}, matrix<T>(y), {}, {}, gate.size(1)};
+  const auto kernel = DIFFMAS_KERNEL(swiglu<T>);
+  in_rows(gate.size(0), 20 * gate.numel(), [&](int64_t begin, int64_t end) { kernel(glu, begin, end); });
+  return y;
+}
+
+template <class T>
+Tensors activation_gradients(const Tensor& grad, const Tensor& gate, const Tensor& up) {
+  const Tensor grad_gate = rows_like(gate, gate.size(0), gate.size(1));
+  const Tensor grad_up = rows_like(gate, gate.size(0), gate.size(1));
+  const SwiGlu<T> glu{
+      matrix<const T>(gate), matrix<const T>(up), matrix<const T>(grad), {}, matrix<T>(grad_gate), matrix<T>(grad_up),
+      gate.size(1)};
+  const auto kernel = DIFFMAS_KERNEL(swiglu_gradient<T>);
+  in_rows(gate.size(0), 30 * gate.numel(), [&](int64_t begin, int64_t end) { kernel(glu, begin, end); });
+  return {grad_gate, grad_up};
+}
+
+/// y += x, elementwise.
+template <class T>
+void add(const Tensor& y, const Tensor& x) {
+  in_rows(y.size(0), y.numel(), [&](int64_t begin, int64_t end) {
+    const Matrix<T> to = matrix<T>(y);
+    const Matrix<const T> from = matrix<const T>(x);
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t d = 0; d < y.size(1); ++d) to.row(n)[d] += from.row(n)[d];
+  });
+}
+
+/// The rows of x that `index` names, or all of them.
+template <class T>
+Tensor chosen(const Tensor& x, const OptionalTensor& index) {
+  if (!index) return x;
+  const int64_t rows = index->size(0), size = x.size(1);
+  const Tensor y = rows_like(x, rows, size);
+  for (int64_t n = 0; n < rows; ++n)
+    std::copy_n(matrix<const T>(x).row(data<int64_t>(*index)[n]), size, matrix<T>(y).row(n));
+  return y;
+}
+
+/// y[index] += x.
+template <class T>
+void add_chosen(const Tensor& y, const Tensor& x, const OptionalTensor& index) {
+  if (!index) return add<T>(y, x);
+  for (int64_t n = 0; n < index->size(0); ++n)
+    for (int64_t d = 0; d < y.size(1); ++d)
+      matrix<T>(y).row(data<int64_t>(*index)[n])[d] += matrix<const T>(x).row(n)[d];
+}
+
+void check_outputs(const OptionalTensor& outputs, const Tensor& h) {
+  if (!outputs) return;
+  check_dim("outputs", *outputs, 1);
+  check_tensor("outputs", *outputs, {ANY}, ScalarType::Long, h);
+  check_contiguous("outputs", *outputs);
+  for (int64_t n = 0; n < outputs->size(0); ++n) {
+    const int64_t token = data<int64_t>(*outputs)[n];
+    STD_TORCH_CHECK(token >= 0 && token < h.size(0), "outputs has ", token, "; allowed: 0 to ", h.size(0) - 1);
+  }
+}
+
+void check_state(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const Tensor& like) {
+  check_tensor(name, tensor, {rows, columns}, like.scalar_type(), like);
+}
+
+Tensors decoder_layer(
+    const Tensor& h, const Tensor& cos, const Tensor& sin, const Tensors& norms, double epsilon, const Tensors& weights,
+    const Tensors& biases, const Tensors& a, const Tensors& b, const std::vector<double>& scalings, const Tensor& keys,
+    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new,
+    const OptionalTensor& outputs, const Tensor& query_begin, const Tensor& query_end, const Tensor& query_starts,
+    int64_t query_max_new, int64_t max_kv, double scale) {
+  check_dim("h", h, 2);
+  check_outputs(outputs, h);
+  return with_wide_type(h, [&](auto type) -> Tensors {
+    using T = decltype(type);
+    const Layer<T> layer = make_layer<T>(h, norms, epsilon, weights, biases, a, b, scalings);
+    check_state("h", h, ANY, weights[O].size(0), h);
+    const int64_t tokens = h.size(0), kv = weights[K].size(0), dim = cos.size(1);
+    Tensor x = normed(layer, INPUT, h).y;
+    const Tensor k = rows_like(h, tokens, kv), v = new_tensor(h, {tokens, kv / dim, dim}, h.scalar_type());
+    const Tensor low_kv = apply(layer.of({K, V}), x, {k, viewed(v, {tokens, kv})});
+    kv_append(rotated(layer, K_NORM, k, cos, sin), v, keys, values, q_begin, q_end, starts, max_new);
+
+    x = chosen<T>(x, outputs);
+    const int64_t rows = x.size(0);
+    const Tensor q = rows_like(h, rows, weights[Q].size(0));
+    const Tensor low_q = apply(layer.of({Q}), x, {q});
+    const auto [out, lse] = cached_attention(
+        rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs)), std::nullopt, std::nullopt, keys,
+        values, query_begin, query_end, query_starts, query_max_new, max_kv, scale);
+    const Tensor middle = rows_like(h, rows, h.size(1));
+    const Tensor low_o = apply(layer.of({O}), viewed(out, {rows, q.size(1)}), {middle});
+    add<T>(middle, chosen<T>(h, outputs));
+
+    const Tensor gate = rows_like(h, rows, weights[GATE].size(0)), up = rows_like(h, rows, weights[GATE].size(0));
+    const Tensor low_gate_up = apply(layer.of({GATE, UP}), normed(layer, MIDDLE, middle).y, {gate, up});
+    const Tensor result = rows_like(h, rows, h.size(1));
+    const Tensor low_down = apply(layer.of({DOWN}), activated<T>(gate, up), {result});
+    add<T>(result, middle);
+    return {result, k, q, out, lse, middle, gate, up, low_q, low_kv, low_o, low_gate_up, low_down};
+  });
+}
+
+Tensors decoder_layer_backward_output(
+    const Tensor& grad, const Tensor& cos, const Tensor& sin, const Tensor& q, const Tensor& out, const Tensor& middle,
+    const Tensor& gate, const Tensor& up, const Tensor& low_o, const Tensor& low_gate_up, const Tensor& low_down,
+    const Tensors& norms, double epsilon, const Tensors& weights, const Tensors& biases, const Tensors& a,
+    const Tensors& b, const std::vector<double>& scalings, const OptionalTensor& outputs) {
+  check_outputs(outputs, cos);
+  return with_wide_type(grad, [&](auto type) -> Tensors {
+    using T = decltype(type);
+    const Layer<T> layer = make_layer<T>(grad, norms, epsilon, weights, biases, a, b, scalings);
+    const int64_t rows = grad.size(0), hidden = weights[O].size(0), inner = weights[GATE].size(0);
+    check_state("grad", grad, rows, hidden, grad);
+    check_state("middle", middle, rows, hidden, grad);
+    check_state("gate", gate, rows, inner, grad);
+    check_state("up", up, rows, inner, grad);
+    check_state("q", q, rows, weights[Q].size(0), grad);
+    check_state("low_o", low_o, rows, a[O].size(0), grad);
+    check_state("low_gate_up", low_gate_up, rows, a[GATE].size(0) + a[UP].size(0), grad);
+    check_state("low_down", low_down, rows, a[DOWN].size(0), grad);
+    Tensors of_down, of_gate_up, of_o;
+    const Tensor grad_act = gradients(layer.of({DOWN}), activated<T>(gate, up), low_down, {grad}, of_down);
+    const Tensors inner_grads = activation_gradients<T>(grad_act, gate, up);
+    const Normed<T> forward = normed(layer, MIDDLE, middle);
+    const Tensor grad_x = gradients(layer.of({GATE, UP}), forward.y, low_gate_up, inner_grads, of_gate_up);
+    const Tensor grad_middle = norm_gradients(layer, MIDDLE, grad_x, middle, forward, grad);
+    const Tensor attended = viewed(out, {rows, weights[O].size(1)});
+    const Tensor grad_out = gradients(layer.of({O}), attended, low_o, {grad_middle}, of_o);
+    const Tensor queries = rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs));
+    Tensors result{grad_middle, viewed(grad_out, {rows, queries.size(1), queries.size(2)}), queries};
+    for (const Tensors* adapters : {&of_o, &of_gate_up, &of_down})
+      result.insert(result.end(), adapters->begin(), adapters->end());
+    return result;
+  });
+}
+
+Tensors decoder_layer_backward_input(
+    const Tensor& grad_q, const Tensor& grad_k, const Tensor& grad_v, const Tensor& grad_middle, const Tensor& h,
+    const Tensor& cos, const Tensor& sin, const Tensor& k, const Tensor& q, const Tensor& low_q, const Tensor& low_kv,
+    const Tensors& norms, double epsilon, const Tensors& weights, const Tensors& biases, const Tensors& a,
+    const Tensors& b, const std::vector<double>& scalings, const OptionalTensor& outputs) {
+  check_outputs(outputs, h);
+  return with_wide_type(h, [&](auto type) -> Tensors {
+    using T = decltype(type);
+    const Layer<T> layer = make_layer<T>(h, norms, epsilon, weights, biases, a, b, scalings);
+    const int64_t tokens = h.size(0), rows = q.size(0), hidden = weights[O].size(0), kv = weights[K].size(0);
+    check_state("h", h, tokens, hidden, h);
+    check_state("k", k, tokens, kv, h);
+    check_state("q", q, rows, weights[Q].size(0), h);
+    check_state("grad_middle", grad_middle, rows, hidden, h);
+    check_state("low_q", low_q, rows, a[Q].size(0), h);
+    check_state("low_kv", low_kv, tokens, a[K].size(0) + a[V].size(0), h);
+    const int64_t dim = cos.size(1);
+    check_tensor("grad_q", grad_q, {rows, q.size(1) / dim, dim}, h.scalar_type(), h);
+    check_tensor("grad_k", grad_k, {tokens, kv / dim, dim}, h.scalar_type(), h);
+    check_tensor("grad_v", grad_v, {tokens, kv / dim, dim}, h.scalar_type(), h);
+    check_contiguous("grad_v", grad_v);
+    Tensors of_q, of_kv;
+    const Tensor owed_k = rotated_gradients(layer, K_NORM, grad_k, k, cos, sin);
+    const Tensor owed_q =
+        rotated_gradients(layer, Q_NORM, grad_q, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs));
+    const Normed<T> forward = normed(layer, INPUT, h);
+    const Tensor grad_x =
+        gradients(layer.of({K, V}), forward.y, low_kv, {owed_k, viewed(grad_v, {tokens, kv})}, of_kv);
+    const Tensor grad_of_q = gradients(layer.of({Q}), chosen<T>(forward.y, outputs), low_q, {owed_q}, of_q);
+    add_chosen<T>(grad_x, grad_of_q, outputs);
+    Tensor residual = grad_middle;
+    if (outputs) {
+      residual = rows_like(h, tokens, hidden);
+      std::fill_n(static_cast<T*>(residual.data_ptr()), residual.numel(), T(0));
+      add_chosen<T>(residual, grad_middle, outputs);
+    }
+    Tensors result{norm_gradients(layer, INPUT, grad_x, h, forward, residual)};
+    for (const Tensors* adapters : {&of_q, &of_kv}) result.insert(result.end(), adapters->begin(), adapters->end());
+    return result;
+  });
+}
+
+}  // namespace
+
+}  // namespace diffmas
+
+#define LAYER                                                                                                    \
+  "Tensor[] norms, float epsilon, Tensor[] weights, Tensor[] biases, Tensor[] a, Tensor[] b, float[] scalings, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(diffmas, m) {
+  m.def(
+      "decoder_layer(Tensor h, Tensor cos, Tensor sin, " LAYER
+      "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_new, Tensor? outputs, "
+      "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_new, int max_kv, float scale) -> "
+      "Tensor[]");
+  m.def(
+      "decoder_layer_backward_output(Tensor grad, Tensor cos, Tensor sin, Tensor q, Tensor out, Tensor middle, "
+      "Tensor gate, Tensor up, Tensor low_o, Tensor low_gate_up, Tensor low_down, " LAYER
+      "Tensor? outputs) -> Tensor[]");
+  m.def(
+      "decoder_layer_backward_input(Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_middle, Tensor h, "
+      "Tensor cos, Tensor sin, Tensor k, Tensor q, Tensor low_q, Tensor low_kv, " LAYER "Tensor? outputs) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) {
+  m.impl("decoder_layer", TORCH_BOX(&diffmas::decoder_layer));
+  m.impl("decoder_layer_backward_output", TORCH_BOX(&diffmas::decoder_layer_backward_output));
+  m.impl("decoder_layer_backward_input", TORCH_BOX(&diffmas::decoder_layer_backward_input));
+}

@@ -1,0 +1,155 @@
+"""A decoder layer as one autograd node.
+
+On the CPU a latent step's time is the reading of the weights, and what PyTorch, transformers and PEFT spend around some
+hundred small operations. Here a layer is one operation forward and three backward, and keeps for the backward only what
+cannot be computed again from it without a matrix product.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from diffmas.lora import lora_parts
+from diffmas_ops import Call, backends
+from diffmas_ops.trace import Outputs
+
+#: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_DTYPES = (torch.float32, torch.float64)
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Run the decoder layers inside `model` as one operation on the CPU, wherever they are plain.
+
+    A layer is left to transformers and PEFT, call by call, while it is anything else: another device, dtype or
+    architecture, hooks inside, base weights that train, an adapter that :func:`diffmas.lora.lora_parts` does not know.
+    The last layer computes nothing but keys and values for tokens that are not among the call's `outputs`.
+    """
+    for module in model.modules():
+        # transformers has a SiLU class of its own.
+        if type(module).__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
+            module.forward = types.MethodType(_forward, module)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What of a layer and a call is no differentiable input of the node.
+
+    `parameters` are the operators' arguments from `norms` to `scalings`; `adapters` the A and B among them.
+    """
+
+    call: Call
+    index: int
+    scale: float
+    parameters: tuple[Any, ...]
+    adapters: list[Tensor]
+    outputs: Outputs | None
+    ops: Any
+
+    @property
+    def output_index(self) -> Tensor | None:
+        return None if self.outputs is None else self.outputs.index
+
+
+def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+    call: Call | None = kwargs.get("trace_call")
+    layer = _plain(self, hidden_states, call) if call is not None and attention_mask is None else None
+    if layer is None:
+        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
+    cos, sin = (x[0] for x in kwargs["position_embeddings"])
+    order = call.enter(layer.index)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
+        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos, sin, layer, *layer.adapters)
+    else:
+        hidden = _run(hidden_states[0], cos, sin, layer)[0]
+    call.leave(layer.index, order)
+    return hidden.unsqueeze(0)
+
+
+def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
+    """The layer's parts, or None where it has to be left alone."""
+    dtype, attention, mlp = hidden.dtype, self.self_attn, self.mlp
+    if hidden.device.type != "cpu" or dtype not in _DTYPES or call.storage.keys.dtype != dtype:
+        return None
+    ops = backends.functions("decoder_layer", hidden, call.implementation)
+    if ops is not torch.ops.diffmas or call.attend is not None or torch.is_autocast_enabled("cpu"):
+        return None
+    norms = [self.input_layernorm, self.post_attention_layernorm]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (attention, mlp, *norms)):
+        return None
+    weights = [norm.weight for norm in norms]
+    epsilon = norms[0].variance_epsilon
+    if any(w.requires_grad or w.dtype != dtype for w in weights) or any(n.variance_epsilon != epsilon for n in norms):
+        return None
+    linears = (
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
+        mlp.down_proj,
+    )  # fmt: skip
+    parts = [lora_parts(linear, dtype) for linear in linears]
+    if None in parts:
+        return None
+    none = hidden.new_empty(0)
+    parameters = (
+        weights if len(weights) == 4 else [*weights, none, none],
+        epsilon,
+        [p.weight for p in parts],
+        [none if p.bias is None else p.bias for p in parts],
+        [_or_empty(p.a, 0, p.weight.shape[1], none) for p in parts],
+        [_or_empty(p.b, p.weight.shape[0], 0, none) for p in parts],
+        [p.scaling for p in parts],
+    )
+    adapters = [t for p in parts if p.a is not None for t in (p.a, p.b)]
+    outputs = call.outputs if attention.layer_idx == call.storage.keys.shape[0] - 1 else None
+    return _Layer(call, attention.layer_idx, attention.scaling, parameters, adapters, outputs, ops)
+
+
+def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
+    return like.new_empty(rows, columns) if x is None else x
+
+
+def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> list[Tensor]:
+    call = layer.call
+    queries = call if layer.outputs is None else layer.outputs
+    return layer.ops.decoder_layer(
+        h, cos, sin, *layer.parameters, call.storage.keys[layer.index], call.storage.values[layer.index],
+        call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
+        queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
+    )  # fmt: skip
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, order, cos, sin, layer, *adapters):
+        result, *saved = _run(h, cos, sin, layer)
+        # The adapters are saved for the check that nobody has changed them since.
+        ctx.save_for_backward(h, cos, sin, *saved, *adapters)
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        return result, order.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        h, cos, sin, k, q, out, lse, middle, gate, up, low_q, low_kv, low_o, low_gate_up, low_down, *_ = ctx.saved_tensors
+        layer = ctx.layer
+        ops, parameters, index = layer.ops, layer.parameters, layer.output_index
+        # Only later calls may have used this one: its own result then owes nothing.
+        grad = torch.zeros_like(middle) if grad is None else grad.contiguous()
+        grad_middle, grad_out, queries, *of_output = ops.decoder_layer_backward_output(
+            grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, *parameters, index
+        )
+        attention = layer.call.gradients.backward(
+            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, layer.outputs
+        )
+        grad_h, *of_input = ops.decoder_layer_backward_input(
+            *attention, grad_middle, h, cos, sin, k, q, low_q, low_kv, *parameters, index
+        )
+        return grad_h, None, None, None, None, *of_input, *of_output
