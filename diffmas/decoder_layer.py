@@ -7,8 +7,8 @@ cannot be computed again from it without a matrix product.
 
 from __future__ import annotations
 
-import types
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,7 +35,34 @@ def fuse_layers(model: PreTrainedModel) -> None:
     for module in model.modules():
         # transformers has a SiLU class of its own.
         if type(module).__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
-            module.forward = types.MethodType(_forward, module)
+            module.__class__ = _fused(type(module))
+
+
+@cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass and no patched method, since transformers wraps a layer class's `forward` for checkpointing.
+
+    It bears the original's name, by which layers are chosen to be sharded.
+    """
+    return kind if issubclass(kind, FusedLayer) else type(kind.__name__, (FusedLayer, kind), {})
+
+
+class FusedLayer:
+    """What :func:`fuse_layers` puts in front of a layer's class."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        call: Call | None = kwargs.get("trace_call")
+        layer = _plain(self, hidden_states, call) if call is not None and attention_mask is None else None
+        if layer is None:
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        cos, sin = (x[0] for x in kwargs["position_embeddings"])
+        order = call.enter(layer.index)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
+            hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos, sin, layer, *layer.adapters)
+        else:
+            hidden = _run(hidden_states[0], cos, sin, layer)[0]
+        call.leave(layer.index, order)
+        return hidden.unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -56,21 +83,6 @@ class _Layer:
     @property
     def output_index(self) -> Tensor | None:
         return None if self.outputs is None else self.outputs.index
-
-
-def _forward(self: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-    call: Call | None = kwargs.get("trace_call")
-    layer = _plain(self, hidden_states, call) if call is not None and attention_mask is None else None
-    if layer is None:
-        return type(self).forward(self, hidden_states, attention_mask=attention_mask, **kwargs)
-    cos, sin = (x[0] for x in kwargs["position_embeddings"])
-    order = call.enter(layer.index)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
-        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos, sin, layer, *layer.adapters)
-    else:
-        hidden = _run(hidden_states[0], cos, sin, layer)[0]
-    call.leave(layer.index, order)
-    return hidden.unsqueeze(0)
 
 
 def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
@@ -94,7 +106,7 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
         mlp.down_proj,
     )  # fmt: skip
     parts = [lora_parts(linear, dtype) for linear in linears]
-    if None in parts:
+    if None in parts or any(p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad) for p in parts):
         return None
     none = hidden.new_empty(0)
     parameters = (
@@ -115,7 +127,7 @@ def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor
     return like.new_empty(rows, columns) if x is None else x
 
 
-def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> list[Tensor]:
+def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ...]:
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
     return layer.ops.decoder_layer(
@@ -138,7 +150,9 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        h, cos, sin, k, q, out, lse, middle, gate, up, low_q, low_kv, low_o, low_gate_up, low_down, *_ = ctx.saved_tensors
+        h, cos, sin, k, q, out, lse, middle, gate, up, low_q, low_kv, low_o, low_gate_up, low_down, *_ = (
+            ctx.saved_tensors
+        )
         layer = ctx.layer
         ops, parameters, index = layer.ops, layer.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.

@@ -68,8 +68,6 @@ def _special(base: nn.Module, dtype: torch.dtype) -> bool:
     return (
         type(base) is not nn.Linear
         or base.weight.dtype != dtype
-        or base.weight.requires_grad
-        or (base.bias is not None and base.bias.requires_grad)
         or bool(base._forward_hooks or base._forward_pre_hooks)
     )
 

@@ -341,4 +341,3 @@ def _interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_le
     """Row by row, the first packed batch's tokens and then the second's."""
     pairs = zip(first.split(list(first_lengths)), second.split(list(second_lengths)), strict=True)
     return torch.cat([part for pair in pairs for part in pair])
-

@@ -68,7 +68,7 @@ def _(h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values
         (rows, inner), (rows, ranks[0]), (len(h), ranks[1] + ranks[2]), (rows, ranks[3]), (rows, ranks[4] + ranks[5]),
         (rows, ranks[6]),
     ]  # fmt: skip
-    return [h.new_empty(shape) for shape in shapes]
+    return tuple(h.new_empty(shape) for shape in shapes)
 
 
 def _adapters(a, b, chosen):

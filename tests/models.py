@@ -18,6 +18,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from diffmas.decoder_layer import FusedLayer
+
 VOCAB = 37
 FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
@@ -69,6 +71,8 @@ def clone(model):
         # The model's own forward, where a system has put a fused one in place.
         if getattr(vars(module).get("forward"), "__module__", "").startswith("diffmas"):
             del module.forward
+        if isinstance(module, FusedLayer):
+            module.__class__ = type(module).__mro__[type(module).__mro__.index(FusedLayer) + 1]
     (twin.get_base_model() if hasattr(twin, "get_base_model") else twin).set_attn_implementation("sdpa")
     return twin
 

@@ -110,9 +110,6 @@ template <class T>
 RotateHeads<T> rotation(
     const Layer<T>& layer, Norm_ which, const Tensor& x, const Tensor& y, const Tensor& cos, const Tensor& sin) {
   const int64_t dim = cos.size(1);
-  STD_TORCH_CHECK(dim % 2 == 0 && x.size(1) % dim == 0, "cos has head dim ", dim, "; allowed: even divisors of ", x.size(1));
-  check_tensor("cos", cos, {x.size(0), dim}, x.scalar_type(), x);
-  check_tensor("sin", sin, {x.size(0), dim}, x.scalar_type(), x);
   const Tensor& weight = layer.norms[which];
   const Packed<const T> heads{data<T>(x), x.stride(0), dim};
   return {heads, {}, {static_cast<T*>(y.data_ptr()), x.size(1), dim}, weight.numel() == 0 ? nullptr : data<T>(weight),
@@ -209,11 +206,26 @@ void check_outputs(const OptionalTensor& outputs, const Tensor& h) {
   }
 }
 
+/// Angles [tokens, dim] of heads that the projections of `weights` fill.
+void check_turns(const Tensor& cos, const Tensor& sin, int64_t tokens, const Tensors& weights, const Tensor& like) {
+  check_dim("cos", cos, 2);
+  const int64_t dim = cos.size(1);
+  STD_TORCH_CHECK(
+      dim > 0 && dim % 2 == 0 && weights[Q].size(0) % dim == 0 && weights[K].size(0) % dim == 0, "cos has head dim ",
+      dim, "; allowed: even divisors of ", weights[Q].size(0), " and ", weights[K].size(0));
+  check_tensor("cos", cos, {tokens, dim}, like.scalar_type(), like);
+  check_tensor("sin", sin, {tokens, dim}, like.scalar_type(), like);
+}
+
 void check_state(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const Tensor& like) {
   check_tensor(name, tensor, {rows, columns}, like.scalar_type(), like);
 }
 
-Tensors decoder_layer(
+/// A list may not be returned beside arguments that are written.
+using States = std::tuple<
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+States decoder_layer(
     const Tensor& h, const Tensor& cos, const Tensor& sin, const Tensors& norms, double epsilon, const Tensors& weights,
     const Tensors& biases, const Tensors& a, const Tensors& b, const std::vector<double>& scalings, const Tensor& keys,
     const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new,
@@ -221,10 +233,11 @@ Tensors decoder_layer(
     int64_t query_max_new, int64_t max_kv, double scale) {
   check_dim("h", h, 2);
   check_outputs(outputs, h);
-  return with_wide_type(h, [&](auto type) -> Tensors {
+  return with_wide_type(h, [&](auto type) -> States {
     using T = decltype(type);
     const Layer<T> layer = make_layer<T>(h, norms, epsilon, weights, biases, a, b, scalings);
     check_state("h", h, ANY, weights[O].size(0), h);
+    check_turns(cos, sin, h.size(0), weights, h);
     const int64_t tokens = h.size(0), kv = weights[K].size(0), dim = cos.size(1);
     Tensor x = normed(layer, INPUT, h).y;
     const Tensor k = rows_like(h, tokens, kv), v = new_tensor(h, {tokens, kv / dim, dim}, h.scalar_type());
@@ -262,6 +275,7 @@ Tensors decoder_layer_backward_output(
     const Layer<T> layer = make_layer<T>(grad, norms, epsilon, weights, biases, a, b, scalings);
     const int64_t rows = grad.size(0), hidden = weights[O].size(0), inner = weights[GATE].size(0);
     check_state("grad", grad, rows, hidden, grad);
+    check_turns(cos, sin, cos.size(0), weights, grad);
     check_state("middle", middle, rows, hidden, grad);
     check_state("gate", gate, rows, inner, grad);
     check_state("up", up, rows, inner, grad);
@@ -296,6 +310,7 @@ Tensors decoder_layer_backward_input(
     const Layer<T> layer = make_layer<T>(h, norms, epsilon, weights, biases, a, b, scalings);
     const int64_t tokens = h.size(0), rows = q.size(0), hidden = weights[O].size(0), kv = weights[K].size(0);
     check_state("h", h, tokens, hidden, h);
+    check_turns(cos, sin, tokens, weights, h);
     check_state("k", k, tokens, kv, h);
     check_state("q", q, rows, weights[Q].size(0), h);
     check_state("grad_middle", grad_middle, rows, hidden, h);
@@ -339,7 +354,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffmas, m) {
       "decoder_layer(Tensor h, Tensor cos, Tensor sin, " LAYER
       "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_new, Tensor? outputs, "
       "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_new, int max_kv, float scale) -> "
-      "Tensor[]");
+      "(Tensor result, Tensor k, Tensor q, Tensor out, Tensor lse, Tensor middle, Tensor gate, Tensor up, "
+      "Tensor low_q, Tensor low_kv, Tensor low_o, Tensor low_gate_up, Tensor low_down)");
   m.def(
       "decoder_layer_backward_output(Tensor grad, Tensor cos, Tensor sin, Tensor q, Tensor out, Tensor middle, "
       "Tensor gate, Tensor up, Tensor low_o, Tensor low_gate_up, Tensor low_down, " LAYER

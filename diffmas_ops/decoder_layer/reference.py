@@ -1,12 +1,12 @@
 """A decoder layer with low-rank adapters over a trace: the specification. float32 and float64, no autograd.
 
-The layer is `h + attention(norm h)`, then `+ mlp(norm ·)` (Llama, arXiv 2302.13971): RMS norms (arXiv 1910.07467), rotated
-heads (arXiv 2104.09864, half-split), perhaps normalised, grouped queries, SwiGLU (arXiv 2002.05202). Every product is
-`x Wᵀ + bias + s (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685).
+The layer is `h + attention(norm h)`, then `+ mlp(norm ·)` (Llama, arXiv 2302.13971): RMS norms (arXiv 1910.07467),
+rotated heads (arXiv 2104.09864, half-split), perhaps normalised, grouped queries, SwiGLU (arXiv 2002.05202). Every
+product is `x Wᵀ + bias + s (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685).
 
 Lists hold, in this order: `norms` input, middle `[hidden]`, queries, keys `[D]` (of no element where there is none);
-`weights [out, in]`, `biases [out]` (of no element where there is none), `a [r, in]`, `b [out, r]` (r = 0 where there is no
-adapter) and `scalings` of q, k, v, o, gate, up, down.
+`weights [out, in]`, `biases [out]` (of no element where there is none), `a [r, in]`, `b [out, r]` (r = 0 where there is
+no adapter) and `scalings` of q, k, v, o, gate, up, down.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def decoder_layer(
     h: Tensor, cos: Tensor, sin: Tensor, norms, epsilon, weights, biases, a, b, scalings, keys: Tensor, values: Tensor,
     q_begin: Tensor, q_end: Tensor, starts: Tensor, max_new: int, outputs: Tensor | None, query_begin: Tensor,
     query_end: Tensor, query_starts: Tensor, query_max_new: int, max_kv: int, scale: float,
-) -> list[Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """`h [N, hidden]` of a call's tokens through the layer; their keys and values go to the rows' ends.
 
     `cos, sin [N, D]`. `outputs`, int64 `[M]`: the tokens whose result is wanted, None: all; `query_…` are their ranges,
@@ -100,7 +100,7 @@ def decoder_layer(
     (gate, low_gate), (up, low_up) = p.linear(GATE, x), p.linear(UP, x)
     result, low_down = p.linear(DOWN, gate * gate.sigmoid() * up)
     lows = (low_q, torch.cat((low_k, low_v), 1), low_o, torch.cat((low_gate, low_up), 1), low_down)
-    return [middle + result, k, q, out, lse, middle, gate, up, *lows]
+    return middle + result, k, q, out, lse, middle, gate, up, *lows
 
 
 def decoder_layer_backward_output(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from cases import RAGGED, Problem, indices, random
+from decoder_layers import LayerProblem
 
 from diffmas_ops import backends, library
 from diffmas_ops.cached_attention import reference as attention
@@ -60,6 +61,10 @@ def samples():
             *pending, 1, *single.rows, *single.sizes[1:],
         ),
     )  # fmt: skip
+    for layer in (LayerProblem([2, 1], [3, 0]), LayerProblem([5, 9], [1, 4], outputs=True)):
+        yield "decoder_layer", layer.forward_arguments()
+        yield "decoder_layer_backward_output", layer.output_arguments()
+        yield "decoder_layer_backward_input", layer.input_arguments()
     yield "merge_states", (random(3, 5, 2, 16, dtype=torch.float32), random(3, 5, 2, dtype=torch.float32))
 
 

@@ -7,6 +7,7 @@ from models import arguments, causal_lm, clone, packed, ragged, with_lora
 from oracle import batch
 from transformers import GlmConfig, GlmForCausalLM
 
+from diffmas import decoder_layer
 from diffmas.alignment import Alignment, ridge_alignment
 from diffmas.attention import rotary_of
 from diffmas.system import MultiAgentSystem
@@ -146,7 +147,13 @@ def _count_runs(monkeypatch):
         runs.append(kwargs["layer"])
         return cached_attention(*args, **kwargs)
 
+    def counting_fused(hidden, cos, sin, layer):
+        runs.append(layer.index)
+        return fused(hidden, cos, sin, layer)
+
     monkeypatch.setattr("diffmas.attention.cached_attention", counting)
+    fused = decoder_layer._run
+    monkeypatch.setattr(decoder_layer, "_run", counting_fused)
     return runs
 
 
