@@ -99,14 +99,17 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
         return None
     weights = [norm.weight for norm in norms]
     epsilon = norms[0].variance_epsilon
-    if any(w.requires_grad or w.dtype != dtype for w in weights) or any(n.variance_epsilon != epsilon for n in norms):
+    if any(w.dtype != dtype for w in weights) or any(n.variance_epsilon != epsilon for n in norms):
         return None
     linears = (
         attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
         mlp.down_proj,
     )  # fmt: skip
     parts = [lora_parts(linear, dtype) for linear in linears]
-    if None in parts or any(p.weight.requires_grad or (p.bias is not None and p.bias.requires_grad) for p in parts):
+    if None in parts:
+        return None
+    own = (*weights, *(p.weight for p in parts), *(p.bias for p in parts if p.bias is not None))
+    if torch.is_grad_enabled() and any(w.requires_grad for w in own):
         return None
     none = hidden.new_empty(0)
     parameters = (
