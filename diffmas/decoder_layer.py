@@ -53,9 +53,9 @@ class FusedLayer:
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         call: Call | None = kwargs.get("trace_call")
         layer = _plain(self, hidden_states, call) if call is not None and attention_mask is None else None
-        if layer is None:
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         cos, sin = (x[0] for x in kwargs["position_embeddings"])
+        if layer is None or cos.shape[-1] != self.self_attn.head_dim:
+            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
         order = call.enter(layer.index)
         if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
             hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos, sin, layer, *layer.adapters)

@@ -3,6 +3,10 @@
 import os
 import sys
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes share the cores; said before torch reads it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -10,6 +14,16 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     # Without a GPU, Triton's kernels run through its interpreter; that has to be said before Triton is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite, `pytest` without a path, runs in several processes; `-n 0` turns that off."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    if whole and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = min(4, os.cpu_count() or 1)
+        config.option.dist = "worksteal"
+
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("repeatable")
