@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """The whole suite, `pytest` without a path, runs in several processes; `-n 0` turns that off."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # This hook is called in the workers too, which would start workers of their own without end.
+        return
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     if whole and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = min(4, os.cpu_count() or 1)
