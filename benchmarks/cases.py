@@ -225,6 +225,16 @@ class Step(Case):
         return (self.agents - 1) * (self.prompt + self.latent) + self.prompt + self.answer
 
     @property
+    def tokens(self) -> int:
+        """Read, thought and answered in a step, of all rows."""
+        return self.batch * self.columns
+
+    @property
+    def layer_calls(self) -> int:
+        """How often a layer is called in the forward."""
+        return self.layers * ((self.agents - 1) * (1 + self.latent) + 1)
+
+    @property
     def shape(self) -> Shape:
         """Of the model, without LoRA."""
         heads = (self.heads, self.kv_heads, self.head_dim)
@@ -252,8 +262,18 @@ class Step(Case):
 _GROUPS = ((32, 8, 128), (40, 8, 128), (32, 8, 64))
 _TRACES = (512, 2048, 8192, 32768)
 
-#: DESIGN-sized training step: 37 MB of trace.
+#: Four agents, m = 40: 37 MB of trace.
 FULL_STEP = Step(8, 512, 1536, 8, 4, 64, 1024, 4, 512, 40, 32, 1, "float32")
+#: Single-token calls of a model too small to compute: what is left is what a call costs beside its arithmetic.
+OVERHEAD_STEP = Step(8, 32, 64, 2, 1, 16, 64, 2, 1, 64, 1, 1, "float32")
+#: A step, and the values of one size after the other that it is measured at.
+STEP_BASE = Step(4, 256, 768, 4, 2, 64, 512, 4, 128, 8, 16, 2, "float32")
+STEP_AXES = {
+    "latent": (0, 8, 16, 32, 64),
+    "prompt": (128, 256, 512, 1024, 2048),
+    "agents": (2, 3, 4, 5, 6),
+    "batch": (1, 2, 4, 8, 16, 32),
+}
 SMALL_STEPS = (
     Step(4, 256, 768, 4, 2, 64, 512, 4, 64, 10, 16, 2, "float32"),
     Step(4, 256, 768, 4, 2, 64, 512, 4, 128, 20, 16, 1, "float32"),

@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from benchmarks import ceilings, report
+from benchmarks import ceilings, curves, report
 from benchmarks.experiment import measure
 from benchmarks.timing import Clock
 
@@ -15,6 +15,7 @@ _RESULTS = pytest.StashKey()
 
 def pytest_configure(config):
     config.stash[_RESULTS] = []
+    config.stash[curves.STASH] = {}
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +42,4 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("against peers, correctness checked first")
         dtypes = sorted({r["case"]["dtype"] for r in results})
         report.print_results(results, ceilings.measure(DEVICE, dtypes))
+    curves.print_curves(config.stash[curves.STASH])
