@@ -137,7 +137,7 @@ def markdown(data: dict[str, Any]) -> str:
     ratio = each[step.PEER] / each[step.OURS]
     lines += [
         "",
-        f"{case.agents} agents, prompts of {case.prompt} tokens, m = {case.latent}, a Qwen3-shaped model of {case.layers} "
+        f"{case.agents} agents, prompts of {case.prompt} tokens, m = {case.latent}, Qwen3-shaped model of {case.layers} "
         f"layers and hidden size {case.hidden} with LoRA, float32. The trace is among what ours keeps. Ours is at "
         f"{100 * floor:.0f} % of the measured matmul and copy rates.",
         f"A layer's call on a single token, of a model too small to compute, costs {each[step.OURS]:.0f} µs forward "
