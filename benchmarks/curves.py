@@ -138,8 +138,8 @@ def markdown(data: dict[str, Any]) -> str:
     lines += [
         "",
         f"{case.agents} agents, prompts of {case.prompt} tokens, m = {case.latent}, Qwen3-shaped model of "
-        f"{case.layers} layers and hidden size {case.hidden} with LoRA, float32. The trace is among what ours keeps. Ours is at "
-        f"{100 * floor:.0f} % of the measured matmul and copy rates.",
+        f"{case.layers} layers and hidden size {case.hidden} with LoRA, float32. The trace is among what ours "
+        f"keeps. Ours is at {100 * floor:.0f} % of the measured matmul and copy rates.",
         f"A layer's call on a single token, of a model too small to compute, costs {each[step.OURS]:.0f} µs forward "
         f"and backward, {ratio:.1f} × less than transformers' {each[step.PEER]:.0f} µs.",
         f"{at['device']}, {at['threads']} threads, torch {at['torch']}, transformers {at['transformers']}. Made by "
