@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from diffmas.lora import lora_parts
+from diffmas.lora import hooked, lora_parts
 from diffmas_ops import Call, backends
 from diffmas_ops.trace import Outputs
 
@@ -78,7 +78,6 @@ class _Layer:
     parameters: tuple[Any, ...]
     adapters: list[Tensor]
     outputs: Outputs | None
-    ops: Any
 
     @property
     def output_index(self) -> Tensor | None:
@@ -90,21 +89,23 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     dtype, attention, mlp = hidden.dtype, self.self_attn, self.mlp
     if hidden.device.type != "cpu" or dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
-    ops = backends.functions("decoder_layer", hidden, call.implementation)
-    if ops is not torch.ops.diffmas or call.attend is not None or torch.is_autocast_enabled("cpu"):
+    # What insists on another implementation of the operators gets it, from the model's own modules.
+    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", "decoder_layer", "cpu", dtype) is not None:
+        return None
+    if call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
     norms = [self.input_layernorm, self.post_attention_layernorm]
     norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (attention, mlp, *norms)):
+    linears = (
+        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
+        mlp.down_proj,
+    )  # fmt: skip
+    if any(hooked(m) for m in (attention, mlp, mlp.act_fn, *norms, *linears)):
         return None
     weights = [norm.weight for norm in norms]
     epsilon = norms[0].variance_epsilon
     if any(w.dtype != dtype for w in weights) or any(n.variance_epsilon != epsilon for n in norms):
         return None
-    linears = (
-        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
-        mlp.down_proj,
-    )  # fmt: skip
     parts = [lora_parts(linear, dtype) for linear in linears]
     if None in parts:
         return None
@@ -123,7 +124,7 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     )
     adapters = [t for p in parts if p.a is not None for t in (p.a, p.b)]
     outputs = call.outputs if attention.layer_idx == call.storage.keys.shape[0] - 1 else None
-    return _Layer(call, attention.layer_idx, attention.scaling, parameters, adapters, outputs, ops)
+    return _Layer(call, attention.layer_idx, attention.scaling, parameters, adapters, outputs)
 
 
 def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor
 def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ...]:
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
-    return layer.ops.decoder_layer(
+    return torch.ops.diffmas.decoder_layer(
         h, cos, sin, *layer.parameters, call.storage.keys[layer.index], call.storage.values[layer.index],
         call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
         queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
@@ -157,16 +158,16 @@ class _DecoderLayer(torch.autograd.Function):
             ctx.saved_tensors
         )
         layer = ctx.layer
-        ops, parameters, index = layer.ops, layer.parameters, layer.output_index
+        parameters, index = layer.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.
         grad = torch.zeros_like(middle) if grad is None else grad.contiguous()
-        grad_middle, grad_out, queries, *of_output = ops.decoder_layer_backward_output(
+        grad_middle, grad_out, queries, *of_output = torch.ops.diffmas.decoder_layer_backward_output(
             grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, *parameters, index
         )
         attention = layer.call.gradients.backward(
             layer.call, layer.index, grad_out, queries, out, lse, layer.scale, layer.outputs
         )
-        grad_h, *of_input = ops.decoder_layer_backward_input(
+        grad_h, *of_input = torch.ops.diffmas.decoder_layer_backward_input(
             *attention, grad_middle, h, cos, sin, k, q, low_q, low_kv, *parameters, index
         )
         return grad_h, None, None, None, None, *of_input, *of_output

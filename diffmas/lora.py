@@ -57,18 +57,29 @@ def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
     names = module.active_adapters
     if len(names) != 1 or (name := names[0]) not in module.lora_A or name in module.lora_variant:
         return None
-    a, b = module.lora_A[name].weight, module.lora_B[name]
+    a, b = module.lora_A[name], module.lora_B[name]
     allowed = (dtype, torch.promote_types(dtype, torch.float32))
-    if type(module.lora_dropout[name]) is not nn.Identity or b.bias is not None or a.dtype not in allowed:
+    if type(module.lora_dropout[name]) is not nn.Identity or b.bias is not None or a.weight.dtype not in allowed:
         return None
-    return LoraParts(base.weight, base.bias, a, b.weight, module.scaling[name])
+    if hooked(a) or hooked(b):
+        return None
+    return LoraParts(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
 
 
 def _special(base: nn.Module, dtype: torch.dtype) -> bool:
     return (
         type(base) is not nn.Linear
         or base.weight.dtype != dtype
-        or bool(base._forward_hooks or base._forward_pre_hooks)
+        or hooked(base)
+        # Offloading puts a forward of its own in the layer's place.
+        or "forward" in vars(base)
+    )
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether running the module does more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

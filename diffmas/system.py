@@ -250,6 +250,8 @@ class MultiAgentSystem(nn.Module):
         `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
         `outputs`: per row, the range of its new tokens whose hidden states are returned; None: all.
         """
+        if isinstance(lengths, Call) and outputs is not None:
+            raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
         call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
         hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
         if is_sharded(self) and hidden.requires_grad:

@@ -50,9 +50,11 @@ def test_gradcheck():
         lambda layer: layer.lora_dropout.update({"default": torch.nn.Dropout(0.5).eval()}),
         lambda layer: [part["default"].float() for part in (layer.lora_A, layer.lora_B)],
         lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+        lambda layer: layer.lora_A["default"].register_forward_hook(lambda m, x, y: 2 * y),
+        lambda layer: setattr(layer.base_layer, "forward", lambda x: torch.zeros(len(x), 10).double()),
         lambda layer: layer.scaling.update(default=0.0),
     ],
-    ids=["disabled", "merged", "dropout", "dtype", "hook", "zero scale"],
+    ids=["disabled", "merged", "dropout", "dtype", "hook", "adapter's hook", "own forward", "zero scale"],
 )
 def test_steps_aside(change, request):
     layer = layer_of().eval()

@@ -1,0 +1,76 @@
+"""When a fused decoder layer steps aside, and that the result is the same either way."""
+
+import pytest
+import torch
+from compare import assert_same, error, gradients
+from models import arguments, causal_lm, clone, ragged, with_lora
+
+from diffmas import decoder_layer
+from diffmas.system import MultiAgentSystem
+from diffmas.topology import TOPOLOGIES
+from diffmas_ops import KVTrace, library
+
+pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
+
+
+def run(model, monkeypatch, **options):
+    """Loss, gradients, and how many layers ran fused."""
+    fused, runs = decoder_layer._run, []
+    monkeypatch.setattr(decoder_layer, "_run", lambda *args: runs.append(1) or fused(*args))
+    system = MultiAgentSystem(model, TOPOLOGIES["sequential"], latent_steps=2, **options)
+    output = system(*arguments(*ragged([a.name for a in system.topology.agents], 3)))
+    output.loss.backward()
+    monkeypatch.undo()
+    return output.loss.detach(), gradients(model), len(runs)
+
+
+def layer_of(model):
+    return model.get_base_model().get_decoder().layers[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: layer_of(model).self_attn.q_proj.register_forward_hook(lambda *_: None),
+        lambda model: layer_of(model).mlp.act_fn.register_forward_hook(lambda *_: None),
+        lambda model: layer_of(model).mlp.register_full_backward_hook(lambda *_: None),
+        lambda model: layer_of(model).input_layernorm.weight.requires_grad_(),
+    ],
+    ids=["projection's hook", "activation's hook", "backward hook", "trained norm"],
+)
+def test_one_layer_steps_aside(change, monkeypatch):
+    plain = with_lora(causal_lm("qwen3"))
+    loss, grads, whole = run(clone(plain), monkeypatch)
+    changed = clone(plain)
+    change(changed)
+    other, other_grads, runs = run(changed, monkeypatch)
+    assert whole > 0 and runs == whole // 2
+    assert error(other, loss) < 1e-12
+    assert_same({n: other_grads[n] for n in grads}, grads, 1e-10)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_an_implementation_that_is_insisted_on(implementation, monkeypatch):
+    plain = with_lora(causal_lm("llama"))
+    loss, grads, _ = run(clone(plain), monkeypatch)
+    other, other_grads, runs = run(clone(plain), monkeypatch, implementation=implementation)
+    assert bool(runs) == (implementation == "cpu")
+    assert error(other, loss) < 1e-12
+    assert_same(other_grads, grads, 1e-10)
+
+
+def test_last_layer_leaves_out_what_is_not_wanted():
+    system = MultiAgentSystem(with_lora(causal_lm("qwen3")), TOPOLOGIES["sequential"], latent_steps=1)
+    ids, lengths, wanted = torch.arange(9), [4, 5], [(3, 4), (1, 3)]
+
+    def trace():
+        return KVTrace.allocate(num_layers=2, batch=2, num_kv_heads=2, capacity=8, head_dim=8, dtype=torch.float64)
+
+    whole = system.read(trace(), lengths, input_ids=ids)
+    some = system.read(trace(), lengths, input_ids=ids, outputs=wanted)
+    assert error(some, whole[[3, 5, 6]]) < 1e-12
+    with pytest.raises(ValueError, match="outputs is"):
+        system.read(trace(), lengths, input_ids=ids, outputs=[(0, 5), (0, 1)])
+    with pytest.raises(ValueError, match="outputs is .* beside an open call"):
+        opened = trace()
+        system.read(opened, opened.open(lengths), input_ids=ids, outputs=wanted)
