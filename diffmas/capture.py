@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 
 from diffmas.latent import step_by_step
 from diffmas_ops import KVTrace
@@ -52,6 +53,12 @@ def capture_latent_runs(capture: str, latent_backward: str) -> bool:
     if capture == "auto" and latent_backward != "exact":
         raise ValueError(f"latent_backward is {latent_backward!r} with capture 'auto'; allowed: exact")
     return capture == "auto"
+
+
+def _adapters(model: nn.Module) -> list[tuple]:
+    """Which adapters are in force, layer by layer: a recording has computed with them."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in layers]
 
 
 class Eager:
@@ -319,7 +326,7 @@ class CapturedRuns:
             return self._warn(reason)
         key = (
             id(storage.buffers), position, system.latent_steps, hidden.dtype, system.training, recording,
-            *(p.data_ptr() for p in parameters),
+            *(p.data_ptr() for p in parameters), *_adapters(system.model),
         )  # fmt: skip
         if key not in self._runs:
             while len(self._runs) >= MOST_RECORDINGS:

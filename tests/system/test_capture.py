@@ -140,6 +140,12 @@ def test_buckets_and_buffers_are_used_again():
     with torch.no_grad():
         system(*batch(system, 0))
     assert len(runs._runs) == 6  # runs without gradients are other ones
+    with torch.no_grad(), system.model.disable_adapter():
+        without = system(*batch(system, 0)).loss
+    plain = build()
+    with torch.no_grad(), plain.model.disable_adapter():
+        torch.testing.assert_close(without, plain(*batch(plain, 0)).loss)
+    assert len(runs._runs) == 9  # and so are those without the adapter
 
 
 def test_nothing_lives_longer_than_the_system():
