@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from diffmas.alignment import ALIGNMENTS
 from diffmas.arguments import Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name, table
@@ -51,16 +52,19 @@ class AblateArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep, print a table, write summary and report. Returns the process's exit status."""
-    parser = Parser(AblateArguments, prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser = Parser(AblateArguments, prog=PROGRAM, description=__doc__)
     args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     try:
         return _ablate(args, flags)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, BlockingIOError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 
 
 def _ablate(args: AblateArguments, flags: list[str]) -> int:
+    for flag, instead in (("--seed", "--seeds"), ("--output_dir", "--run")):
+        if any(word.split("=")[0] == flag for word in flags):
+            raise ValueError(f"{flag} is given; allowed: {instead}")
     given = {axis: _values(axis, text) for axis in AXES if (text := getattr(args, axis)) is not None}
     swept = {axis: values for axis, values in given.items() if len(values) > 1}
     if not swept:
@@ -185,6 +189,8 @@ def _values(axis: str, text: str) -> list[Any]:
         if not {p.lower() for p in parts} <= {"true", "false"}:
             raise ValueError(f"{axis} is {text!r}; allowed: true, false, or both")
         return [p.lower() == "true" for p in parts]
+    if axis == "alignment" and (unknown := [p for p in parts if p not in ALIGNMENTS]):
+        raise ValueError(f"alignment has {unknown}; allowed: {', '.join(ALIGNMENTS)}")
     return parts
 
 

@@ -60,7 +60,11 @@ class TrainArguments(TrainingArguments):
 
 
 class Parser(HfArgumentParser):
-    """An argument parser whose errors fit on a line and name the nearest flag."""
+    """An argument parser whose errors fit on a line and name the nearest flag; flags are given in full."""
+
+    def __init__(self, *args, **options):
+        # `--config` and `--model` are looked at before all others are known, under these names.
+        super().__init__(*args, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments:"):

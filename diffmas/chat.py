@@ -35,8 +35,8 @@ class ChatArguments:
     topology: str | None = field(
         default=None, metadata={"help": "Without --run: agents; default: sequential, or relay for the embedded base."}
     )
-    latent_steps: int = field(
-        default=10, metadata={"help": "Without --run: latent steps m of every agent but the last."}
+    latent_steps: int | None = field(
+        default=None, metadata={"help": "Without --run: latent steps m of every agent but the last; default: 10."}
     )
     prompts: str | None = field(
         default=None, metadata={"help": "YAML file of role prompts, or a built-in family; default: the task's own."}
@@ -113,16 +113,17 @@ def load(args: ChatArguments) -> Chat:
         ValueError, OSError, ModuleNotFoundError: a run, model, topology or prompts that cannot be had, named.
     """
     if args.run is not None:
-        if args.model is not None or args.topology is not None:
-            name = "model" if args.model is not None else "topology"
-            raise ValueError(f"{name} is {getattr(args, name)!r} beside run {args.run!r}; allowed: one of the two")
+        for name in ("model", "topology", "latent_steps"):
+            if (value := getattr(args, name)) is not None:
+                raise ValueError(f"{name} is {value!r} beside run {args.run!r}; allowed: one of the two")
         run = load_run(args.run)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
         prompts = Prompts.load(args.prompts) if args.prompts else load_task(run.task).prompts
     else:
         topology = load_topology(args.topology or ("sequential" if args.model else "relay"))
         model, tokenizer = load_base(SystemArguments(model=args.model))
-        system = MultiAgentSystem(model, topology, latent_steps=args.latent_steps, alignment="ridge")
+        steps = 10 if args.latent_steps is None else args.latent_steps
+        system = MultiAgentSystem(model, topology, latent_steps=steps, alignment="ridge")
         relay = args.model is None and topology.name in ("relay", "single")
         family = args.prompts or ("reasoning" if not relay else None)
         prompts = Prompts.load(family) if family else load_task(TaskArguments()).prompts

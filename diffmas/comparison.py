@@ -50,6 +50,9 @@ class Options:
     def __post_init__(self):
         if self.batch_size < 2:
             raise ValueError(f"batch_size is {self.batch_size}; allowed: integers ≥ 2")
+        for name in ("samples", "max_message_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; allowed: integers ≥ 1")
 
 
 class Settings:
@@ -227,7 +230,7 @@ class Comparison:
         }))  # fmt: skip
         before = {"options": kept.get("options", {})} | kept.get("tasks", {})
         for part, values in ({"options": now["options"]} | now["tasks"]).items():
-            for key, value, was in _changes(values, before.get(part)):
+            for key, value, was in changes(values, before.get(part, {})):
                 raise ValueError(
                     f"{key} of {part} is {value!r}, but the records in {self.folder} had {was!r}; allowed: the same, "
                     "or another folder"
@@ -256,10 +259,10 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-+_=." else "_" for c in name)
 
 
-def _changes(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves that are in both and differ."""
+def changes(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value now and value before of leaves that are in both mappings and differ."""
     if isinstance(now, dict) and isinstance(before, dict):
         for name in now.keys() & before.keys():
-            yield from _changes(now[name], before[name], name)
-    elif before is not None and now != before:
+            yield from changes(now[name], before[name], name)
+    elif now != before:
         yield key, now, before

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,25 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from diffmas.arguments import Parser
-from diffmas.comparison import Comparison, Interrupted, Options, Settings
+from diffmas.comparison import Comparison, Interrupted, Options, Settings, changes
 from diffmas.comparison_report import print_comparison, write_comparison_report
 from diffmas.controls import CONTROLS
 from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.machine import machine, peak_memory_mb
-from diffmas.methods import METHODS, choose_methods
+from diffmas.methods import METHODS, Method, choose_methods
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run
-from diffmas.tasks import load_task
+from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
 
 PROGRAM = "python -m diffmas.eval"
+#: Arguments that say something only without, or only with, `--methods`.
+WITHOUT_METHODS = ("variants", "seed")
+WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
+#: Settings that leave the weights a training gives as they are, up to rounding.
+SAME_WEIGHTS = {"implementation", "capture", "checkpointing", "loss", "data_dir"}
 
 
 @dataclass
@@ -48,7 +53,9 @@ class EvalArguments:
     batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of the noise control."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
-    eval_file: str | None = field(default=None, metadata={"help": "JSONL file to evaluate on instead."})
+    eval_file: str | None = field(
+        default=None, metadata={"help": "JSONL file to evaluate on instead, where the task is one."}
+    )
     data_dir: str | None = field(default=None, metadata={"help": "Folder with the task's files."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer."})
     temperature: float | None = field(default=None, metadata={"help": "Sampling temperature; 0 is greedy."})
@@ -72,13 +79,14 @@ class EvalArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table, write records, summary and report. Returns the process's exit status."""
-    parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__, allow_abbrev=False)
+    parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown and args.methods is None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        _check_used(args)
         return _evaluate(args) if args.methods is None else _compare(args, unknown)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError, BlockingIOError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 
@@ -90,14 +98,14 @@ def _evaluate(args: EvalArguments) -> int:
         raise ValueError(f"variants has {unknown}; allowed: {', '.join(VARIANTS)}")
     run = load_run(args.run)
     set_seed(args.seed)
-    changes = {k: v for k in ("eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
-    task_args = replace(run.task, **changes)
-    changes = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
-    decoding = Decoding(**{**run.decoding, **changes, "seed": args.seed})
+    given = {k: v for k in ("eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
+    task_args = replace(run.task, **given)
+    given = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
+    decoding = Decoding(**{**run.decoding, **given, "seed": args.seed})
     # Under torchrun, this joins the other processes.
     device = PartialState(cpu=not torch.cuda.is_available()).device
     run.system.to(device)
-    task = load_task(task_args)
+    task = _load_held_out(task_args, run.task.eval_size)
     evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
     first = process() == 0
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
@@ -136,16 +144,18 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
     common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
     per_task = _read_task_config(args.task_config)
-    tasks = [t.strip() for t in args.tasks.split(",")] if args.tasks else [None]
-    by_task = {}
-    for name in tasks:
-        own = [*common, *([] if name is None else [f"--task={name}"]), *as_flags(per_task.get(name, {}))]
-        by_task[name or Settings(own, PROGRAM).task.task] = own
+    tasks = [t.strip() for t in args.tasks.split(",")] if args.tasks else [Settings(common, PROGRAM).task.task]
+    if unused := [name for name in per_task if name not in tasks]:
+        raise ValueError(f"task_config has {unused}; allowed: the tasks {', '.join(tasks)}")
+    by_task = {name: [*common, f"--task={name}", *as_flags(per_task.get(name, {}))] for name in tasks}
     folder = Path(args.output_dir or (run / "methods" if description else run))
     adapters = {}
-    if (run / ADAPTER_FILE).is_file():
+    if (run / ADAPTER_FILE).is_file() and (name := description["task"]["task"]) in by_task:
         trained = _method_of(description)
-        adapters[description["task"]["task"], trained, own_seed] = run
+        if other := _trained_otherwise(Settings(by_task[name], PROGRAM), METHODS[trained], description):
+            print(f"{run} was trained with {other}: its adapter is not taken for {trained}")
+        else:
+            adapters[name, trained, own_seed] = run
     comparison = Comparison(
         folder, by_task, methods, seeds, controls,
         Options(args.samples, args.batch_size, args.max_message_tokens),
@@ -167,6 +177,37 @@ def _method_of(description: dict[str, Any]) -> str:
     if topology.name in ("single", "stitch"):
         return {"single": "single+sft", "stitch": "stitch+train"}[topology.name]
     return "diffmas+detach" if description["system"]["detach_trace"] else "diffmas"
+
+
+def _trained_otherwise(settings: Settings, method: Method, description: dict[str, Any]) -> str | None:
+    """What a run's training had set differently from `settings`; None where it gives the same weights."""
+    now = settings.describe()
+    now["system"] |= method.settings
+    now["topology"] = method.topology(settings.topology).to_dict()
+    same = SAME_WEIGHTS if settings.task.splits_one_file else SAME_WEIGHTS | {"eval_size", "eval_file"}
+    for part in ("system", "topology", "task", "training"):
+        for key, _, was in changes(json.loads(json.dumps(now[part])), description.get(part, {})):
+            if key not in same and key != "seed":
+                return f"{key} {was!r}"
+    return None
+
+
+def _load_held_out(args: TaskArguments, trained_eval_size: int | None) -> Task:
+    """The task, with no item to evaluate on that a run holding out `trained_eval_size` items was trained on."""
+    if args.eval_size is None or not args.splits_one_file:
+        return load_task(args)
+    task = load_task(replace(args, eval_size=trained_eval_size))
+    if not 1 <= args.eval_size <= len(task.eval):
+        raise ValueError(f"eval_size is {args.eval_size}; allowed: 1 to {len(task.eval)}, the items not trained on")
+    return replace(task, eval=task.eval[: args.eval_size])
+
+
+def _check_used(args: EvalArguments) -> None:
+    """Raise `ValueError` for an argument that would be ignored."""
+    names, how = (WITH_METHODS, "with") if args.methods is None else (WITHOUT_METHODS, "without")
+    for f in fields(args):
+        if f.name in names and (value := getattr(args, f.name)) != f.default:
+            raise ValueError(f"{f.name} is {value!r}; allowed: only {how} --methods")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:
@@ -191,7 +232,10 @@ def _read_task_config(path: str | None) -> dict[str, dict[str, Any]]:
         return {}
     if not Path(path).is_file():
         raise FileNotFoundError(f"task_config is {path!r}: no such file")
-    values = yaml.safe_load(Path(path).read_text())
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"task_config {path} is not valid YAML: {error}") from None
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         raise ValueError(f"task_config {path} is {values!r}; allowed: {{task: {{flag: value}}}}")
     return values

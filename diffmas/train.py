@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         return train(*arguments)
-    except (ValueError, TypeError, FileNotFoundError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         where = f" in process {process()}" if process() else ""
         print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
         return 2

@@ -20,7 +20,7 @@ from diffmas.tasks import (
     procedural,
     relay,
 )
-from diffmas.tasks.base import Item, Task, TaskArguments, gold
+from diffmas.tasks.base import JSONL, Item, Task, TaskArguments, gold
 
 __all__ = ["LOADERS", "Item", "Task", "TaskArguments", "gold", "load_task"]
 
@@ -47,14 +47,20 @@ def load_task(args: TaskArguments) -> Task:
     """The task that `args` describes. Items to train on may be read only when they are first looked at.
 
     Raises:
-        ValueError: an unknown task, an item without question or answer, no item at all, a size below 1.
+        ValueError: an unknown task, an item without question or answer, no item at all, a size below 1, an `eval_file`
+            for a task that is no file.
         FileNotFoundError: a data, prompt or evaluation file that does not exist.
         ModuleNotFoundError: a package the task needs is not installed.
     """
     for name in ("train_size", "eval_size"):
         if (size := getattr(args, name)) is not None and size < 1:
             raise ValueError(f"{name} is {size}; allowed: integers ≥ 1")
-    task = _loader(args.task)(args)
+    load = _loader(args.task)
+    if args.eval_file is not None and load is not jsonl.load:
+        raise ValueError(
+            f"eval_file is {args.eval_file!r} with task {args.task!r}; allowed: where task is a .jsonl file"
+        )
+    task = load(args)
     if args.eval_size is None or len(task.eval) <= args.eval_size:
         return task
     return replace(task, eval=task.eval[: args.eval_size])
@@ -63,7 +69,7 @@ def load_task(args: TaskArguments) -> Task:
 def _loader(task: str) -> Callable[[TaskArguments], Task]:
     if task.startswith(procedural.PREFIX):
         return procedural.load
-    if task.endswith((".jsonl", ".jsonl.gz")):
+    if task.endswith(JSONL):
         return jsonl.load
     if task not in LOADERS:
         raise ValueError(f"task is {task!r}; allowed: {', '.join(LOADERS)}, rg:name, or the path of a .jsonl file")

@@ -14,6 +14,9 @@ NAMES = (
     "medqa", "humaneval", "humaneval+", "mbpp+",
 )  # fmt: skip
 
+#: How the path of a task that is a file ends.
+JSONL = (".jsonl", ".jsonl.gz")
+
 Item = Mapping[str, Any]
 
 
@@ -61,7 +64,8 @@ class TaskArguments:
         },
     )
     eval_file: str | None = field(
-        default=None, metadata={"help": "JSONL file to evaluate on; default: the last items of the task's own file."}
+        default=None,
+        metadata={"help": "JSONL file to evaluate on, where the task is one; default: its own last items."},
     )
     fields: str = field(
         default="question,answer", metadata={"help": "JSONL fields that hold the question and the answer."}
@@ -74,3 +78,8 @@ class TaskArguments:
     slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})
     values: int = field(default=16, metadata={"help": "relay: values a slot can take."})
     task_seed: int = field(default=0, metadata={"help": "relay, rg: which items are drawn."})
+
+    @property
+    def splits_one_file(self) -> bool:
+        """Whether held-out items are the last of the file that is trained on, so that `eval_size` moves the border."""
+        return self.task.endswith(JSONL) and self.eval_file is None

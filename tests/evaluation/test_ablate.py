@@ -49,6 +49,8 @@ def test_sweep_trains_every_value_once_and_goes_on(flags, tmp_path, capsys):
         (["--detach_trace=yes,no"], "detach_trace is 'yes,no'"),
         (["--handover=full,half"], "handover is 'half'"),
         (["--agents=1,9"], "agents is 9; allowed: 1 to 2"),
+        (["--alignment=identity,rigde"], "alignment has ['rigde']; allowed: identity, ridge, learned"),
+        (["--latent_steps=0,1", "--seed=3"], "--seed is given; allowed: --seeds"),
     ],
 )
 def test_bad_sweeps_are_named(tmp_path, capsys, given, message):

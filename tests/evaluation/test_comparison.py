@@ -13,13 +13,13 @@ import torch
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.comparison import ITEMS_FILE, Comparison, Options
+from diffmas.comparison import ITEMS_FILE, Comparison, Options, Settings
 from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
 from diffmas.methods import METHODS, TextChannel, choose_methods
 from diffmas.records import read_records
 from diffmas.runs import build_system
-from diffmas.tasks import load_task
+from diffmas.tasks import TaskArguments, load_task
 from diffmas.topology import load_topology
 from diffmas.train import last_checkpoint, parse_arguments
 
@@ -147,7 +147,7 @@ def test_seeds_repeat_nothing_where_nothing_is_drawn(flags, tmp_path):
 def test_other_settings_are_refused_and_more_seeds_are_not(flags, tmp_path):
     out = tmp_path / "out"
     compare(out, flags()).run()
-    for changed in (flags(latent_steps=3), flags(temperature=0.5), flags(learning_rate=1)):
+    for changed in (flags(latent_steps=3), flags(temperature=0.5), flags(learning_rate=1), flags(train_size=7)):
         name = next(f for f in changed if f not in flags()).split("=")[0].strip("-")
         with pytest.raises(ValueError, match=f"{name} of relay is .* allowed: the same"):
             compare(out, changed).run()
@@ -169,11 +169,50 @@ def test_other_settings_are_refused_and_more_seeds_are_not(flags, tmp_path):
         (["--methods=single", "--task_config=nowhere.yaml"], "task_config is 'nowhere.yaml': no such file"),
         (["--methods=single", "--samples=0"], "samples is 0"),
         (["--methods=single", "--batch_size=1"], "batch_size is 1"),
+        (["--methods=text", "--max_message_tokens=0"], "max_message_tokens is 0"),
+        (["--methods=single", "--seed=3"], "seed is 3; allowed: only without --methods"),
+        (["--samples=2"], "samples is 2; allowed: only with --methods"),
     ],
 )
 def test_bad_values_are_named(tmp_path, capsys, given, message):
     assert evaluate.main([f"--run={tmp_path / 'new'}", *given]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_settings_of_a_task_are_used_or_refused(tmp_path, capsys):
+    (tmp_path / "tasks.yaml").write_text("relay: {eval_size: 0}\n")
+    command = [f"--run={tmp_path / 'new'}", "--methods=single", f"--task_config={tmp_path / 'tasks.yaml'}"]
+    assert evaluate.main(command) == 2 and "eval_size is 0" in capsys.readouterr().err
+    (tmp_path / "tasks.yaml").write_text("realy: {eval_size: 3}\n")
+    assert (
+        evaluate.main(command) == 2 and "task_config has ['realy']; allowed: the tasks relay" in capsys.readouterr().err
+    )
+    (tmp_path / "tasks.yaml").write_text("{")
+    assert evaluate.main(command) == 2 and "is not valid YAML" in capsys.readouterr().err
+
+
+def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
+    def other(method="diffmas", **changes):
+        run = Settings(flags(), evaluate.PROGRAM)
+        description = {**run.describe(), "topology": METHODS[method].topology(run.topology).to_dict()}
+        now = Settings(flags(**changes), evaluate.PROGRAM)
+        return evaluate._trained_otherwise(now, METHODS[method], json.loads(json.dumps(description)))
+
+    assert other() is None and other("stitch+train") is None
+    assert other(eval_size=3, temperature=0, checkpointing="all") is None
+    assert other(latent_steps=3) == "latent_steps 2" and other(learning_rate=1) == "learning_rate 0.01"
+    assert other(slots=3) == "slots 8" and other("diffmas+detach") == "detach_trace False"
+
+
+def test_no_item_that_was_trained_on_is_evaluated(tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(20)))
+    found = evaluate._load_held_out(TaskArguments(task=str(path), eval_size=2), 4).eval
+    assert [item["question"] for item in found] == ["16+1", "17+1"]
+    for size in (0, 5):
+        with pytest.raises(ValueError, match=f"eval_size is {size}; allowed: 1 to 4"):
+            evaluate._load_held_out(TaskArguments(task=str(path), eval_size=size), 4)
+    assert len(evaluate._load_held_out(TaskArguments(eval_size=30), 4).eval) == 30
 
 
 def kill_when(process, condition):

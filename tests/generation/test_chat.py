@@ -101,6 +101,11 @@ def test_bad_input(argv, message, capsys):
     assert f"python -m diffmas.chat: error: {message}" in error and "Traceback" not in error
 
 
+def test_latent_steps_are_the_run_s_own(run, capsys):
+    assert chat.main(["--run", run, "--latent_steps=4", "--once", *words()]) == 2
+    assert f"latent_steps is 4 beside run '{run}'" in capsys.readouterr().err
+
+
 def test_unknown_flag(capsys):
     with pytest.raises(SystemExit) as caught:
         chat.main(["--modle", "m"])

@@ -25,6 +25,12 @@ def test_gsm8k_from_local_files(tmp_path):
     assert all(task.check(item["answer"], item) for item in [*task.train, *task.eval])
 
 
+def test_an_evaluation_file_is_no_hub_task_s(tmp_path):
+    path = write(tmp_path / "held_out.jsonl", [{"question": "q", "answer": "1"}])
+    with pytest.raises(ValueError, match="eval_file is .*held_out.jsonl' with task 'relay'; allowed"):
+        load_task(TaskArguments(eval_file=path))
+
+
 def test_jsonl_holds_out_its_last_items(tmp_path):
     path = write(tmp_path / "sums.jsonl", [{"ask": f"{i}+1", "out": i + 1} for i in range(20)])
     task = load_task(TaskArguments(task=path, fields="ask,out", eval_size=5))

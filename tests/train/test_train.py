@@ -156,6 +156,19 @@ def test_unknown_flags_get_a_suggestion(capsys):
     assert "--latent_stepz" in error and "did you mean --latent_steps" in error and error.count("\n") == 1
 
 
+def test_flags_are_given_in_full(capsys):
+    """A shortened `--config` would be parsed, and its file never read."""
+    with pytest.raises(SystemExit):
+        train.main(["--conf=nowhere.yaml", "--max_steps=1"])
+    assert "unrecognized arguments: --conf=nowhere.yaml" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(flags, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert train.main(flags(output_dir=tmp_path / "file")) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_config_file_and_flags_win_over_presets(flags, tmp_path):
     (tmp_path / "run.yaml").write_text("latent_steps: 1\nlearning_rate: 2e-2\nlora_rank: 4\n")
     given = [f for f in flags(lora_rank=3) if not f.startswith(("--latent_steps", "--learning_rate"))]
