@@ -98,10 +98,12 @@ def _cells(result: Result) -> list[str]:
     ]  # fmt: skip
 
 
-def measure_all(device: str, *, seconds: float, small: bool = False) -> dict[str, Any]:
-    """The record that `results.json` holds; `small` takes the least sizes, for a test of this file."""
+def measure_all(
+    device: str, *, seconds: float, axes: Sequence[str] | None = None, small: bool = False
+) -> dict[str, Any]:
+    """The record that `results.json` holds, along `axes` (default: all); `small` takes the least sizes, for a test."""
     clock = Clock(device)
-    axes = {axis: values[:3] if small else values for axis, values in cases.STEP_AXES.items()}
+    axes = {axis: cases.STEP_AXES[axis][: 3 if small else None] for axis in axes or cases.STEP_AXES}
     base = replace(cases.STEP_BASE, layers=1, hidden=32, prompt=8, latent=2) if small else cases.STEP_BASE
     planned = {} if small else {"full": cases.FULL_STEP}
     planned["overhead"] = replace(cases.OVERHEAD_STEP, latent=4) if small else cases.OVERHEAD_STEP
@@ -193,11 +195,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite README from the kept results")
     parser.add_argument("--seconds", type=float, default=2.0, help="what timing a case aims at")
+    parser.add_argument("--axes", nargs="+", choices=list(cases.STEP_AXES), help="sizes to vary; default: all")
     args = parser.parse_args()
     if args.render_only:
         data = json.loads((RESULTS / "results.json").read_text())
     else:
-        data = measure_all("cuda" if torch.cuda.is_available() else "cpu", seconds=args.seconds)
+        data = measure_all("cuda" if torch.cuda.is_available() else "cpu", seconds=args.seconds, axes=args.axes)
     write(data, RESULTS)
     readme = (ROOT / "README.md").read_text()
     before, rest = readme.split(BEGIN)
