@@ -2,7 +2,7 @@
 
 Measures the step of `cases.FULL_STEP`, what a single-token call of a layer costs beside its arithmetic, and the step
 along one size at a time: latent steps, prompt length, agents, batch. Leaves `results.json`, `report.md` and
-`curves.png` under `benchmarks/results/step/` and puts the table into README.md.
+`curves.png` under `benchmarks/results/step/` and puts the table into README.md. Cut off, the same command goes on.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import argparse
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import cases, ceilings, report, step
+from benchmarks import cases, ceilings, report, step, unfinished
 from benchmarks.cases import Step
 from benchmarks.experiment import measure
 from benchmarks.memory import line, power_law
 from benchmarks.timing import Clock
 from diffmas.machine import machine
+from diffmas.records import write_atomically
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step"
@@ -99,21 +100,48 @@ def _cells(result: Result) -> list[str]:
 
 
 def measure_all(
-    device: str, *, seconds: float, axes: Sequence[str] | None = None, small: bool = False
+    device: str,
+    path: Path,
+    *,
+    seconds: float,
+    axes: Sequence[str] | None = None,
+    small: bool = False,
+    fresh: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
-    """The record that `results.json` holds, along `axes` (default: all); `small` takes the least sizes, for a test."""
-    clock = Clock(device)
+    """The record of all measurements along `axes` (default: all), at `path` after every one of them.
+
+    Goes on from an unfinished record there, unless `fresh`. `small` takes the least sizes, for a test.
+
+    Raises:
+        ValueError: the unfinished record is of another run.
+    """
     axes = {axis: cases.STEP_AXES[axis][: 3 if small else None] for axis in axes or cases.STEP_AXES}
     base = replace(cases.STEP_BASE, layers=1, hidden=32, prompt=8, latent=2) if small else cases.STEP_BASE
-    planned = {} if small else {"full": cases.FULL_STEP}
-    planned["overhead"] = replace(cases.OVERHEAD_STEP, latent=4) if small else cases.OVERHEAD_STEP
-    singles = {n: measure(step.build(c, device), seconds=4 * seconds, clock=clock) for n, c in planned.items()}
-    points = [(axis, value) for axis, values in axes.items() for value in values]
-    curves: dict[str, list[Result]] = {axis: [] for axis in axes}
-    for axis, value in track(points, "steps", transient=True):
-        case = replace(base, **{axis: value})
-        curves[axis].append(measure(step.build(case, device), seconds=seconds, clock=clock))
-    return {"machine": machine(), "ceilings": ceilings.measure(device, ["float32"]), **singles, "curves": curves}
+    plan = [] if small else [("full", cases.FULL_STEP)]
+    plan.append(("overhead", replace(cases.OVERHEAD_STEP, latent=4) if small else cases.OVERHEAD_STEP))
+    plan += [(axis, replace(base, **{axis: value})) for axis, values in axes.items() for value in values]
+    origin = unfinished.origin(device=device, seconds=seconds, cases=[(name, asdict(case)) for name, case in plan])
+    data = None if fresh else unfinished.kept(path, origin)
+    if data is None:
+        rates = ceilings.measure(device, ["float32"])
+        data = {unfinished.KEY: origin, "machine": machine(), "ceilings": rates, "curves": {axis: [] for axis in axes}}
+    done = sum(name in data for name, _ in plan) + sum(map(len, data["curves"].values()))
+    clock = Clock(device)
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(plan), completed=done)
+        for name, case in plan[done:]:
+            progress.update(task, description=f"{name}: {case.label}", refresh=True)
+            aim = seconds if name in axes else 4 * seconds
+            result = measure(step.build(case, device), seconds=aim, clock=clock)
+            if name in axes:
+                data["curves"][name].append(result)
+            else:
+                data[name] = result
+            unfinished.save(path, data)
+            progress.advance(task)
+    del data[unfinished.KEY]
+    return data
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -180,8 +208,7 @@ def plot(curves: dict[str, list[Result]], path: Path) -> None:
 
 def write(data: dict[str, Any], folder: Path) -> None:
     """Results, plot and a report with the curves' tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(data, indent=1) + "\n")
+    unfinished.save(folder / report.RESULTS_FILE, data)
     plot(data["curves"], folder / "curves.png")
     console = Console(width=150, file=io.StringIO())
     print_curves(data["curves"], console)
@@ -194,17 +221,25 @@ def write(data: dict[str, Any], folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite README from the kept results")
-    parser.add_argument("--seconds", type=float, default=2.0, help="what timing a case aims at")
+    parser.add_argument("--seconds", type=float, default=1.0, help="what timing a case aims at")
     parser.add_argument("--axes", nargs="+", choices=list(cases.STEP_AXES), help="sizes to vary; default: all")
+    parser.add_argument("--fresh", action="store_true", help="measure everything; drop what a run cut off has left")
     args = parser.parse_args()
-    if args.render_only:
-        data = json.loads((RESULTS / "results.json").read_text())
-    else:
-        data = measure_all("cuda" if torch.cuda.is_available() else "cpu", seconds=args.seconds, axes=args.axes)
+    path = RESULTS / report.RESULTS_FILE
+    try:
+        if args.render_only:
+            data = json.loads(path.read_text())
+            if unfinished.KEY in data:
+                raise ValueError(f"{path.name} is unfinished; allowed: going on with it, without --render-only")
+        else:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            data = measure_all(device, path, seconds=args.seconds, axes=args.axes, fresh=args.fresh)
+    except ValueError as error:
+        parser.error(str(error))
     write(data, RESULTS)
     readme = (ROOT / "README.md").read_text()
     before, rest = readme.split(BEGIN)
-    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{markdown(data)}\n{END}{rest.split(END)[1]}")
+    write_atomically(ROOT / "README.md", f"{before}{BEGIN}\n{markdown(data)}\n{END}{rest.split(END)[1]}")
     print_curves(data["curves"])
     print(markdown(data))
 
