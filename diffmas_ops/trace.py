@@ -312,6 +312,8 @@ class KVTrace:
     def rewind(self, lengths: Sequence[int]) -> None:
         """Give up the columns from `lengths[b]` on of every row b; the next call writes them anew.
 
+        What is written then takes gradient, also where a gradient was cut behind the columns given up.
+
         Raises:
             ValueError: a length beyond the row's, or columns that a call with recorded gradients has written or
                 attended to: its backward reads them.
@@ -325,6 +327,8 @@ class KVTrace:
             raise ValueError(f"lengths is {lengths}; allowed, row by row: {allowed}")
         self.host_lengths, self._slot = lengths, None
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
+        # No call since the cut has recorded gradients where this goes below it: none relies on the old bound.
+        self.gradients.frozen = torch.minimum(self.gradients.frozen, self.lengths)
 
     def select_rows(self, rows: Sequence[int]) -> KVTrace:
         """A new trace, without gradient, whose row i is a copy of row `rows[i]`."""

@@ -304,6 +304,38 @@ def test_rewound_columns_are_written_anew():
     assert t.host_lengths == t.lengths.tolist() == [5, 5]
 
 
+@pytest.mark.parametrize("cut", ["detach", "select", "concat"])
+def test_columns_rewritten_below_a_cut_take_gradient(cut, implementation):
+    """What was cut is gone; the tokens in its place owe and are owed, in calls of one token and of several."""
+    toy = Toy()
+    x = torch.randn(4, toy.width, dtype=torch.float64)
+    with torch.no_grad():
+        t = toy.trace(2, implementation=implementation)
+        toy.run(torch.cat((x, x)), t.open(4))
+        if cut == "select":
+            t = t.select_rows([0, 1])
+        elif cut == "concat":
+            t = kv_concat([Segment(t, [0, 0], [4, 4])], capacity=64, rotary=toy.rotary, implementation=implementation)
+    if cut == "detach":
+        t.detach_()
+    t.rewind([1, 3])
+    plan = [[2, 1], [1, 1], [1, 1], [1, 3]]
+    inputs = [torch.randn(sum(n), toy.width, dtype=torch.float64).requires_grad_() for n in plan]
+    ours = sum(toy.run(y, t.open(n)).square().sum() for y, n in zip(inputs, plan, strict=True))
+    dense = [toy.dense() for _ in range(2)]
+    with torch.no_grad():
+        for row, kept in zip(dense, (1, 3), strict=True):
+            toy.run_row(x[:kept], row)
+    exact = 0
+    for y, n in zip(inputs, plan, strict=True):
+        for row, part in zip(dense, y.split(n), strict=True):
+            exact = exact + toy.run_row(part, row).square().sum()
+    assert error(ours, exact) < 1e-12
+    leaves = [*inputs, *toy.parameters]
+    for a, e in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(exact, leaves), strict=True):
+        assert error(a, e) < 1e-10
+
+
 @pytest.mark.parametrize("lengths", [[2, 1, 2], [2, 4, 2], [2, 2], [-1, 2, 2]])
 def test_rewind_refuses(lengths):
     toy = Toy()
