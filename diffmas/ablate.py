@@ -13,17 +13,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from diffmas.alignment import ALIGNMENTS
 from diffmas.arguments import Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings
-from diffmas.comparison_report import accuracy, by_name, table
+from diffmas.comparison_report import accuracy, by_name
 from diffmas.eval import as_flags, integers
 from diffmas.methods.base import ALL_CONTROLS, Method
+from diffmas.page import heading, note, page, svg, table
 from diffmas.records import write_atomically
-from diffmas.report import REPORT_FILE, page, svg
+from diffmas.report import REPORT_FILE
 from diffmas.topology import Agent, Topology
 
 PROGRAM = "python -m diffmas.ablate"
@@ -87,7 +89,7 @@ def _ablate(args: AblateArguments, flags: list[str]) -> int:
     shown = Table("", "accuracy, %", "another row's trace, %", title=task)
     for row in rows:
         shown.add_row(*row)
-    Console().print(shown)
+    Console(markup=False).print(shown)
     print(f"report: {write_ablation_report(args.run, summary, task, swept)}")
     return 0
 
@@ -143,12 +145,14 @@ def write_ablation_report(folder: str | Path, summary: dict[str, Any], task: str
     """A table and a plot an axis in `report.html`. Returns its path."""
     head = ["", "accuracy, %", "another row's trace, %"]
     body = [
-        f"<h1>{task}: one thing at a time</h1>",
+        heading(f"{task}: one thing at a time", 1),
         svg(draw_sweeps, (by_name(summary), task, swept)),
         table(head, sweep_rows(summary, task, swept)),
-        "<p class=small>Trained and evaluated at every value, all else equal; in brackets 95 % bootstrap intervals "
-        "over items and the spread of the seeds.</p>",
-        f"<pre class=small>{json.dumps(summary['settings'], indent=1)}</pre>",
+        note(
+            "Trained and evaluated at every value, all else equal; in brackets 95 % bootstrap intervals over items and "
+            "the spread of the seeds."
+        ),
+        Markup("<pre class=small>{}</pre>").format(json.dumps(summary["settings"], indent=1)),
     ]
     path = Path(folder, REPORT_FILE)
     write_atomically(path, page(f"DiffMAS: ablation on {task}", body))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.controls import CONTROLS
@@ -27,6 +28,13 @@ def batches(size: int, batch_size: int) -> Iterator[list[int]]:
         starts.pop()
     for begin, end in zip(starts, [*starts[1:], size], strict=True):
         yield list(range(begin, end))
+
+
+def progress_bar(show: bool) -> Progress:
+    """A bar on the terminal: what is being done, how much of it, and how long it will take."""
+    # Brackets in a name are no markup.
+    what = TextColumn("{task.description}", markup=False)
+    return Progress(what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not show)
 
 
 @contextlib.contextmanager

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from diffmas.answering import answer, batches, evaluating
+from diffmas.answering import answer, batches, evaluating, progress_bar
 from diffmas.generation import Decoding
 from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
@@ -249,8 +248,7 @@ class Comparison:
                 cells = [(c, s) for c in controls for s in self._seeds(method, self.settings[name])]
                 total += len(cells) * len(task.eval) * self.options.samples
                 done += sum(1 for k in file.keys if (k[0], k[1]) == (name, method.name) and (k[2], k[3]) in cells)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, disable=not self.show_progress) as progress:
+        with progress_bar(self.show_progress) as progress:
             bar = progress.add_task("answering", total=total, completed=done)
             yield lambda what, n: progress.update(bar, description=what, advance=n)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
 from diffmas.methods import METHODS
+from diffmas.page import heading, note, page, svg, table
 from diffmas.records import write_atomically
-from diffmas.report import REPORT_FILE, page, svg
+from diffmas.report import REPORT_FILE
 
 Summary = dict[str, Any]
 Cells = dict[tuple[str, str, str], dict[str, Any]]
@@ -25,34 +25,42 @@ def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
     cells = by_name(summary)
     tasks, methods = names(summary)
     body = [
-        f"<h1>{html.escape(', '.join(tasks))}: {len(methods)} methods</h1>",
-        "<h2>Accuracy</h2>",
+        heading(f"{', '.join(tasks)}: {len(methods)} methods", 1),
+        heading("Accuracy"),
         _accuracy_table(cells, tasks, methods),
-        "<p class=small>Percent of right answers, averaged over an item's samples and seeds, with 95 % bootstrap "
-        "intervals over items and the spread of the seeds. Same prompts, decoding and items for every method; trained "
-        "methods share steps and learning rate.</p>",
+        note(
+            "Percent of right answers, averaged over an item's samples and seeds, with 95 % bootstrap intervals over "
+            "items and the spread of the seeds. Same prompts, decoding and items for every method; trained methods "
+            "share steps and learning rate."
+        ),
         svg(draw_accuracies, (cells, tasks, methods)),
-        "<h2>Cost per item</h2>",
+        heading("Cost per item"),
         _cost_table(cells, tasks, methods),
-        "<p class=small>Generated: tokens of the answers and of texts between agents. An item's samples share prefill, "
-        "latent steps and texts. Time is the batch's wall-clock time divided by its items.</p>",
-        "<h2>Paired differences</h2>",
+        note(
+            "Generated: tokens of the answers and of texts between agents. An item's samples share prefill, "
+            "latent steps and texts. Time is the batch's wall-clock time divided by its items."
+        ),
+        heading("Paired differences"),
         _difference_table(summary, lambda d: d["a_control"] == d["b_control"]),
-        "<p class=small>Percentage points, item by item on the same items and seeds; bold where the 95 % interval "
-        "excludes zero. Intervals are not corrected for their number.</p>",
+        note(
+            "Percentage points, item by item on the same items and seeds; bold where the 95 % interval "
+            "excludes zero. Intervals are not corrected for their number."
+        ),
     ]
     if any(cell["control"] != "matched" for cell in summary["cells"]):
         body += [
-            "<h2>What the trace carries</h2>",
+            heading("What the trace carries"),
             _control_table(cells, tasks, methods),
             _difference_table(summary, lambda d: d["a_control"] != d["b_control"]),
-            "<p class=small>The row's own trace (matched), another row's (mismatched), keys and values of zero, and "
-            "noise of the same norms. What is right without the row's own trace was not communicated.</p>",
+            note(
+                "The row's own trace (matched), another row's (mismatched), keys and values of zero, and "
+                "noise of the same norms. What is right without the row's own trace was not communicated."
+            ),
         ]
-    body += ["<h2>Stability of decoding</h2>", _stability_table(cells, tasks, methods)]
+    body += [heading("Stability of decoding"), _stability_table(cells, tasks, methods)]
     for task in tasks:
         body.append(svg(draw_stability, (cells, task, methods)))
-    body += ["<h2>Run</h2>", table([], [[k, str(v)] for k, v in summary["machine"].items()])]
+    body += [heading("Run"), table([], [[k, str(v)] for k, v in summary["machine"].items()], text=2)]
     path = Path(folder, REPORT_FILE)
     write_atomically(path, page(f"DiffMAS: {', '.join(tasks)}", body))
     return path
@@ -62,10 +70,10 @@ def print_comparison(summary: Summary) -> None:
     """Accuracies by method and task as a table on the terminal."""
     cells = by_name(summary)
     tasks, methods = names(summary)
-    table = Table("method", *tasks, title="accuracy, % [95 % interval]")
+    shown = Table("method", *tasks, title="accuracy, % [95 % interval]")
     for method in methods:
-        table.add_row(method, *(accuracy(cells.get((task, method, "matched"))) for task in tasks))
-    Console().print(table)
+        shown.add_row(method, *(accuracy(cells.get((task, method, "matched"))) for task in tasks))
+    Console(markup=False).print(shown)
 
 
 def markdown_table(summary: Summary) -> str:
@@ -106,7 +114,7 @@ def _accuracy_table(cells: Cells, tasks, methods) -> str:
     for method in methods:
         found = [cells.get((task, method, "matched")) for task in tasks]
         seeds = "/".join(dict.fromkeys(str(len(c["seeds"])) for c in found if c))
-        rows.append([f"{label(method)} <code>{html.escape(method)}</code>", *map(accuracy, found), seeds])
+        rows.append([Markup("{} <code>{}</code>").format(label(method), method), *map(accuracy, found), seeds])
     return table(["method", *tasks, "seeds"], rows)
 
 
@@ -127,7 +135,7 @@ def _difference_table(summary: Summary, wanted) -> str:
     for d in filter(wanted, summary["differences"]):
         value = f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
         if d["low"] > 0 or d["high"] < 0:
-            value = f"<b>{value}</b>"
+            value = Markup("<b>{}</b>").format(value)
         same = d["a_control"] == d["b_control"]
         what = f"{d['a']} − {d['b']}" if same else f"{d['a']}: {d['a_control']} − {d['b_control']}"
         rows.append([d["task"], what, value, str(d["items"])])
@@ -164,17 +172,6 @@ def _stability_table(cells: Cells, tasks, methods) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
-    """Cells are HTML; the first `text` columns are aligned to the left."""
-
-    def row(values: Sequence[str], tag: str) -> str:
-        kinds = ("" if i < text else " class=n" for i in range(len(values)))
-        return "<tr>" + "".join(f"<{tag}{k}>{v}</{tag}>" for k, v in zip(kinds, values, strict=True)) + "</tr>"
-
-    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
-    return f"<div class=wide><table>{top}{''.join(row(r, 'td') for r in rows)}</table></div>"
 
 
 def draw_accuracies(plt, data):

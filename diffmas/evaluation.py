@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.answering import batches, evaluating
+from diffmas.answering import answer, batches, evaluating, progress_bar
 from diffmas.controls import CONTROLS
-from diffmas.data import Collator
 from diffmas.distributed import gathered, is_sharded, process, processes, root_unsharded
 from diffmas.generation import Decoding
+from diffmas.methods.base import TraceChannel
+from diffmas.records import Record
 from diffmas.system import MultiAgentSystem
-from diffmas.tasks import Item, Task, gold
+from diffmas.tasks import Item, Task
 from diffmas.topology import TOPOLOGIES
 
 #: What an evaluation measures, in the order it is reported; the key is the suffix of `accuracy` in summaries.
@@ -27,19 +26,13 @@ VARIANTS = {
     "training_free": "latent steps without the adapter",
     "single": "one agent without the adapter",
 }
+#: What records of the trained system call its method.
+TRAINED = "trained"
 
 
-@dataclass(frozen=True)
-class Record:
-    """One evaluated item."""
-
-    variant: str
-    index: int
-    prompt: str
-    answer: str
-    gold: str
-    correct: bool
-    tokens: int
+def variant_of(record: Record) -> str:
+    """Which of :data:`VARIANTS` a record of an evaluation belongs to."""
+    return record.control if record.method == TRAINED else record.method
 
 
 class Evaluator:
@@ -72,7 +65,7 @@ class Evaluator:
         """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
         if variant not in VARIANTS:
             raise ValueError(f"variant is {variant!r}; allowed: {', '.join(VARIANTS)}")
-        with root_unsharded(self.system), torch.no_grad():
+        with root_unsharded(self.system):
             system = self.system
             if variant == "single":
                 system = _on_same_model(system, topology=TOPOLOGIES["single"])
@@ -82,28 +75,20 @@ class Evaluator:
                 return self._share(system, variant, items, advance)
 
     def _share(self, system, variant, items, advance) -> list[Record]:
-        control = CONTROLS.get(variant, CONTROLS["matched"])
-        collator = Collator(system.topology, self.task.prompts, self.tokenizer)
+        method, control = (TRAINED, variant) if variant in CONTROLS else (variant, "matched")
+        task, channel = replace(self.task, eval=items), TraceChannel(system, self.task, self.tokenizer)
         first, step = (0, 1) if is_sharded(self.system) else (process(), processes())
         records: list[Record] = []
         all_batches = list(batches(len(items), self.batch_size))
         for begin in range(0, len(all_batches), step):
             together = all_batches[begin : begin + step]
             for batch in together[first : first + 1]:
-                records += self._answer(system, collator, control, variant, batch, [items[i] for i in batch])
+                records += answer(
+                    system, channel, task, self.tokenizer, self.decoding, batch,
+                    method=method, control=control, seed=self.decoding.seed,
+                )  # fmt: skip
             advance(sum(map(len, together)))
         return records if step == 1 else sorted(gathered(records), key=lambda record: record.index)
-
-    def _answer(self, system, collator, control, variant, indices, rows) -> list[Record]:
-        encoded = collator.encode_prompts(rows)
-        ids, lengths = encoded["prompt_ids"], encoded["prompt_lengths"]
-        seeds = [self.decoding.seed + i for i in indices]
-        answers = system.generate(ids, lengths, self.tokenizer, self.decoding, seeds=seeds, control=control)
-        prompts = self.tokenizer.batch_decode(ids[-1].split(lengths[-1]))
-        return [
-            Record(variant, i, prompt, answer.text, gold(row), self.task.check(answer.text, row), len(answer.tokens))
-            for i, prompt, row, (answer, *_) in zip(indices, prompts, rows, answers, strict=True)
-        ]
 
 
 def evaluate_all(
@@ -112,8 +97,7 @@ def evaluate_all(
     """Accuracy by variant and all records, with a progress bar on the terminal."""
     items = evaluator.task.eval
     accuracies, records = {}, []
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, disable=not show_progress) as progress:
+    with progress_bar(show_progress) as progress:
         bar = progress.add_task("evaluating", total=len(items) * len(variants))
         for variant in variants:
             progress.update(bar, description=f"evaluating: {VARIANTS[variant]}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -14,17 +12,13 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas import profiling
-from diffmas.evaluation import VARIANTS, Record
+from diffmas.evaluation import VARIANTS, variant_of
+from diffmas.page import heading, note, page, svg, table
 from diffmas.profiling import PROFILE_FILE
-from diffmas.records import write_atomically
+from diffmas.records import Record, write_atomically
 from diffmas.training import METRICS_FILE, read_metrics
 
 SUMMARY_FILE, RECORDS_FILE, REPORT_FILE = "summary.json", "eval.jsonl", "report.html"
-
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #d0d7de;text-align:left}
-td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
-.small{color:#57606a;font-size:.85rem}"""
 
 
 def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
@@ -37,9 +31,9 @@ def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
 
 
 def write_records(folder: str | Path, records: Sequence[Record]) -> None:
-    """Per-item JSONL: variant, prompt, answer, gold, whether it was right, tokens."""
+    """Per-item JSONL: the fields of a record, and the variant it belongs to."""
     with Path(folder, RECORDS_FILE).open("w") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+        file.writelines(json.dumps({"variant": variant_of(r), **asdict(r)}) + "\n" for r in records)
 
 
 def print_accuracies(summary: dict[str, Any]) -> None:
@@ -68,28 +62,20 @@ def write_report(folder: str | Path) -> Path:
         "time": f"{summary['seconds']} s, peak memory {summary['peak_memory_mb']} MB",
         "machine": ", ".join(f"{k} {v}" for k, v in summary["machine"].items()),
     }
-    body = [f"<h1>{html.escape(summary['task']['task'])}: what the trace carries</h1>"]
+    body = [heading(f"{summary['task']['task']}: what the trace carries", 1)]
     if rows := _accuracies(summary):
-        body += [_table([(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
-        body.append(f"<p class=small>{summary['eval_items']} held-out items.</p>")
+        body += [table([], [(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
+        body.append(note(f"{summary['eval_items']} held-out items."))
     if any("loss" in entry for entry in metrics):
-        body += ["<h2>Training</h2>", svg(_curves, metrics)]
+        body += [heading("Training"), svg(_curves, metrics)]
     if (folder / PROFILE_FILE).is_file():
         profile = json.loads((folder / PROFILE_FILE).read_text())
-        body += ["<h2>One step</h2>", _table([profiling.COLUMNS, *profiling.rows(profile)])]
-        body.append(f"<p class=small>{html.escape(profiling.caption(profile))}</p>")
-    body += ["<h2>Run</h2>", _table([(k, str(v)) for k, v in about.items() if v is not None])]
+        body += [heading("One step"), table(profiling.COLUMNS, profiling.rows(profile))]
+        body.append(note(profiling.caption(profile)))
+    body += [heading("Run"), table([], [(k, str(v)) for k, v in about.items() if v is not None], text=2)]
     path = folder / REPORT_FILE
     write_atomically(path, page("DiffMAS run", body))
     return path
-
-
-def page(title: str, body: Sequence[str]) -> str:
-    """An HTML page that needs no network."""
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>" + "\n".join(body) + "</html>\n"
-    )
 
 
 def _field(variant: str) -> str:
@@ -98,31 +84,6 @@ def _field(variant: str) -> str:
 
 def _accuracies(summary: dict[str, Any]) -> list[tuple[str, float]]:
     return [(label, summary[_field(v)]) for v, label in VARIANTS.items() if _field(v) in summary]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    cells = (
-        f"<tr><td>{html.escape(first)}</td>" + "".join(f"<td class=n>{html.escape(c)}</td>" for c in rest) + "</tr>"
-        for first, *rest in rows
-    )
-    return f"<table>{''.join(cells)}</table>"
-
-
-def svg(draw, data) -> str:
-    """The figure `draw(plt, data)` as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    # A fixed salt and no date: the same run gives the same file.
-    with plt.rc_context({"svg.hashsalt": "diffmas", "axes.spines.top": False, "axes.spines.right": False}):
-        figure = draw(plt, data)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def _bars(plt, rows: Sequence[tuple[str, float]]):

@@ -1,11 +1,12 @@
 """Sweeps: which agents stay, one training a value, going on, and what is refused."""
 
 import json
+import re
 
 import pytest
 
 from diffmas import ablate
-from diffmas.ablate import first_agents
+from diffmas.ablate import first_agents, write_ablation_report
 from diffmas.topology import TOPOLOGIES, TopologyError
 
 
@@ -37,6 +38,13 @@ def test_sweep_trains_every_value_once_and_goes_on(flags, tmp_path, capsys):
     before = (tmp_path / "out" / "items.jsonl").read_bytes()
     assert ablate.main(command) == 0
     assert (tmp_path / "out" / "items.jsonl").read_bytes() == before
+
+
+def test_the_report_escapes_names(tmp_path):
+    summary = {"cells": [], "settings": {"task": "<u>&"}}
+    text = write_ablation_report(tmp_path, summary, "a <b>& c", {"alignment": ["<i>"]}).read_text()
+    assert "<h1>a &lt;b&gt;&amp; c: one" in text and "alignment &lt;i&gt;" in text and "&lt;u&gt;&amp;" in text
+    assert not {"<b>", "<i>", "<u>"} & set(re.findall("<[a-z]+>", text))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from diffmas.comparison_report import markdown_table, write_comparison_report
+from diffmas.comparison_report import markdown_table, print_comparison, write_comparison_report
 from diffmas.machine import machine
 from diffmas.records import Record
 from diffmas.stability import agreement, entropy_curve, perplexity
@@ -104,10 +104,11 @@ def test_agreement():
 class Balance(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.open, self.links = [], []
+        self.open, self.links, self.seen = [], [], set()
 
     def handle_starttag(self, tag, attributes):
         self.links += [v for k, v in attributes if k in ("src", "href") and v and not v.startswith("#")]
+        self.seen.add(tag)
         if tag not in ("meta", "path", "use", "rect"):
             self.open.append(tag)
 
@@ -127,6 +128,20 @@ def test_report_needs_no_network_and_shows_every_number(summary, tmp_path):
         assert f"{100 * cell['accuracy']['mean']:.1f} [" in text
     assert "diffmas: matched − mismatched" in text and "+66.7 [" in text
     json.dumps(summary, allow_nan=False)
+
+
+def test_names_are_text_not_markup(tmp_path):
+    name = "sums <b>& $x$ [/b]"
+    rows = records("single", SINGLE, task=name) + records("<i>m</i>", MISMATCHED, task=name, control="zero")
+    summary = summarise(rows + records("<i>m</i>", DIFFMAS, task=name), ["single", "<i>m</i>"])
+    summary["machine"] = {"device": "<u>cpu"}
+    text = write_comparison_report(tmp_path, summary).read_text()
+    print_comparison(summary)
+    parser = Balance()
+    parser.feed(text)
+    assert parser.open == [] and not parser.seen & {"i", "u"}
+    assert "<h1>sums &lt;b&gt;&amp; $x$ [/b]: 2 methods</h1>" in text and "&lt;i&gt;m&lt;/i&gt; <code>&lt;i" in text
+    assert parser.seen >= {"b", "code"} and "&lt;code" not in text, "our own markup was escaped"
 
 
 def test_markdown(summary):

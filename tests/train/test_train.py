@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import eval as evaluate
 from diffmas import train
+from diffmas.records import read_records
 from diffmas.runs import ADAPTER_FILE, load_run
 
 ACCURACIES = {"accuracy", *(f"accuracy_{v}" for v in ("mismatched", "zero", "noise", "training_free", "single"))}
@@ -64,9 +65,9 @@ def test_eval_repeats_the_run_s_own_accuracies(flags, tmp_path, capsys):
     assert evaluate.main([f"--run={tmp_path / 'run'}", "--batch_size=2", "--seed=42"]) == 0
     before, after = (json.loads((tmp_path / "run" / p / "summary.json").read_text()) for p in (".", "eval"))
     assert {k: before[k] for k in ACCURACIES} == {k: after[k] for k in ACCURACIES}
-    records = [[json.loads(x) for x in (tmp_path / "run" / p / "eval.jsonl").open()] for p in (".", "eval")]
+    records = [read_records(tmp_path / "run" / p / "eval.jsonl") for p in (".", "eval")]
     # A mismatched trace is another row of the batch, so that variant depends on the batch size; no other does.
-    a, b = ([r for r in rows if r["variant"] != "mismatched"] for rows in records)
+    a, b = ([(*r.key, r.prompt, r.answer) for r in rows if r.control != "mismatched"] for rows in records)
     assert a == b
 
 
