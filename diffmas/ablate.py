@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas.alignment import ALIGNMENTS
-from diffmas.arguments import Parser
+from diffmas.arguments import ERRORS, Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name
 from diffmas.eval import as_flags, integers
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     try:
         return _ablate(args, flags)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except ERRORS as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 

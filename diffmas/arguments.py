@@ -10,10 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from diffmas.sandbox import SandboxError
+from diffmas.yaml_file import read_yaml
+
 PRESETS = Path(__file__).parent / "presets"
+#: What the programs report on a line, without a traceback.
+ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, SandboxError)
 
 
 @dataclass
@@ -101,14 +105,12 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
 
 
 def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        parser.error(f"argument --config: no such file: {path}")
     try:
-        values = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        parser.error(f"argument --config: {path} is not valid YAML: {error}")
+        values = read_yaml(path, "config") or {}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     known = {a.dest for a in parser._actions}
     if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
         what = f"unknown arguments {unknown}" if isinstance(values, dict) else "no mapping of arguments"
-        parser.error(f"argument --config: {path} has {what}")
+        parser.error(f"config {path} has {what}; allowed: the arguments that --help lists")
     return values

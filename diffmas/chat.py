@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.arguments import Parser
+from diffmas.arguments import ERRORS, Parser
 from diffmas.data import Collator
 from diffmas.generation import Decoding
 from diffmas.inspection import Inspection, inspect
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while True:
             item = _ask(chat.fields, console)
             _show(chat, item, console, args)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except EOFError:

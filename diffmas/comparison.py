@@ -109,6 +109,7 @@ class Comparison:
         for name, task in self.tasks.items():
             if len(task.eval) == 0:
                 raise ValueError(f"the evaluation set of {name} is empty; allowed: at least one item")
+            task.ready()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> dict[str, Any]:

@@ -17,11 +17,16 @@ class Collator:
 
     Token tensors are int64 `[tokens]`, one per agent for prompts; lengths are Python integers, so that planning a
     batch never waits for a device. Answers end with the tokenizer's end-of-sequence token.
+
+    Raises:
+        ValueError: an agent's role without a prompt, or a tokenizer without an end-of-sequence token.
     """
 
     def __init__(self, topology: Topology, prompts: Prompts, tokenizer: PreTrainedTokenizerBase):
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer has no end-of-sequence token; allowed: one with eos_token set")
+        for agent in topology.agents:
+            prompts.fields(agent.role)
         self.topology, self.prompts, self.tokenizer = topology, prompts, tokenizer
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import set_seed
 
-from diffmas.arguments import Parser
+from diffmas.arguments import ERRORS, Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings, changes
 from diffmas.comparison_report import print_comparison, write_comparison_report
 from diffmas.controls import CONTROLS
@@ -32,6 +31,7 @@ from diffmas.report import accuracy_fields, print_accuracies, write_records, wri
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
+from diffmas.yaml_file import read_yaml
 
 PROGRAM = "python -m diffmas.eval"
 #: Arguments that say something only without, or only with, `--methods`.
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_used(args)
         return _evaluate(args) if args.methods is None else _compare(args, unknown)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
 
@@ -106,6 +106,7 @@ def _evaluate(args: EvalArguments) -> int:
     device = PartialState(cpu=not torch.cuda.is_available()).device
     run.system.to(device)
     task = _load_held_out(task_args, run.task.eval_size)
+    task.ready()
     evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
     first = process() == 0
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
@@ -139,7 +140,9 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     description = json.loads((run / SYSTEM_FILE).read_text()) if (run / SYSTEM_FILE).is_file() else {}
     own_seed = description.get("training", {}).get("seed", 0)
     seeds = [own_seed] if args.seeds is None else integers("seeds", args.seeds)
-    parts = [description.get(part, {}) for part in ("system", "task", "decoding", "training")]
+    parts = [dict(description.get(part, {})) for part in ("system", "task", "decoding", "training")]
+    # A folder with the files of the run's own task says nothing about another one's.
+    own_task, own_files = parts[1].get("task"), {"data_dir": parts[1].pop("data_dir", None)}
     shared = ("eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
     common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
@@ -147,7 +150,13 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     tasks = [t.strip() for t in args.tasks.split(",")] if args.tasks else [Settings(common, PROGRAM).task.task]
     if unused := [name for name in per_task if name not in tasks]:
         raise ValueError(f"task_config has {unused}; allowed: the tasks {', '.join(tasks)}")
-    by_task = {name: [*common, f"--task={name}", *as_flags(per_task.get(name, {}))] for name in tasks}
+    by_task = {
+        name: [
+            *as_flags(own_files if name == own_task else {}), *common, f"--task={name}",
+            *as_flags(per_task.get(name, {})),
+        ]
+        for name in tasks
+    }  # fmt: skip
     folder = Path(args.output_dir or (run / "methods" if description else run))
     adapters = {}
     if (run / ADAPTER_FILE).is_file() and (name := description["task"]["task"]) in by_task:
@@ -230,12 +239,7 @@ def integers(name: str, text: str) -> list[int]:
 def _read_task_config(path: str | None) -> dict[str, dict[str, Any]]:
     if path is None:
         return {}
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"task_config is {path!r}: no such file")
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"task_config {path} is not valid YAML: {error}") from None
+    values = read_yaml(path, "task_config")
     if not isinstance(values, dict) or not all(isinstance(v, dict) for v in values.values()):
         raise ValueError(f"task_config {path} is {values!r}; allowed: {{task: {{flag: value}}}}")
     return values

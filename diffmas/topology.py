@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+from diffmas.yaml_file import read_yaml
 
 HANDOVERS = ("full", "latent")
 
@@ -89,19 +89,26 @@ class Topology:
         """From the YAML form: `{name, handover, agents: [{name, role, receives: [names]}]}`."""
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
             raise TopologyError("agents is missing; allowed: a list of {name, role, receives}")
-        if unknown := set(data) - {"name", "handover", "agents"}:
-            raise TopologyError(f"unknown keys {sorted(unknown)}; allowed: name, handover, agents")
+        _check_keys("the topology", data, ("name", "handover", "agents"))
         agents = []
         for entry in data["agents"]:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
                 raise TopologyError(f"agent is {entry!r}; allowed: {{name, role, receives}} with a string name")
-            if unknown := set(entry) - {"name", "role", "receives"}:
-                raise TopologyError(f"agent {entry['name']} has unknown keys {sorted(unknown)}")
-            receives = entry.get("receives") or []
-            if not isinstance(receives, list):
+            _check_keys(f"agent {entry['name']}", entry, ("name", "role", "receives"))
+            receives, role = entry.get("receives") or [], entry.get("role") or ""
+            if not isinstance(receives, list) or not all(isinstance(sender, str) for sender in receives):
                 raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
-            agents.append(Agent(entry["name"], tuple(receives), entry.get("role") or ""))
-        return cls(data.get("name", "custom"), tuple(agents), handover or data.get("handover", "full"))
+            if not isinstance(role, str):
+                raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
+            agents.append(Agent(entry["name"], tuple(receives), role))
+        if not isinstance(name := data.get("name", "custom"), str):
+            raise TopologyError(f"name is {name!r}; allowed: a string")
+        return cls(name, tuple(agents), handover or data.get("handover", "full"))
+
+
+def _check_keys(what: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    if unknown := [key for key in entry if key not in allowed]:
+        raise TopologyError(f"{what} has unknown keys {unknown}; allowed: {', '.join(allowed)}")
 
 
 def _check_names(agents: tuple[Agent, ...]) -> None:
@@ -160,7 +167,7 @@ def load_topology(name_or_path: str, handover: str | None = None) -> Topology:
 
     Raises:
         TopologyError: an unknown name, or a file that describes no valid topology.
-        FileNotFoundError: a path that does not exist.
+        FileNotFoundError: a path that does not exist. ValueError: a file that is no YAML.
     """
     if (built_in := TOPOLOGIES.get(name_or_path)) is not None:
         return Topology(built_in.name, built_in.agents, handover or built_in.handover)
@@ -168,10 +175,10 @@ def load_topology(name_or_path: str, handover: str | None = None) -> Topology:
     if path.suffix not in (".yaml", ".yml"):
         allowed = ", ".join(TOPOLOGIES)
         raise TopologyError(f"topology is {name_or_path!r}; allowed: {allowed}, or the path of a .yaml file")
-    if not path.is_file():
-        raise FileNotFoundError(f"topology is {name_or_path!r}: no such file")
+    if handover not in (None, *HANDOVERS):
+        raise TopologyError(f"handover is {handover!r}; allowed: {', '.join(HANDOVERS)}")
+    data = read_yaml(path, "topology")
     try:
-        data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise TopologyError(f"topology {name_or_path} is not valid YAML: {error}") from error
-    return Topology.from_dict(data, handover)
+        return Topology.from_dict(data, handover)
+    except TopologyError as error:
+        raise TopologyError(f"topology {path}: {error}") from None

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
+from diffmas.arguments import ERRORS, DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.data import Collator
 from diffmas.distributed import decided_by_first, gathered, is_sharded, process, processes, settle_sharding
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         return train(*arguments)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+    except ERRORS as error:
         where = f" in process {process()}" if process() else ""
         print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
         return 2
@@ -84,6 +84,8 @@ def train(
     task = load_task(task_args)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
         raise ValueError("the training set is empty; allowed: at least one item")
+    if not args.disable_final_eval or args.eval_strategy != "no":
+        task.ready()
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology)
     check_base(system.language_model.dtype)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from diffmas.sandbox import Limits, Result, run
+from diffmas.sandbox import Limits, Result, best_mode, run
 
 LIMITS = Limits(seconds=20.0, cpu_seconds=20)
 
@@ -69,6 +69,11 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether the program in `text` passes the item's tests (see :func:`execute`)."""
     result = execute(text, item)
     return result is not None and result.passed
+
+
+def ready() -> None:
+    """Raise `SandboxError` where programs cannot be confined on this machine."""
+    best_mode()
 
 
 def execute(text: str, item: Mapping[str, Any], limits: Limits = LIMITS) -> Result | None:

@@ -35,6 +35,8 @@ class TextChannel(TraceChannel):
 
     def __init__(self, system, task, tokenizer, topology, decoding):
         super().__init__(system, task, tokenizer)
+        for agent in topology.agents:
+            task.prompts.fields(agent.role)
         self.team, self.decoding = topology, replace(decoding, samples=1)
 
     def encode_prompts(self, items) -> dict[str, Any]:

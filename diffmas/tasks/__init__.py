@@ -48,7 +48,7 @@ def load_task(args: TaskArguments) -> Task:
 
     Raises:
         ValueError: an unknown task, an item without question or answer, no item at all, a size below 1, an `eval_file`
-            for a task that is no file.
+            for a task that is no file, a `data_dir` for one that reads none, prompts that its items cannot fill.
         FileNotFoundError: a data, prompt or evaluation file that does not exist.
         ModuleNotFoundError: a package the task needs is not installed.
     """
@@ -60,7 +60,14 @@ def load_task(args: TaskArguments) -> Task:
         raise ValueError(
             f"eval_file is {args.eval_file!r} with task {args.task!r}; allowed: where task is a .jsonl file"
         )
+    if args.data_dir is not None and load in (relay.load, procedural.load, jsonl.load):
+        raise ValueError(
+            f"data_dir is {args.data_dir!r} with task {args.task!r}, which reads none; allowed: with "
+            f"{', '.join(name for name, reads in LOADERS.items() if reads is not relay.load)}"
+        )
     task = load(args)
+    if len(task.eval):
+        task.prompts.check(task.eval[0])
     if args.eval_size is None or len(task.eval) <= args.eval_size:
         return task
     return replace(task, eval=task.eval[: args.eval_size])

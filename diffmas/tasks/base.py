@@ -31,6 +31,7 @@ class Task:
             wrong; it never raises for what a model wrote. May be called from several threads.
         extract: the final answer of a prediction in a normal form, so that equal answers are equal strings (for
             counting agreeing samples); None where there is none.
+        ready: raises where this machine cannot check predictions; to be asked before any are generated.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task:
     prompts: Prompts
     check: Callable[[str, Item], bool]
     extract: Callable[[str], str | None]
+    ready: Callable[[], None] = lambda: None
 
 
 def gold(item: Item) -> str:
@@ -60,7 +62,7 @@ class TaskArguments:
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder with train and test files (.jsonl, .jsonl.gz, .csv, .parquet) to read instead of the hub."
+            "help": "Folder with train and test files (.jsonl, .jsonl.gz, .csv, .parquet) to read instead of the hub's."
         },
     )
     eval_file: str | None = field(

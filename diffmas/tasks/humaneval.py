@@ -27,7 +27,7 @@ def load(args: TaskArguments) -> Task:
 def _load(name: str, source: Source, args: TaskArguments) -> Task:
     return build(
         name, args, train=mbpp.TRAIN, evaluation=source, make=item, make_train=mbpp.train_item, kind=code,
-        prompts="code",
+        prompts="code", ready=code.ready,
     )  # fmt: skip
 
 

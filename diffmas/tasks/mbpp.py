@@ -21,7 +21,7 @@ def load(args: TaskArguments) -> Task:
     """Items with `question`, `answer` (a fenced program), `test` and `entry_point`."""
     return build(
         "mbpp+", args, train=TRAIN, evaluation=TEST, make=item, make_train=train_item, keep=_not_held_out, kind=code,
-        prompts="code",
+        prompts="code", ready=code.ready,
     )  # fmt: skip
 
 

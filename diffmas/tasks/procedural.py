@@ -100,7 +100,10 @@ def _parse(task: str) -> tuple[str, dict[str, Any]]:
         key, mark, value = setting.partition("=")
         if not mark or not key.strip().isidentifier():
             raise ValueError(f"task is {task!r}; allowed: rg:name, or rg:name:option=value:…")
-        options[key.strip()] = yaml.safe_load(value)
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"task is {task!r}: option {key.strip()} is {value!r}; allowed: a YAML value") from None
     return name.strip(), options
 
 

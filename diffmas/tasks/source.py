@@ -120,6 +120,7 @@ def build(
     keep: Callable[[Row, Sequence[Item]], bool] = lambda row, held_out: True,
     kind: Any,
     prompts: str,
+    ready: Callable[[], None] = lambda: None,
 ) -> Task:
     """A task from two sources.
 
@@ -127,7 +128,7 @@ def build(
         make, make_train: an item from a row of `evaluation` and of `train` (default: the same); ValueError for a row
             they cannot use.
         keep: whether a row may be trained on, given the evaluation's items.
-        kind: module with `check` and `extract`. prompts: family of role prompts.
+        kind: module with `check` and `extract`. prompts: family of role prompts. ready: see :class:`Task`.
     """
     held_out = [_made(make, row, name, evaluation, i) for i, row in enumerate(evaluation.rows(args.data_dir, name), 1)]
 
@@ -136,7 +137,8 @@ def build(
         items = [_made(make_train or make, row, name, train, i) for i, row in enumerate(rows, 1)]
         return items[: args.train_size]
 
-    return Task(name, Items(load), held_out, Prompts.load(args.prompts or prompts), kind.check, kind.extract)
+    loaded = Prompts.load(args.prompts or prompts)
+    return Task(name, Items(load), held_out, loaded, kind.check, kind.extract, ready)
 
 
 def _made(make: Callable[[Row], Item], row: Row, task: str, source: Source, number: int) -> Item:

@@ -190,6 +190,21 @@ def test_settings_of_a_task_are_used_or_refused(tmp_path, capsys):
     assert evaluate.main(command) == 2 and "is not valid YAML" in capsys.readouterr().err
 
 
+def test_a_run_s_data_folder_is_for_its_own_task(tmp_path, monkeypatch):
+    task = {"task": "gsm8k", "data_dir": "there"}
+    (tmp_path / "system.json").write_text(json.dumps({"system": {}, "task": task, "decoding": {}}))
+    given = {}
+
+    def compare(folder, flags, *arguments, **options):
+        given.update({name: Settings(f, evaluate.PROGRAM).task.data_dir for name, f in flags.items()})
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluate, "Comparison", compare)
+    command = [f"--run={tmp_path}", "--methods=single", "--tasks=gsm8k,relay"]
+    assert evaluate.main(command) == 2 and given == {"gsm8k": "there", "relay": None}
+    assert evaluate.main([*command, "--data_dir=here"]) == 2 and given == {"gsm8k": "here", "relay": "here"}
+
+
 def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
     def other(method="diffmas", **changes):
         run = Settings(flags(), evaluate.PROGRAM)

@@ -98,5 +98,5 @@ def test_file_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="topology is '.*missing.yaml': no such file"):
         load_topology(str(tmp_path / "missing.yaml"))
     (broken := tmp_path / "broken.yaml").write_text("agents: [")
-    with pytest.raises(TopologyError, match="broken.yaml is not valid YAML"):
+    with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
         load_topology(str(broken))

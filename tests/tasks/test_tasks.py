@@ -89,7 +89,7 @@ def test_prompts_name_what_is_missing():
     prompts = Prompts({"solver": {"user": "{question}"}})
     with pytest.raises(ValueError, match="role is 'critic'"):
         prompts.messages("critic", {"question": "q"})
-    with pytest.raises(ValueError, match="names the field 'question'; the item has text"):
+    with pytest.raises(ValueError, match="prompts: user of role solver names the field 'question'; allowed: text"):
         prompts.messages("solver", {"text": "q"})
 
 
