@@ -124,7 +124,7 @@ class Comparison:
             with self._progress(file) as advance:
                 for name, task in self.tasks.items():
                     for method in self.methods:
-                        for seed in self._seeds(method, self.settings[name]):
+                        for seed in self.seeds:
                             self._evaluate(file, name, task, method, seed, advance)
             return self.summarise(file.records)
 
@@ -144,7 +144,7 @@ class Comparison:
         # Records carry the name the task was asked for by, which two files of the same stem do not share.
         task = replace(task, name=name)
         loaded = None
-        for control in (c for c in method.controls if c in self.controls):
+        for control in (c for c in self._controls(method) if seed in self._seeds(name, method, c)):
             began, done = time.perf_counter(), len(file.records)
             for indices in batches(len(task.eval), self.options.batch_size):
                 wanted = {(name, method.name, control, seed, i, s) for i in indices for s in range(decoding.samples)}
@@ -194,7 +194,8 @@ class Comparison:
         _, task_args, decoding_args, training_args = parse_arguments(flags)
         status = train(
             self._system_args(method, settings), task_args, decoding_args, training_args, topology=topology,
-            collator=lambda system, task, tokenizer: self._channel(name, method, system, task, tokenizer),
+            # Beside the methods and seeds of a task: what decides a text decides who shares it.
+            collator=lambda *parts: self._channel(name, method, *parts).kept_in(folder.parents[1]),
         )  # fmt: skip
         if status:
             raise Interrupted
@@ -215,10 +216,13 @@ class Comparison:
             args = replace(args, alignment=args.alignment_initial)
         return args
 
-    def _seeds(self, method: Method, settings: Settings) -> Sequence[int]:
-        """All seeds, or the first one where every other one would repeat its answers: no training, greedy decoding."""
-        repeats = not method.trained and settings.decoding.temperature == 0
-        return self.seeds[:1] if repeats else self.seeds
+    def _controls(self, method: Method) -> list[str]:
+        return [control for control in method.controls if control in self.controls]
+
+    def _seeds(self, name: str, method: Method, control: str) -> Sequence[int]:
+        """All seeds, or the first where every other one would repeat its answers: no training, greedy, no noise."""
+        drawn = method.trained or control == "noise" or self.settings[name].decoding.temperature > 0
+        return self.seeds if drawn else self.seeds[:1]
 
     def _check_settings(self) -> None:
         """Keep the settings beside the records, or raise `ValueError` where other ones are kept."""
@@ -245,8 +249,7 @@ class Comparison:
         total = done = 0
         for name, task in self.tasks.items():
             for method in self.methods:
-                controls = [c for c in method.controls if c in self.controls]
-                cells = [(c, s) for c in controls for s in self._seeds(method, self.settings[name])]
+                cells = [(c, s) for c in self._controls(method) for s in self._seeds(name, method, c)]
                 total += len(cells) * len(task.eval) * self.options.samples
                 done += sum(1 for k in file.keys if (k[0], k[1]) == (name, method.name) and (k[2], k[3]) in cells)
         with progress_bar(self.show_progress) as progress:

@@ -54,7 +54,8 @@ def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
             _difference_table(summary, lambda d: d["a_control"] != d["b_control"]),
             note(
                 "The row's own trace (matched), another row's (mismatched), keys and values of zero, and "
-                "noise of the same norms. What is right without the row's own trace was not communicated."
+                "noise of the same norms, drawn anew for every seed. What is right without the row's own trace was not "
+                "communicated. Greedy answers of a method without training are the same for every seed and taken once."
             ),
         ]
     body += [heading("Stability of decoding"), _stability_table(cells, tasks, methods)]

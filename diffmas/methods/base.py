@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,10 @@ class TraceChannel(Collator):
     def __init__(self, system: MultiAgentSystem, task: Task, tokenizer: PreTrainedTokenizerBase):
         super().__init__(system.topology, task.prompts, tokenizer)
         self.system = system
+
+    def kept_in(self, folder: Path) -> TraceChannel:
+        """Keep in `folder` what is costly to find out about training items; here nothing is. Returns itself."""
+        return self
 
     def read(self, items: Sequence[Item], seeds: Sequence[int]) -> Reading:
         encoded = self.encode_prompts(items)

@@ -13,6 +13,8 @@ def stitched(topology: Topology) -> Topology:
 
 
 STITCH = Method("stitch", "stitched traces, no training", topology=stitched, controls=ALL_CONTROLS)
+#: Like the trained trace, with exact gradients through every hand-over.
 STITCH_TRAINED = Method(
-    "stitch+train", "stitched traces, trained", trained=True, topology=stitched, controls=ALL_CONTROLS
-)
+    "stitch+train", "stitched traces, trained", trained=True, settings={"detach_trace": False}, topology=stitched,
+    controls=ALL_CONTROLS,
+)  # fmt: skip

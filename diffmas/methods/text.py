@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffmas.data import pack
 from diffmas.methods.base import Method, Reading, TraceChannel
+from diffmas.methods.text_cache import TextCache, base_fingerprint, fingerprint
 from diffmas.topology import Agent, Topology
+
+TEXTS_FILE = "texts.sqlite"
 
 
 def last_alone(topology: Topology) -> Topology:
@@ -38,30 +42,58 @@ class TextChannel(TraceChannel):
         for agent in topology.agents:
             task.prompts.fields(agent.role)
         self.team, self.decoding = topology, replace(decoding, samples=1)
+        self._kept: TextCache | None = None
+        self._decided_by = ""
+
+    def kept_in(self, folder: Path) -> TextChannel:
+        """Keep texts for training in `folder`, by all that decides them; other runs on the same items share them."""
+        self._kept = TextCache(folder / TEXTS_FILE)
+        tokenizer = [self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())]
+        decided_by = [self.team.to_dict(), self.prompts.roles, asdict(self.decoding), tokenizer]
+        self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
+        return self
 
     def encode_prompts(self, items) -> dict[str, Any]:
         """Prompts for training: a text depends on the item alone, whatever batch or epoch it is drawn for."""
-        reading = self.read(items, [zlib.crc32(repr(sorted(item.items())).encode()) for item in items])
-        return {"prompt_ids": reading.prompt_ids, "prompt_lengths": reading.prompt_lengths}
+        ids, lengths = self._prompts(self.team.last, items, self._training_texts(items))
+        return {"prompt_ids": [ids], "prompt_lengths": [lengths]}
 
     def read(self, items, seeds: Sequence[int]) -> Reading:
-        *writers, last = self.team.agents
+        texts, spent, prefill = self._write(items, seeds)
+        ids, lengths = self._prompts(self.team.last, items, texts)
+        return Reading([ids], [lengths], [a + b for a, b in zip(prefill, lengths, strict=True)], spent, 0)
+
+    def _training_texts(self, items) -> dict[str, list[str]]:
+        """Texts by agent, a text an item."""
+        keys = [fingerprint([self._decided_by, dict(item)]) for item in items]
+        found = self._kept.find(keys) if self._kept else {}
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in found}
+        if missing:
+            seeds = [zlib.crc32(repr(sorted(item.items())).encode()) for item in missing.values()]
+            texts, _, _ = self._write(list(missing.values()), seeds)
+            written = {key: {name: texts[name][i] for name in texts} for i, key in enumerate(missing)}
+            if self._kept:
+                self._kept.add(written)
+            found |= written
+        return {agent.name: [found[key][agent.name] for key in keys] for agent in self.team.agents[:-1]}
+
+    def _write(self, items, seeds: Sequence[int]) -> tuple[dict[str, list[str]], list[int], list[int]]:
+        """Texts by agent, a text an item; tokens generated and tokens read for them, by item."""
         texts: dict[str, list[str]] = {}
         spent, prefill = [0] * len(items), [0] * len(items)
-        for agent in writers:
+        for agent in self.team.agents[:-1]:
             ids, lengths = self._prompts(agent, items, texts)
-            answers = self._write(ids, lengths, seeds)
+            answers = self._generate(ids, lengths, seeds)
             texts[agent.name] = [answer.text for answer in answers]
             spent = [n + len(answer.logprobs) for n, answer in zip(spent, answers, strict=True)]
             prefill = [a + b for a, b in zip(prefill, lengths, strict=True)]
-        ids, lengths = self._prompts(last, items, texts)
-        return Reading([ids], [lengths], [a + b for a, b in zip(prefill, lengths, strict=True)], spent, 0)
+        return texts, spent, prefill
 
     def _prompts(self, agent: Agent, items, texts: dict[str, list[str]]):
         written = [[(n, texts[n][i]) for n in self.team.ancestors(agent.name)] for i in range(len(items))]
         return pack(self.prompts.encode(agent.role, items, self.tokenizer, written))
 
-    def _write(self, ids, lengths, seeds):
+    def _generate(self, ids, lengths, seeds):
         training = self.system.training
         self.system.eval()
         try:

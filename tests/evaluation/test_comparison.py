@@ -1,6 +1,7 @@
 """One evaluator for all methods: what each spends, what it reads, what it was trained on, and going on after a kill."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from diffmas import eval as evaluate
 from diffmas import train
@@ -17,8 +19,9 @@ from diffmas.comparison import ITEMS_FILE, Comparison, Options, Settings
 from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
 from diffmas.methods import METHODS, TextChannel, choose_methods
+from diffmas.methods.text_cache import TextCache, base_fingerprint
 from diffmas.records import read_records
-from diffmas.runs import build_system
+from diffmas.runs import ADAPTER_FILE, build_system
 from diffmas.tasks import TaskArguments, load_task
 from diffmas.topology import load_topology
 from diffmas.train import last_checkpoint, parse_arguments
@@ -135,8 +138,14 @@ def test_trained_methods_share_items_steps_and_rate(flags, tmp_path):
 
 
 def test_seeds_repeat_nothing_where_nothing_is_drawn(flags, tmp_path):
-    compare(tmp_path / "greedy", flags(temperature=0), seeds=(0, 1)).run()
-    assert {r.seed for r in read_records(tmp_path / "greedy" / ITEMS_FILE)} == {0}
+    summary = compare(tmp_path / "greedy", flags(temperature=0), seeds=(0, 1)).run()
+    greedy = read_records(tmp_path / "greedy" / ITEMS_FILE)
+    assert {r.seed for r in greedy if r.control != "noise"} == {0}
+    noise = [[r for r in greedy if (r.seed, r.control) == (seed, "noise")] for seed in (0, 1)]
+    assert len(noise[0]) == len(noise[1]) == 5 * 2 and [r.logprob for r in noise[0]] != [r.logprob for r in noise[1]]
+    assert {c["control"]: c["seeds"] for c in summary["cells"] if c["method"] == "latent"}["noise"] == [0, 1]
+    noise = next(d for d in summary["differences"] if d["b_control"] == "noise")
+    assert noise["items"] == 5, "paired with the one greedy answer"
     compare(tmp_path / "drawn", flags(), seeds=(0, 1)).run()
     drawn = read_records(tmp_path / "drawn" / ITEMS_FILE)
     answered = [[r.answer for r in drawn if r.seed == seed] for seed in (0, 1)]
@@ -157,6 +166,71 @@ def test_other_settings_are_refused_and_more_seeds_are_not(flags, tmp_path):
     assert len(read_records(out / ITEMS_FILE)) == before + 10
     seeds = {c["method"]: c["seeds"] for c in summary["cells"] if c["control"] == "matched"}
     assert seeds == {"single": [0, 1], "latent": [0]}
+
+
+def test_only_one_method_cuts_the_gradient_whatever_the_run_has_set(flags, tmp_path, capsys):
+    methods = "stitch+train,diffmas,diffmas+detach"
+    comparison = compare(tmp_path / "out", flags(detach_trace=True), methods)
+    settings = comparison.settings["relay"]
+    cut = [comparison._system_args(method, settings).detach_trace for method in comparison.methods]
+    assert cut == [False, False, True]
+    assert evaluate.main([f"--run={tmp_path / 'new'}", "--methods=diffmas", "--detach_trace=true"]) == 2
+    assert "detach_trace is given with methods" in capsys.readouterr().err
+
+
+def test_texts_to_train_on_are_written_once(flags, tmp_path, monkeypatch):
+    """Not again for another epoch, to group by length, for another seed or after a kill; and training sees the same."""
+    written = Counter()
+    write, kept_in = TextChannel._write, TextChannel.kept_in
+
+    def count(channel, items, seeds):
+        written["training" if channel._kept else "answering"] += len(items)
+        return write(channel, items, seeds)
+
+    monkeypatch.setattr(TextChannel, "_write", count)
+    # Three epochs of eight items.
+    given = flags(train_size=8, max_steps=6, train_sampling_strategy="group_by_length")
+    compare(tmp_path / "out", given, "text+sft", seeds=(0, 1)).run()
+    assert written == {"training": 8, "answering": 2 * 5}
+    seed = tmp_path / "out" / "training" / "relay" / "text+sft" / "seed-0"
+    weights = load_file(seed / ADAPTER_FILE)
+    (seed / "summary.json").unlink()
+    for gone in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(seed / gone)
+    (tmp_path / "out" / ITEMS_FILE).unlink()
+    compare(tmp_path / "out", given, "text+sft").run()
+    assert written == {"training": 8, "answering": 3 * 5}
+    resumed = load_file(seed / ADAPTER_FILE)
+    monkeypatch.setattr(TextChannel, "kept_in", lambda channel, folder: channel)
+    compare(tmp_path / "uncached", given, "text+sft").run()
+    assert written["answering"] == 4 * 5 + 8 + 3 * 8, "without the cache: once to group, once an epoch"
+    plain = load_file(tmp_path / "uncached" / "training" / "relay" / "text+sft" / "seed-0" / ADAPTER_FILE)
+    for name, value in plain.items():
+        assert torch.equal(value, weights[name]) and torch.equal(value, resumed[name])
+    # Longer texts are other texts.
+    monkeypatch.setattr(TextChannel, "kept_in", kept_in)
+    shutil.copytree(tmp_path / "out" / "training", tmp_path / "longer" / "training")
+    compare(tmp_path / "longer", given, "text+sft", seeds=(2,), options=replace(OPTIONS, max_message_tokens=5)).run()
+    assert written["training"] == 8 + 8
+
+
+def test_a_cache_of_texts_that_is_none(tmp_path):
+    (tmp_path / "texts.sqlite").write_text("not a database, but text that is longer than the header of one is" * 20)
+    with pytest.raises(OSError, match="texts.sqlite: .*; it can be deleted"):
+        TextCache(tmp_path / "texts.sqlite")
+
+
+def test_another_base_is_another_one(flags):
+    system, _ = build_system(parse_arguments(flags())[0])
+    before = base_fingerprint(system.model)
+    trained, frozen = (
+        next(p for p in system.model.parameters() if p.requires_grad == wanted) for wanted in (True, False)
+    )
+    with torch.no_grad():
+        trained += 1
+        assert base_fingerprint(system.model) == before
+        frozen.view(-1)[0] += 1e-3
+        assert base_fingerprint(system.model) != before
 
 
 @pytest.mark.parametrize(
