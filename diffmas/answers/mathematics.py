@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffmas.answers import final, numbers
+from diffmas.answers import expressions, final, numbers
 from diffmas.answers.verifier import Verifier
 
 _STATED = re.compile(
     r"(?i)\b(?:final\s+answer|answer)(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?P<answer>[^\n]+)"
 )
 _END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
-_MATHS = re.compile(r"\$\$?([^$\n]+)\$\$?|\\\((.+?)\\\)")
+# Not "$5 and $6".
+_MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
 _SIMPLER = (
     (re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])"), ""),
@@ -86,5 +87,8 @@ def _final(text: str) -> str | None:
         sentence = _END.split(stated[-1], maxsplit=1)[0]
         if maths := _MATHS.findall(sentence):
             return next(part for part in maths[-1] if part)
-        return numbers.last(sentence) or sentence.strip(" *.")
+        sentence = sentence.strip(" *")
+        if numbers.parse(sentence) is not None:
+            return sentence
+        return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
     return numbers.last(text)

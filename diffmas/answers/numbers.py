@@ -14,8 +14,12 @@ _FRAC = re.compile(
     rf"(?P<sign>[-+]?)\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>{DIGITS})\s*\}}"
     r"|(?P<above1>[0-9])\s*(?P<below1>[0-9]))"
 )
+# In 2x, 6i and 3ab the letters are no unit.
+_VARIABLES = r"(?:[abciknpqrtuvxyzBDEGHIMOPQRSTXYZ]|[abcnpqxyz]{2,3})(?:\s*\^|\s*$)"
 _UNIT = re.compile(
-    r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9]*\}|[A-Za-z][A-Za-z ]*\.?)(?:\s*\^\s*\{?[23]\}?)?$"
+    r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9]*\}|"
+    rf"(?<![A-Za-z])(?!{_VARIABLES})[A-Za-z][A-Za-z ]*\.?)"
+    r"(?:\s*\^\s*\{?[23]\}?)?$"
 )
 _LOOSE = (
     (re.compile(r",\\!\s*"), ","),

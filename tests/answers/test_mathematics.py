@@ -132,6 +132,38 @@ def test_latex():
     assert not wrong
 
 
+# What is stated without dollars or a box, and the answer in it.
+STATED = [
+    ("2x+5", "2x+5"), ("2x + 5.", "2x + 5"), ("2x + 5 for all x > 3", "2x + 5"), ("y = 2x + 5", "y = 2x + 5"),
+    ("x^2 - 3x + 2, as shown", "x^2 - 3x + 2"), ("a^2+b^2", "a^2+b^2"), ("2xy + 1", "2xy + 1"), ("2 x + 1", "2 x + 1"),
+    ("n(n+1)/2 in general", "n(n+1)/2"), ("3*(4+5)", "3*(4+5)"), ("2^10", "2^10"), ("1 + 2i", "1 + 2i"), ("6i", "6i"),
+    ("sqrt(2)", "sqrt(2)"), ("3\\sqrt{2}", "3\\sqrt{2}"), ("\\frac{x}{2} + 1 or so", "\\frac{x}{2} + 1"),
+    ("e^{2x}", "e^{2x}"), ("(2,3)", "(2,3)"), ("[0, 1)", "[0, 1)"), ("(0, 1) and nothing else", "(0, 1)"),
+    ("1, 2, 3", "1, 2, 3"), ("x < 5", "x < 5"), ("- x", "- x"), ("$2x+5$", "2x+5"), ("$ 2x+5 $", "2x+5"),
+    ("$x$, not $y$", "x"), ("\\(x+1\\)", "x+1"), ("**2x+5**", "2x+5"), ("sin(x) + cos x", "sin(x) + cos x"),
+    # Numbers stay numbers, and words words.
+    ("5 apples", "5"), ("5 m^2", "5"), ("\\frac{1}{2}", "1/2"), ("\\frac{1}{2} of it", "1/2"), ("x = 5", "5"),
+    ("20 + 5 = 25 apples", "25"), ("20 + 5 apples, so 25", "25"), ("x + 3 = 8, so x = 5", "5"), ("5 x 3 = 15", "15"),
+    ("5 a day", "5"), ("5-year plans", "5"), ("5, which is odd", "5"), ("$5 + $3 = $8", "8"), ("3 - so, three", "3"),
+    ("12 because 3+4", "12"), ("3/4 of 20, 15", "15"), ("70,000", "70000"), ("a mixture", "a mixture"), ("k", "k"),
+    ("x-ray", "x-ray"), ("New York", "New York"), ("2x", "2x"), ("3ab", "3ab"), ("5 cm", "5"), ("5 h", "5"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "answer"), STATED)
+def test_a_stated_answer_is_the_whole_formula(said, answer):
+    assert mathematics.extract(f"First 7.\nThe answer is {said}") == mathematics.normal(answer)
+
+
+def test_formulas_stated_in_words_are_compared():
+    pytest.importorskip("math_verify")
+    for found, gold, equal in (
+        ("5 + 2x", "2x+5", True), ("5", "2x+5", False), ("2x + 5 for all x", "2x+5", True), ("y = 2x+5", "2x+5", True),
+        ("2", "2x", False), ("x + x", "2x", True), ("6", "6i", False), ("(2, 3)", "(2,3)", True), ("3", "(2,3)", False),
+    ):  # fmt: skip
+        assert mathematics.check(f"The answer is {found}.", {"answer": gold}) is equal, (found, gold)
+
+
 def test_an_endless_comparison_is_wrong_and_the_next_one_goes_on():
     pytest.importorskip("math_verify")
     verifier = Verifier(seconds=1.5)
@@ -179,7 +211,7 @@ PIECES = [
     r"\boxed{", r"\boxed", r"\text{", "}", "{", "####", "answer is ", "Answer: ", "A", "b", "(", ")", "$", "\\",
     "1", "0", ",", ".",
     "/", r"\frac", "-", "%", "\n", " ", "```python\n", "```", "def f():", "    return 1", "^", "é", "🦆", "\0",
-    "\ud800", "٣", "½", "１",
+    "\ud800", "٣", "½", "１", "x", "+", "=", "sqrt", "_", "<", "answer is 2x + ",
 ]  # fmt: skip
 
 
