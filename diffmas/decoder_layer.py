@@ -52,17 +52,26 @@ class FusedLayer:
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         call: Call | None = kwargs.get("trace_call")
-        layer = _plain(self, hidden_states, call) if call is not None and attention_mask is None else None
-        cos, sin = (x[0] for x in kwargs["position_embeddings"])
-        if layer is None or cos.shape[-1] != self.self_attn.head_dim:
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
-        order = call.enter(layer.index)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
-            hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos, sin, layer, *layer.adapters)
-        else:
-            hidden = _run(hidden_states[0], cos, sin, layer)[0]
-        call.leave(layer.index, order)
-        return hidden.unsqueeze(0)
+        result = None
+        if call is not None and attention_mask is None and hidden_states.device.type == "cpu":
+            result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call)
+        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) if result is None else result
+
+
+# Dynamo would specialise on the call handle and compile anew for every call; there is nothing to be fused in here.
+@torch.compiler.disable
+def _fused_forward(self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, call: Call) -> Tensor | None:
+    """The layer's result, or None where it has to be left alone."""
+    layer = _plain(self, hidden_states, call)
+    if layer is None or cos.shape[-1] != self.self_attn.head_dim:
+        return None
+    order = call.enter(layer.index)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
+        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos[0], sin[0], layer, *layer.adapters)
+    else:
+        hidden = _run(hidden_states[0], cos[0], sin[0], layer)[0]
+    call.leave(layer.index, order)
+    return hidden.unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ class _Layer:
 def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     """The layer's parts, or None where it has to be left alone."""
     dtype, attention, mlp = hidden.dtype, self.self_attn, self.mlp
-    if hidden.device.type != "cpu" or dtype not in _DTYPES or call.storage.keys.dtype != dtype:
+    if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
     # What insists on another implementation of the operators gets it, from the model's own modules.
     if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", "decoder_layer", "cpu", dtype) is not None:

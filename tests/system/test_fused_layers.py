@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffmas import decoder_layer
 from diffmas.system import MultiAgentSystem
@@ -55,6 +56,21 @@ def test_an_implementation_that_is_insisted_on(implementation, monkeypatch):
     loss, grads, _ = run(clone(plain), monkeypatch)
     other, other_grads, runs = run(clone(plain), monkeypatch, implementation=implementation)
     assert bool(runs) == (implementation == "cpu")
+    assert error(other, loss) < 1e-12
+    assert_same(other_grads, grads, 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_torch_compile_goes_around_a_fused_layer(monkeypatch):
+    """Same numbers, and nothing is compiled anew for every call."""
+    plain = with_lora(causal_lm("qwen3"))
+    loss, grads, runs = run(clone(plain), monkeypatch)
+    compiled, graphs = clone(plain), CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled.get_base_model().get_decoder().compile(backend=graphs)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        other, other_grads, other_runs = run(compiled, monkeypatch)
+    assert graphs.frame_count > 0 and other_runs == runs > 0
     assert error(other, loss) < 1e-12
     assert_same(other_grads, grads, 1e-10)
 
