@@ -267,7 +267,7 @@ FULL_STEP = Step(8, 512, 1536, 8, 4, 64, 1024, 4, 512, 40, 32, 1, "float32")
 #: Single-token calls of a model too small to compute: what is left is what a call costs beside its arithmetic.
 OVERHEAD_STEP = Step(8, 32, 64, 2, 1, 16, 64, 2, 1, 64, 1, 1, "float32")
 #: A step, and the values of one size after the other that it is measured at.
-STEP_BASE = Step(2, 256, 768, 4, 2, 64, 512, 4, 128, 8, 16, 1, "float32")
+STEP_BASE = Step(2, 256, 768, 4, 2, 64, 512, 3, 128, 8, 16, 1, "float32")
 STEP_AXES = {
     "latent": (0, 8, 16, 32, 64),
     "prompt": (128, 256, 512, 1024, 2048),

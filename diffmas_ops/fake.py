@@ -6,6 +6,7 @@ Imported once the library that defines the operators is loaded.
 import torch
 from torch import Tensor
 
+from diffmas_ops.decoder_layer import checks
 from diffmas_ops.dtypes import accumulation_dtype
 
 
@@ -57,16 +58,15 @@ def _(x: Tensor, weight: Tensor, transposed: bool):
 
 
 @register_fake("diffmas::decoder_layer")
-def _(h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_new,
-      outputs, *rest):  # fmt: skip
-    rows = len(h if outputs is None else outputs)
-    hidden, inner, queries, kv = (weights[i].shape[0] for i in (3, 4, 0, 1))
-    ranks = [each.shape[0] for each in a]
-    heads = (rows, queries // cos.shape[1])
+def _(h: Tensor, *rest):
+    # All but the scale.
+    size = checks.check_forward(h, *rest[:-1])
+    ranks, rows, tokens = size.ranks, size.rows, size.tokens
+    heads = (rows, size.queries // size.dim)
     shapes = [
-        (rows, hidden), (len(h), kv), (rows, queries), (*heads, cos.shape[1]), heads, (rows, hidden), (rows, inner),
-        (rows, inner), (rows, ranks[0]), (len(h), ranks[1] + ranks[2]), (rows, ranks[3]), (rows, ranks[4] + ranks[5]),
-        (rows, ranks[6]),
+        (rows, size.hidden), (tokens, size.kv), (rows, size.queries), (*heads, size.dim), heads, (rows, size.hidden),
+        (rows, size.inner), (rows, size.inner), (rows, ranks[0]), (tokens, ranks[1] + ranks[2]), (rows, ranks[3]),
+        (rows, ranks[4] + ranks[5]), (rows, ranks[6]),
     ]  # fmt: skip
     return tuple(h.new_empty(shape) for shape in shapes)
 
@@ -78,6 +78,10 @@ def _adapters(a, b, chosen):
 @register_fake("diffmas::decoder_layer_backward_output")
 def _(grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
       *rest):  # fmt: skip
+    checks.check_backward_output(
+        grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
+        *rest,
+    )  # fmt: skip
     likes = (grad, out, out)
     return [like.new_empty(like.shape) for like in likes] + _adapters(a, b, (3, 4, 5, 6))
 
@@ -85,6 +89,10 @@ def _(grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, no
 @register_fake("diffmas::decoder_layer_backward_input")
 def _(grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
       *rest):  # fmt: skip
+    checks.check_backward_input(
+        grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
+        *rest,
+    )  # fmt: skip
     return [h.new_empty(h.shape), *_adapters(a, b, (0, 1, 2))]
 
 

@@ -26,10 +26,12 @@ struct Layer {
   }
 };
 
+std::string in_list(const char* name, int i) { return name + ("[" + std::to_string(i) + "]"); }
+
 template <class T>
 Layer<T> make_layer(
-    const Tensor& like, const Tensors& norms, double epsilon, const Tensors& weights, const Tensors& biases,
-    const Tensors& a, const Tensors& b, const std::vector<double>& scalings) {
+    const Tensor& like, const Tensor& cos, const Tensors& norms, double epsilon, const Tensors& weights,
+    const Tensors& biases, const Tensors& a, const Tensors& b, const std::vector<double>& scalings) {
   const ScalarType dtype = like.scalar_type();
   STD_TORCH_CHECK(norms.size() == NORMS, "there are ", norms.size(), " norms; allowed: 4 (empty where there is none)");
   const Tensors* lists[] = {&weights, &biases, &a, &b};
@@ -37,17 +39,25 @@ Layer<T> make_layer(
   for (int i = 0; i < 4; ++i)
     STD_TORCH_CHECK(lists[i]->size() == PROJECTIONS, "there are ", lists[i]->size(), " ", names[i], "; allowed: 7");
   STD_TORCH_CHECK(scalings.size() == PROJECTIONS, "there are ", scalings.size(), " scalings; allowed: 7");
-  for (const Tensor& norm : norms) check_tensor("norms", norm, {ANY}, dtype, like);
+  STD_TORCH_CHECK(epsilon >= 0, "epsilon is ", epsilon, "; allowed: 0 and above");
+  for (int i = 0; i < PROJECTIONS; ++i) check_dim(in_list("weights", i).c_str(), weights[i], 2);
+  check_dim("cos", cos, 2);
+  const int64_t hidden = weights[O].size(0), queries = weights[Q].size(0), kv = weights[K].size(0), dim = cos.size(1);
+  STD_TORCH_CHECK(
+      dim > 0 && dim % 2 == 0 && queries % dim == 0 && kv % dim == 0, "cos has head dim ", dim,
+      "; allowed: even divisors of ", queries, " and ", kv);
   Layer<T> layer{norms, static_cast<T>(epsilon), {}};
-  const int64_t hidden = weights[O].size(0);
-  const int64_t inputs[] = {hidden, hidden, hidden, weights[Q].size(0), hidden, hidden, weights[GATE].size(0)};
-  const int64_t outs[] = {ANY, ANY, weights[K].size(0), hidden, ANY, weights[GATE].size(0), hidden};
+  for (int i = 0; i < NORMS; ++i)
+    if (i < Q_NORM || norms[i].numel() != 0)
+      check_tensor(in_list("norms", i).c_str(), norms[i], {i < Q_NORM ? hidden : dim}, dtype, like);
+  const int64_t inputs[] = {hidden, hidden, hidden, queries, hidden, hidden, weights[GATE].size(0)};
+  const int64_t outs[] = {ANY, ANY, kv, hidden, ANY, weights[GATE].size(0), hidden};
   for (int i = 0; i < PROJECTIONS; ++i) {
-    check_dim("weights", weights[i], 2);
-    check_tensor("weights", weights[i], {outs[i], inputs[i]}, dtype, like);
-    check_tensor("a", a[i], {ANY, inputs[i]}, dtype, like);
-    check_tensor("b", b[i], {weights[i].size(0), a[i].size(0)}, dtype, like);
-    if (biases[i].numel() != 0) check_tensor("biases", biases[i], {weights[i].size(0)}, dtype, like);
+    check_tensor(in_list("weights", i).c_str(), weights[i], {outs[i], inputs[i]}, dtype, like);
+    check_tensor(in_list("a", i).c_str(), a[i], {ANY, inputs[i]}, dtype, like);
+    check_tensor(in_list("b", i).c_str(), b[i], {weights[i].size(0), a[i].size(0)}, dtype, like);
+    if (biases[i].numel() != 0)
+      check_tensor(in_list("biases", i).c_str(), biases[i], {weights[i].size(0)}, dtype, like);
     layer.linears.push_back({weights[i], biases[i], a[i], b[i], static_cast<T>(scalings[i])});
   }
   return layer;
@@ -55,9 +65,9 @@ Layer<T> make_layer(
 
 /// Calls f with a value of the dtype, which is also the one computed in.
 template <class F>
-auto with_wide_type(const Tensor& like, const F& f) {
+auto with_wide_type(const char* name, const Tensor& like, const F& f) {
   STD_TORCH_CHECK(
-      like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::Double, "h is ",
+      like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::Double, name, " is ",
       torch::headeronly::toString(like.scalar_type()), "; allowed: Float, Double");
   return like.scalar_type() == ScalarType::Double ? f(double{}) : f(float{});
 }
@@ -195,26 +205,46 @@ void add_chosen(const Tensor& y, const Tensor& x, const OptionalTensor& index) {
       matrix<T>(y).row(data<int64_t>(*index)[n])[d] += matrix<const T>(x).row(n)[d];
 }
 
-void check_outputs(const OptionalTensor& outputs, const Tensor& h) {
-  if (!outputs) return;
-  check_dim("outputs", *outputs, 1);
-  check_tensor("outputs", *outputs, {ANY}, ScalarType::Long, h);
+/// Returns how many there are: all `tokens`, where none are chosen.
+int64_t check_outputs(const OptionalTensor& outputs, int64_t tokens, const Tensor& like) {
+  if (!outputs) return tokens;
+  check_tensor("outputs", *outputs, {ANY}, ScalarType::Long, like);
   check_contiguous("outputs", *outputs);
   for (int64_t n = 0; n < outputs->size(0); ++n) {
     const int64_t token = data<int64_t>(*outputs)[n];
-    STD_TORCH_CHECK(token >= 0 && token < h.size(0), "outputs has ", token, "; allowed: 0 to ", h.size(0) - 1);
+    STD_TORCH_CHECK(token >= 0 && token < tokens, "outputs has ", token, "; allowed: 0 to ", tokens - 1);
+  }
+  return outputs->size(0);
+}
+
+/// The ranges of the `rows` outputs, looked at before anything is written.
+void check_queries(
+    const Tensor& begin, const Tensor& end, const Tensor& starts, int64_t max_new, int64_t max_kv, int64_t rows,
+    const Tensor& keys) {
+  const int64_t batch = keys.size(0), capacity = keys.size(2);
+  check_index("query_begin", begin, batch, keys);
+  check_index("query_end", end, batch, keys);
+  check_index("query_starts", starts, batch, keys);
+  STD_TORCH_CHECK(max_new >= 0, "query_max_new is ", max_new, "; allowed: 0 and above");
+  STD_TORCH_CHECK(
+      max_kv >= 0 && max_kv <= capacity, "max_kv is ", max_kv, "; allowed: 0 to ", capacity, ", the capacity of keys");
+  const RowRanges ranges = row_ranges(begin, end, starts);
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t first = ranges.begin[b], last = ranges.end[b], count = last - first, start = ranges.starts[b];
+    STD_TORCH_CHECK(
+        0 <= first && first <= last && last <= rows, "query_begin[", b, "], query_end[", b, "] are ", first, ", ",
+        last, "; allowed: 0 <= query_begin <= query_end <= ", rows);
+    STD_TORCH_CHECK(
+        count <= max_new, "query_max_new is ", max_new, "; allowed: at least the ", count, " tokens of row ", b);
+    STD_TORCH_CHECK(
+        count == 0 || (start >= 0 && start + count <= max_kv), "query_starts[", b, "] is ", start,
+        "; allowed: 0 to ", max_kv - count);
   }
 }
 
-/// Angles [tokens, dim] of heads that the projections of `weights` fill.
-void check_turns(const Tensor& cos, const Tensor& sin, int64_t tokens, const Tensors& weights, const Tensor& like) {
-  check_dim("cos", cos, 2);
-  const int64_t dim = cos.size(1);
-  STD_TORCH_CHECK(
-      dim > 0 && dim % 2 == 0 && weights[Q].size(0) % dim == 0 && weights[K].size(0) % dim == 0, "cos has head dim ",
-      dim, "; allowed: even divisors of ", weights[Q].size(0), " and ", weights[K].size(0));
-  check_tensor("cos", cos, {tokens, dim}, like.scalar_type(), like);
-  check_tensor("sin", sin, {tokens, dim}, like.scalar_type(), like);
+void check_turns(const Tensor& cos, const Tensor& sin, int64_t tokens, const Tensor& like) {
+  check_tensor("cos", cos, {tokens, cos.size(1)}, like.scalar_type(), like);
+  check_tensor("sin", sin, {tokens, cos.size(1)}, like.scalar_type(), like);
 }
 
 void check_state(const char* name, const Tensor& tensor, int64_t rows, int64_t columns, const Tensor& like) {
@@ -232,20 +262,21 @@ States decoder_layer(
     const OptionalTensor& outputs, const Tensor& query_begin, const Tensor& query_end, const Tensor& query_starts,
     int64_t query_max_new, int64_t max_kv, double scale) {
   check_dim("h", h, 2);
-  check_outputs(outputs, h);
-  return with_wide_type(h, [&](auto type) -> States {
+  const int64_t tokens = h.size(0), rows = check_outputs(outputs, tokens, h);
+  return with_wide_type("h", h, [&](auto type) -> States {
     using T = decltype(type);
-    const Layer<T> layer = make_layer<T>(h, norms, epsilon, weights, biases, a, b, scalings);
+    const Layer<T> layer = make_layer<T>(h, cos, norms, epsilon, weights, biases, a, b, scalings);
     check_state("h", h, ANY, weights[O].size(0), h);
-    check_turns(cos, sin, h.size(0), weights, h);
-    const int64_t tokens = h.size(0), kv = weights[K].size(0), dim = cos.size(1);
+    check_turns(cos, sin, tokens, h);
+    const int64_t kv = weights[K].size(0), dim = cos.size(1);
+    check_tensor("keys", keys, {ANY, kv / dim, ANY, dim}, h.scalar_type(), h);
+    check_queries(query_begin, query_end, query_starts, query_max_new, max_kv, rows, keys);
     Tensor x = normed(layer, INPUT, h).y;
     const Tensor k = rows_like(h, tokens, kv), v = new_tensor(h, {tokens, kv / dim, dim}, h.scalar_type());
     const Tensor low_kv = apply(layer.of({K, V}), x, {k, viewed(v, {tokens, kv})});
     kv_append(rotated(layer, K_NORM, k, cos, sin), v, keys, values, q_begin, q_end, starts, max_new);
 
     x = chosen<T>(x, outputs);
-    const int64_t rows = x.size(0);
     const Tensor q = rows_like(h, rows, weights[Q].size(0));
     const Tensor low_q = apply(layer.of({Q}), x, {q});
     const auto [out, lse] = cached_attention(
@@ -269,13 +300,15 @@ Tensors decoder_layer_backward_output(
     const Tensor& gate, const Tensor& up, const Tensor& low_o, const Tensor& low_gate_up, const Tensor& low_down,
     const Tensors& norms, double epsilon, const Tensors& weights, const Tensors& biases, const Tensors& a,
     const Tensors& b, const std::vector<double>& scalings, const OptionalTensor& outputs) {
-  check_outputs(outputs, cos);
-  return with_wide_type(grad, [&](auto type) -> Tensors {
+  return with_wide_type("grad", grad, [&](auto type) -> Tensors {
     using T = decltype(type);
-    const Layer<T> layer = make_layer<T>(grad, norms, epsilon, weights, biases, a, b, scalings);
-    const int64_t rows = grad.size(0), hidden = weights[O].size(0), inner = weights[GATE].size(0);
+    const Layer<T> layer = make_layer<T>(grad, cos, norms, epsilon, weights, biases, a, b, scalings);
+    check_turns(cos, sin, cos.size(0), grad);
+    const int64_t rows = check_outputs(outputs, cos.size(0), grad), dim = cos.size(1);
+    const int64_t hidden = weights[O].size(0), inner = weights[GATE].size(0);
     check_state("grad", grad, rows, hidden, grad);
-    check_turns(cos, sin, cos.size(0), weights, grad);
+    check_tensor("out", out, {rows, weights[Q].size(0) / dim, dim}, grad.scalar_type(), grad);
+    check_contiguous("out", out);
     check_state("middle", middle, rows, hidden, grad);
     check_state("gate", gate, rows, inner, grad);
     check_state("up", up, rows, inner, grad);
@@ -304,13 +337,14 @@ Tensors decoder_layer_backward_input(
     const Tensor& cos, const Tensor& sin, const Tensor& k, const Tensor& q, const Tensor& low_q, const Tensor& low_kv,
     const Tensors& norms, double epsilon, const Tensors& weights, const Tensors& biases, const Tensors& a,
     const Tensors& b, const std::vector<double>& scalings, const OptionalTensor& outputs) {
-  check_outputs(outputs, h);
-  return with_wide_type(h, [&](auto type) -> Tensors {
+  check_dim("h", h, 2);
+  const int64_t tokens = h.size(0), rows = check_outputs(outputs, tokens, h);
+  return with_wide_type("h", h, [&](auto type) -> Tensors {
     using T = decltype(type);
-    const Layer<T> layer = make_layer<T>(h, norms, epsilon, weights, biases, a, b, scalings);
-    const int64_t tokens = h.size(0), rows = q.size(0), hidden = weights[O].size(0), kv = weights[K].size(0);
+    const Layer<T> layer = make_layer<T>(h, cos, norms, epsilon, weights, biases, a, b, scalings);
+    const int64_t hidden = weights[O].size(0), kv = weights[K].size(0);
     check_state("h", h, tokens, hidden, h);
-    check_turns(cos, sin, tokens, weights, h);
+    check_turns(cos, sin, tokens, h);
     check_state("k", k, tokens, kv, h);
     check_state("q", q, rows, weights[Q].size(0), h);
     check_state("grad_middle", grad_middle, rows, hidden, h);

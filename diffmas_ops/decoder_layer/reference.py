@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.cached_attention.reference import cached_attention
+from diffmas_ops.decoder_layer import checks
+from diffmas_ops.decoder_layer.checks import DOWN, GATE, UP, K, O, Q, V
 from diffmas_ops.kv_append.reference import kv_append
-
-Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,17 @@ def decoder_layer(
     Returns the result `[M, hidden]` and what the backward takes: k before rotation `[N, Hkv D]`, q `[M, Hq D]`, the
     attention's out `[M, Hq, D]` and lse `[M, Hq]`, the state between attention and MLP, gate, up, and the `x Aᵀ` of
     q, of k and v, of o, of gate and up, of down.
+
+    Raises `ValueError` or `TypeError` for an argument that does not fit, before anything is written.
     """
+    queries = (query_begin, query_end, query_starts)
+    size = checks.check_forward(
+        h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_new,
+        outputs, *queries, query_max_new, max_kv,
+    )  # fmt: skip
+    checks.check_outputs(outputs, size.tokens)
+    checks.check_ranges("q", q_begin, q_end, starts, size.tokens, max_new, keys.shape[2])
+    checks.check_ranges("query", *queries, size.rows, query_max_new, max_kv)
     p = Parameters(norms, epsilon, weights, biases, a, b, scalings)
     x = p.norm(norms[0], h)
     (k, low_k), (v, low_v) = p.linear(K, x), p.linear(V, x)
@@ -91,8 +101,7 @@ def decoder_layer(
         h, x, cos, sin = (t[outputs] for t in (h, x, cos, sin))
     q, low_q = p.linear(Q, x)
     out, lse = cached_attention(
-        p.rotated(norms[2], q, cos, sin), None, None, keys, values, query_begin, query_end, query_starts,
-        query_max_new, max_kv, scale,
+        p.rotated(norms[2], q, cos, sin), None, None, keys, values, *queries, query_max_new, max_kv, scale,
     )  # fmt: skip
     attended, low_o = p.linear(O, out.flatten(1))
     middle = h + attended
@@ -113,6 +122,11 @@ def decoder_layer_backward_output(
     Returns the gradients of the state between attention and MLP and of `out`, the rotated queries `[M, Hq, D]`, and the
     gradients of A and B of o, gate, up and down, where there are any.
     """
+    size = checks.check_backward_output(
+        grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
+        scalings, outputs,
+    )  # fmt: skip
+    checks.check_outputs(outputs, size.tokens)
     p = Parameters(norms, epsilon, weights, biases, a, b, scalings)
     s = gate.sigmoid()
     grad_act, of_down = p.linear_backward(DOWN, grad, gate * s * up, low_down)
@@ -133,6 +147,11 @@ def decoder_layer_backward_input(
     outputs: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """From the attention's gradients `[·, heads, D]` to that of `h`, and those of A and B of q, k and v."""
+    size = checks.check_backward_input(
+        grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
+        scalings, outputs,
+    )  # fmt: skip
+    checks.check_outputs(outputs, size.tokens)
     p = Parameters(norms, epsilon, weights, biases, a, b, scalings)
     at = slice(None) if outputs is None else outputs
     x = p.norm(norms[0], h)

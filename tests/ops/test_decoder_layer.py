@@ -1,8 +1,12 @@
 """The compiled decoder layer against its specification: ragged rows, few and many, biases, adapters, wanted outputs."""
 
+import re
+
 import pytest
 import torch
 from decoder_layers import LayerProblem
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from diffmas_ops import library
 from diffmas_ops.decoder_layer import reference
@@ -105,19 +109,118 @@ def test_bits_do_not_depend_on_threads():
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+OPERATORS = {
+    "decoder_layer": LayerProblem.forward_arguments,
+    "decoder_layer_backward_output": LayerProblem.output_arguments,
+    "decoder_layer_backward_input": LayerProblem.input_arguments,
+}
+IMPLEMENTATIONS = {"cpu": torch.ops.diffmas, "reference": reference}
+
+
+def named_arguments(operator, problem):
+    schema = getattr(torch.ops.diffmas, operator).default._schema
+    return dict(zip((a.name for a in schema.arguments), OPERATORS[operator](problem), strict=True))
+
+
+def cut(operator, problem):
+    """Every tensor argument one number shorter in one dimension: `(who is to be named, all arguments)`."""
+    for name, given in named_arguments(operator, problem).items():
+        tensors = list(enumerate(given)) if isinstance(given, list) else [(None, given)]
+        for i, tensor in tensors:
+            if not isinstance(tensor, torch.Tensor) or name == "outputs":
+                continue
+            # The first sizes of parameters and of what counts tokens are others' to follow.
+            own = name not in ("norms", "weights", "biases", "a", "b", "keys")
+            for dim in {0, tensor.dim() - 1} if own else {tensor.dim() - 1}:
+                arguments = named_arguments(operator, problem)
+                short = tensor.narrow(dim, 0, tensor.shape[dim] - 1)
+                arguments[name] = short if i is None else [*given[:i], short, *given[i + 1 :]]
+                who = name if i is None else f"{name}[{i}]"
+                if dim == 0 and (operator, name) in FOLLOWED:
+                    who = FOLLOWED[operator, name]
+                yield who, arguments
+
+
+FOLLOWED = {
+    ("decoder_layer", "h"): "cos",
+    ("decoder_layer_backward_output", "cos"): "sin",
+    ("decoder_layer_backward_input", "h"): "cos",
+}
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fake"])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_size_that_does_not_fit_is_named(operator, implementation):
+    problem = LayerProblem([2, 3], [0, 1], biases=True)
+    seen = set()
+    for who, arguments in cut(operator, problem):
+        with pytest.raises((RuntimeError, ValueError)) as caught:
+            if implementation == "fake":
+                with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                    fakes = tree_map_only(torch.Tensor, mode.from_tensor, tuple(arguments.values()))
+                    getattr(torch.ops.diffmas, operator)(*fakes)
+            else:
+                getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+        assert re.search(rf"(^|, ){re.escape(who)} has .*; allowed: ", str(caught.value)), who
+        seen.add(who)
+    assert len(seen) > 40
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_another_dtype_is_named(operator, implementation):
+    problem = LayerProblem([2, 3], [0, 1], outputs=True, biases=True)
+    first = "grad" if operator == "decoder_layer_backward_output" else "h"
+    for name, given in named_arguments(operator, problem).items():
+        if name == first or name == "scalings" or not isinstance(given, torch.Tensor | list):
+            continue
+        for i in range(len(given)) if isinstance(given, list) else [None]:
+            arguments = named_arguments(operator, problem)
+            tensor = given if i is None else given[i]
+            other = tensor.to(torch.float16 if tensor.is_floating_point() else torch.int16)
+            arguments[name] = other if i is None else [*given[:i], other, *given[i + 1 :]]
+            with pytest.raises((RuntimeError, TypeError), match=re.escape(name if i is None else f"{name}[{i}]")):
+                getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
-    ("position", "value", "message"),
+    ("change", "message"),
     [
-        (0, torch.ones(2, 5), "h has shape"),
-        (1, torch.ones(2, 5), "cos has"),
-        (3, [torch.ones(3)], "there are 1 norms"),
-        (5, [torch.ones(3, 3)] * 6, "there are 6 weights"),
-        (9, [1.0], "there are 1 scalings"),
-        (16, torch.tensor([7]), "outputs has 7"),
+        (dict(norms=[torch.ones(3)]), "there are 1 norms; allowed: 4"),
+        (dict(weights=[torch.ones(3, 3)] * 6), "there are 6 weights; allowed: 7"),
+        (dict(biases=[]), "there are 0 biases; allowed: 7"),
+        (dict(scalings=[1.0]), "there are 1 scalings; allowed: 7"),
+        (dict(epsilon=-1.0), "epsilon is -1.*; allowed: 0 and above"),
+        (dict(epsilon=float("nan")), "epsilon is .*nan; allowed: 0 and above"),
+        (dict(outputs=torch.tensor([0, 1, 3, 7])), "outputs has 7; allowed: 0 to 4"),
+        (dict(outputs=torch.tensor([-1, 1, 3, 4])), "outputs has -1; allowed: 0 to 4"),
+        (dict(max_new=-1), "max_new is -1; allowed: 0 and above"),
+        (dict(max_new=2), "max_new is 2; allowed: at least the 3 tokens of row 1"),
+        (dict(query_max_new=-1), "query_max_new is -1; allowed: 0 and above"),
+        (dict(query_max_new=1), "query_max_new is 1; allowed: at least the 2 tokens of row 0"),
+        (dict(max_kv=7), "max_kv is 7; allowed: 0 to 6, the capacity of keys"),
+        (dict(q_end=torch.tensor([2, 6], dtype=torch.int32)), "q_end.1. are 2, 6; allowed: 0 <= .* <= 5"),
+        (dict(starts=torch.tensor([0, 4], dtype=torch.int32)), "starts.1. is 4; allowed: 0 to 3"),
+        (dict(query_end=torch.tensor([2, 5], dtype=torch.int32)), "query_end.1. are 2, 5; allowed: 0 <= .* <= 4"),
+        (dict(query_starts=torch.tensor([0, 3], dtype=torch.int32)), "query_starts.1. is 3; allowed: 0 to 2"),
     ],
-)
-def test_what_does_not_fit_is_named(position, value, message):
-    arguments = list(LayerProblem([2], [0]).forward_arguments())
-    arguments[position] = value
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.diffmas.decoder_layer(*arguments)
+)  # fmt: skip
+def test_what_does_not_fit_is_named_before_anything_is_written(change, message, implementation):
+    problem = LayerProblem([2, 3], [0, 1], outputs=True)
+    arguments = named_arguments("decoder_layer", problem) | change
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        IMPLEMENTATIONS[implementation].decoder_layer(*arguments.values())
+    assert torch.equal(arguments["keys"], problem.trace[0]) and torch.equal(arguments["values"], problem.trace[1])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("operator", ["decoder_layer_backward_output", "decoder_layer_backward_input"])
+def test_a_backward_takes_as_many_rows_as_outputs(operator, implementation):
+    arguments = named_arguments(operator, LayerProblem([2, 3], [0, 1], outputs=True))
+    arguments["outputs"] = torch.arange(3)
+    with pytest.raises((RuntimeError, ValueError), match=r" has shape \[4, .*; allowed: \[3, "):
+        getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+    arguments["outputs"] = torch.tensor([0, 1, 3, 5])
+    with pytest.raises((RuntimeError, ValueError), match="outputs has 5; allowed: 0 to 4"):
+        getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
