@@ -48,7 +48,8 @@ class Experiment:
         plain: plain PyTorch in the same dtype, most welcome first; the first that runs is the yardstick.
         exact: the result in float64, or in the best precision there is; a name: that contender's own result.
         factor: errors up to this many times plain PyTorch's pass.
-        tolerance: instead of `factor`, an absolute bound on the relative error.
+        floor: errors up to this pass, however small plain PyTorch's.
+        tolerance: instead of both, an absolute bound on the relative error.
     """
 
     operator: str
@@ -61,6 +62,7 @@ class Experiment:
     plain: tuple[str, ...]
     exact: Callable[[], tuple[Tensor, ...]] | str
     factor: float = 2.0
+    floor: float = 0.0
     tolerance: float | None = None
     device: str = "cpu"
     outputs: tuple[str, ...] = ()
@@ -170,7 +172,7 @@ def _check(experiment: Experiment, checked: dict[str, _Checked]) -> list[float]:
         plain = next((name for name in experiment.plain if checked[name].errors is not None), None)
         if plain is None:
             raise WrongResult(f"no plain PyTorch to compare with: {[checked[n].reason for n in experiment.plain]}")
-        allowed = [experiment.factor * error for error in checked[plain].errors]
+        allowed = [max(experiment.floor, experiment.factor * error) for error in checked[plain].errors]
     for name in experiment.implementations:
         for output, error, most in zip(experiment.outputs, checked[name].errors, allowed, strict=True):
             if not error <= most:

@@ -147,8 +147,8 @@ def _about(data: dict[str, Any]) -> list[str]:
         f"- run: {whole}",
         "",
         "Times are medians of interleaved runs. `←` is what `auto` picks; the speed-up is its over that row. An error "
-        "is the largest relative one against float64 (of a step: against the peer's own numbers), with what is allowed "
-        "in brackets. Bytes and FLOPs are counted by hand; the ceilings were measured in the same run.",
+        "is the largest relative one against float64 (of a whole model's step: against the peer's own numbers), with "
+        "what is allowed in brackets. Bytes and FLOPs are counted by hand; the ceilings were measured in the same run.",
         "",
     ]
 

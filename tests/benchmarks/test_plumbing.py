@@ -209,7 +209,9 @@ def experiment(ours: float, plain: float = 1.001, **options) -> Experiment:
 
 def test_no_time_without_a_right_result(clock):
     assert measure(experiment(1.0015), seconds=0, clock=clock)["allowed_error"]["x"] == pytest.approx(0.002, rel=1e-3)
-    for wrong in (experiment(1.003), experiment(float("nan")), experiment(1.0015, tolerance=1e-3)):
+    assert measure(experiment(1.003, floor=0.004), seconds=0, clock=clock)["allowed_error"]["x"] == 0.004
+    not_a_number, too_far = experiment(float("nan")), experiment(1.005, floor=0.004)
+    for wrong in (experiment(1.003), too_far, not_a_number, experiment(1.0015, tolerance=1e-3)):
         clock.runs.clear()
         with pytest.raises(WrongResult, match=r"toy forward, .*: error of x by ours"):
             measure(wrong, seconds=0, clock=clock)
