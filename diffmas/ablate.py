@@ -23,7 +23,7 @@ from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name
 from diffmas.eval import as_flags, integers
 from diffmas.methods.base import ALL_CONTROLS, Method
-from diffmas.page import heading, note, page, svg, table
+from diffmas.page import heading, note, page, panels, svg, table
 from diffmas.records import write_atomically
 from diffmas.report import REPORT_FILE
 from diffmas.topology import Agent, Topology
@@ -152,6 +152,7 @@ def write_ablation_report(folder: str | Path, summary: dict[str, Any], task: str
             "Trained and evaluated at every value, all else equal; in brackets 95 % bootstrap intervals over items and "
             "the spread of the seeds."
         ),
+        heading("Settings"),
         Markup("<pre class=small>{}</pre>").format(json.dumps(summary["settings"], indent=1)),
     ]
     path = Path(folder, REPORT_FILE)
@@ -160,26 +161,29 @@ def write_ablation_report(folder: str | Path, summary: dict[str, Any], task: str
 
 
 def draw_sweeps(plt, data):
-    """Accuracy with its interval against the swept value, a panel an axis; hollow: another row's trace."""
+    """Accuracy with its interval against the swept value, a panel an axis; grey: another row's trace."""
     cells, task, swept = data
-    figure, panels = plt.subplots(
-        1, len(swept), figsize=(1 + 3.1 * len(swept), 3.2), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (axis, values) in zip(panels[0], swept.items(), strict=True):
-        for control, style, color in (("matched", "o-", "#1f6feb"), ("mismatched", "o--", "#afb8c1")):
+    figure, shown = panels(plt, len(swept), 2.9, 3.2)
+    for axes, (axis, values) in zip(shown, swept.items(), strict=True):
+        # Between numbers there is something, between names nothing.
+        line = "-" if AXES[axis] is int else ""
+        for control, style, color, aside in (
+            ("matched", f"o{line}", "#1f6feb", -0.06), ("mismatched", f"o{line * 2}", "#8c959f", 0.06),
+        ):  # fmt: skip
             found = [(i, cells.get((task, f"{axis}={v}", control))) for i, v in enumerate(values)]
             found = [(i, cell["accuracy"]) for i, cell in found if cell is not None and cell["accuracy"]]
             if found:
                 means = [100 * a["mean"] for _, a in found]
                 low, high = ([100 * abs(a["mean"] - a[end]) for _, a in found] for end in ("low", "high"))
                 label = "the row's own trace" if control == "matched" else "another row's"
-                axes.errorbar(
-                    [i for i, _ in found], means, [low, high], fmt=style, color=color, capsize=3, ms=5, label=label
-                )
+                places = [i + aside for i, _ in found]
+                axes.errorbar(places, means, [low, high], fmt=style, color=color, capsize=3, ms=5, label=label)
         axes.set_xticks(range(len(values)), [str(v) for v in values])
-        axes.set(xlabel=axis.replace("_", " "), ylim=(-3, 103))
-    panels[0][0].set(ylabel="accuracy, %")
-    panels[0][0].legend(frameon=False, fontsize=8)
+        axes.set(xlabel=axis.replace("_", " "), xlim=(-0.5, len(values) - 0.5), ylim=(-3, 103))
+    for axes in shown[::3]:
+        axes.set(ylabel="accuracy, %")
+    handles, labels = shown[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 

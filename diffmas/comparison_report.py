@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas.methods import METHODS
-from diffmas.page import heading, note, page, svg, table
+from diffmas.page import heading, name, note, page, panels, svg, table
 from diffmas.records import write_atomically
 from diffmas.report import REPORT_FILE
 
 Summary = dict[str, Any]
 Cells = dict[tuple[str, str, str], dict[str, Any]]
 CONTROLS = ("matched", "mismatched", "zero", "noise")
-COLORS = ("#1f6feb", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#0598bc", "#bf3989", "#6e7781")
+COLORS = ("#1f6feb", "#bf8700", "#1a7f37", "#cf222e", "#8250df", "#57606a", "#0598bc", "#bf3989", "#953800")
 
 
 def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
@@ -37,7 +38,7 @@ def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
         heading("Cost per item"),
         _cost_table(cells, tasks, methods),
         note(
-            "Generated: tokens of the answers and of texts between agents. An item's samples share prefill, "
+            "Generated: tokens of the answers and of texts between agents. An item's samples share prompts, "
             "latent steps and texts. Time is the batch's wall-clock time divided by its items."
         ),
         heading("Paired differences"),
@@ -53,7 +54,8 @@ def write_comparison_report(folder: str | Path, summary: Summary) -> Path:
             _control_table(cells, tasks, methods),
             _difference_table(summary, lambda d: d["a_control"] != d["b_control"]),
             note(
-                "The row's own trace (matched), another row's (mismatched), keys and values of zero, and "
+                "Percent of right answers, and percentage points between them, by what the last agent attends to: the "
+                "row's own trace (matched), another row's (mismatched), keys and values of zero, and "
                 "noise of the same norms, drawn anew for every seed. What is right without the row's own trace was not "
                 "communicated. Greedy answers of a method without training are the same for every seed and taken once."
             ),
@@ -116,7 +118,7 @@ def _accuracy_table(cells: Cells, tasks, methods) -> str:
         found = [cells.get((task, method, "matched")) for task in tasks]
         seeds = "/".join(dict.fromkeys(str(len(c["seeds"])) for c in found if c))
         rows.append([Markup("{} <code>{}</code>").format(label(method), method), *map(accuracy, found), seeds])
-    return table(["method", *tasks, "seeds"], rows)
+    return table(["method", *map(name, tasks), "seeds"], rows)
 
 
 def _cost_table(cells: Cells, tasks, methods) -> str:
@@ -126,21 +128,26 @@ def _cost_table(cells: Cells, tasks, methods) -> str:
             if (cell := cells.get((task, method, "matched"))) is not None:
                 generated = cell["answer_tokens"] + cell["message_tokens"]
                 numbers = (generated, cell["message_tokens"], cell["latent_steps"], cell["prefill_tokens"])
-                rows.append([task, method, *(f"{n:.1f}" for n in numbers), f"{1000 * cell['seconds']:.1f}"])
-    head = ["task", "method", "generated", "of them texts", "latent steps", "prefill", "ms"]
+                rows.append([name(task), method, *(f"{n:.1f}" for n in numbers), f"{1000 * cell['seconds']:.1f}"])
+    head = ["task", "method", "generated tokens", "of them texts", "latent steps", "prompt tokens", "time, ms"]
     return table(head, rows, text=2)
 
 
 def _difference_table(summary: Summary, wanted) -> str:
     rows = []
     for d in filter(wanted, summary["differences"]):
-        value = f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
+        value = "{} [{}, {}]".format(*(_points(d[part]) for part in ("mean", "low", "high")))
         if d["low"] > 0 or d["high"] < 0:
             value = Markup("<b>{}</b>").format(value)
         same = d["a_control"] == d["b_control"]
         what = f"{d['a']} − {d['b']}" if same else f"{d['a']}: {d['a_control']} − {d['b_control']}"
-        rows.append([d["task"], what, value, str(d["items"])])
+        rows.append([name(d["task"]), what, value, str(d["items"])])
     return table(["task", "difference", "points", "items"], rows, text=2)
+
+
+def _points(share: float) -> str:
+    # No "-0.0".
+    return f"{round(100 * share, 1) + 0.0:+.1f}"
 
 
 def _control_table(cells: Cells, tasks, methods) -> str:
@@ -149,7 +156,7 @@ def _control_table(cells: Cells, tasks, methods) -> str:
         for method in methods:
             found = [cells.get((task, method, control)) for control in CONTROLS]
             if any(found[1:]):
-                rows.append([task, method, *map(accuracy, found)])
+                rows.append([name(task), method, *map(accuracy, found)])
     return table(["task", "method", *CONTROLS], rows, text=2)
 
 
@@ -161,7 +168,7 @@ def _stability_table(cells: Cells, tasks, methods) -> str:
                 entropy, agreeing = cell["entropy"]["mean"], cell["agreement"]["mean"]
                 rows.append(
                     [
-                        task,
+                        name(task),
                         method,
                         f"{entropy[0]:.3f}" if entropy else "–",
                         _number(cell["perplexity"]["tokens"], 3),
@@ -175,15 +182,16 @@ def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def _wrapped(task: str, width: int = 30) -> str:
+    return "\n".join(textwrap.wrap(task, width))
+
+
 def draw_accuracies(plt, data):
     """Accuracy with its interval, a panel a task; controls as hollow marks on the same line."""
     cells, tasks, methods = data
-    figure, panels = plt.subplots(
-        1, len(tasks), figsize=(2.2 + 2.9 * len(tasks), 0.9 + 0.34 * len(methods)), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    figure, shown = panels(plt, len(tasks), 2.9, 0.9 + 0.34 * len(methods))
     marks = {"mismatched": ("x", "another row's trace"), "zero": ("|", "zero trace"), "noise": ("+", "noise")}
-    for axes, task in zip(panels[0], tasks, strict=True):
+    for axes, task in zip(shown, tasks, strict=True):
         for place, method in enumerate(methods):
             cell = cells.get((task, method, "matched"))
             if cell is not None and (a := cell["accuracy"]):
@@ -193,14 +201,15 @@ def draw_accuracies(plt, data):
                 other = cells.get((task, method, control))
                 if other is not None and other["accuracy"]:
                     axes.plot(100 * other["accuracy"]["mean"], place, mark, color="#6e7781", ms=6)
-        axes.set(title=task, xlim=(-3, 103), xlabel="accuracy, %")
+        axes.set(xlim=(-3, 103), xlabel="accuracy, %")
+        axes.set_title(_wrapped(task), fontsize=10)
         axes.set_yticks(range(len(methods)), methods)
         axes.grid(axis="x", color="#eaeef2")
         axes.set_axisbelow(True)
-    panels[0][0].invert_yaxis()
-    shown = [c for c in marks if any((t, m, c) in cells for t in tasks for m in methods)]
+    shown[0].invert_yaxis()
+    drawn = [c for c in marks if any((t, m, c) in cells for t in tasks for m in methods)]
     handles = [plt.Line2D([], [], marker="o", ls="", color=COLORS[0], label="its own trace or text")]
-    handles += [plt.Line2D([], [], marker=marks[c][0], ls="", color="#6e7781", label=marks[c][1]) for c in shown]
+    handles += [plt.Line2D([], [], marker=marks[c][0], ls="", color="#6e7781", label=marks[c][1]) for c in drawn]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
@@ -219,9 +228,11 @@ def draw_stability(plt, data):
         if sum(counts):
             shares = [100 * c / sum(counts) for c in counts]
             right.plot(range(len(counts)), shares, style, marker="o", ms=3, color=color)
-    left.set(xlabel="position in the answer, tokens", ylabel="token entropy, nats", ylim=(0, None), title=task)
+    left.set(xlabel="position in the answer, tokens", ylabel="token entropy, nats")
+    left.set_ylim(0, 1.1 * left.dataLim.ymax if left.lines and left.dataLim.ymax > 0 else 1)
+    figure.suptitle(_wrapped(task, 80), fontsize=11)
     right.set(xlabel="agreeing samples", ylabel="items, %", ylim=(0, 103))
     right.xaxis.get_major_locator().set_params(integer=True)
     left.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     return figure

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #d0d7de;text-align:left}
-td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}td:first-child{min-width:8rem}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
 .small{color:#57606a;font-size:.85rem}"""
 
 
@@ -28,6 +29,23 @@ def heading(text: str, level: int = 2) -> Markup:
 def note(text: str) -> Markup:
     """A paragraph in small type."""
     return Markup("<p class=small>{}</p>").format(text)
+
+
+def name(text: str) -> Markup:
+    """A long name without spaces, such as a task with its options, that may be broken between its parts."""
+    return Markup(re.sub("[:,/]", r"\g<0><wbr>", str(escape(text))))
+
+
+def panels(plt, count: int, width: float, height: float):
+    """A figure of `count` panels of that size in inches, three in a row; returns it and the panels."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.5 + width * columns, height * rows), sharey=True, squeeze=False, layout="constrained"
+    )
+    for unused in axes.flat[count:]:
+        unused.set_axis_off()
+    return figure, axes.flat[:count]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> Markup:

@@ -64,7 +64,7 @@ def write_report(folder: str | Path) -> Path:
     }
     body = [heading(f"{summary['task']['task']}: what the trace carries", 1)]
     if rows := _accuracies(summary):
-        body += [table([], [(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
+        body += [table(["", "accuracy"], [(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
         body.append(note(f"{summary['eval_items']} held-out items."))
     if any("loss" in entry for entry in metrics):
         body += [heading("Training"), svg(_curves, metrics)]
@@ -96,15 +96,18 @@ def _bars(plt, rows: Sequence[tuple[str, float]]):
 
 
 def _curves(plt, metrics: Sequence[dict[str, Any]]):
-    figure, axes = plt.subplots(figsize=(8, 3.2))
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     losses = [(e["step"], e["loss"]) for e in metrics if "loss" in e]
     accuracies = [(e["step"], 100 * e["eval_accuracy"]) for e in metrics if "eval_accuracy" in e]
     axes.plot(*zip(*losses, strict=True), color="#57606a", label="training loss")
-    axes.set(xlabel="training step", ylabel="loss", ylim=(0, None))
+    axes.set(xlabel="training step", ylabel="loss, nats a token", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    lines = [*axes.lines]
     if accuracies:
         right = axes.twinx()
         right.spines["right"].set_visible(True)
         right.plot(*zip(*accuracies, strict=True), "o-", color="#1f6feb", label="held-out accuracy")
         right.set(ylabel="accuracy, %", ylim=(0, 103))
-        axes.legend([*axes.lines, *right.lines], ["training loss", "held-out accuracy"], loc="center right")
+        lines += right.lines
+    figure.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
     return figure
