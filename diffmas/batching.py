@@ -125,10 +125,9 @@ def fit(
 def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing: str) -> Fit:
     """Set the micro-batch of training arguments `args` (with `auto_batch`) and the system's checkpointing ("auto").
 
-    Micro-batch × accumulation steps stays what `args` asked for. Processes agree on the least of their memories.
+    Micro-batch × accumulation steps stays what `args` asked for. Processes agree on the least of their memories. Every
+    process holds whole weights.
     """
-    if args.fsdp:
-        raise ValueError("auto_batch and checkpointing auto need whole weights in every process; allowed: without fsdp")
     if args.memory_limit_gb is not None and args.memory_limit_gb <= 0:
         raise ValueError(f"memory_limit_gb is {args.memory_limit_gb}; allowed: > 0")
     system.to(args.device)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -63,6 +64,13 @@ def gathered(items: list[T]) -> list[T]:
     parts: list[Any] = [None] * processes()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def asked_sharding(args: TrainingArguments) -> str | None:
+    """By what name a flag, or a launcher's environment, asks for weights (or their optimizer) in parts; None: whole."""
+    flags = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "PARALLELISM_CONFIG": args.parallelism_config}
+    names = (*flags, "MEGATRON_LM")
+    return next((n for n in names if flags.get(n) or parse_flag_from_env(f"ACCELERATE_USE_{n}")), None)
 
 
 def settle_sharding(args: TrainingArguments) -> bool:

@@ -19,7 +19,15 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from diffmas.arguments import ERRORS, DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.data import Collator
-from diffmas.distributed import decided_by_first, gathered, is_sharded, process, processes, settle_sharding
+from diffmas.distributed import (
+    asked_sharding,
+    decided_by_first,
+    gathered,
+    is_sharded,
+    process,
+    processes,
+    settle_sharding,
+)
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.liger import fuse_liger
@@ -37,8 +45,10 @@ PROGRAM = "python -m diffmas.train"
 EVAL_DURING_TRAINING = 256
 #: Of the training arguments, besides the seed, what decides which weights come out.
 WEIGHT_SETTINGS = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "num_train_epochs", "weight_decay",
-    "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
+    "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "data_seed",
+    "dataloader_drop_last", "bf16", "fp16",
 )  # fmt: skip
 MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Collator]
 
@@ -79,6 +89,12 @@ def train(
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
     if settle_sharding(args) and system_args.quantization != "none":
         raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
+    adapting = args.auto_batch or system_args.checkpointing == "auto"
+    if adapting and (sharding := asked_sharding(args)):
+        raise ValueError(
+            f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
+            "both without it, since they need whole weights in every process; with it, neither auto_batch nor auto"
+        )
     settle_precision(system_args, args)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)
@@ -98,7 +114,7 @@ def train(
     collate = collator(system, task, tokenizer)
     lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
     fitted: dict[str, Any] = {}
-    if args.auto_batch or system_args.checkpointing == "auto":
+    if adapting:
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
         print_fit(args, fitted["fit"])
     args.output_dir, checkpoint = decided_by_first(lambda: _choose_folder(args, task.name, description))
@@ -180,7 +196,9 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
 
 def weight_settings(args: TrainArguments) -> dict[str, Any]:
     """The arguments named in :data:`WEIGHT_SETTINGS`, ready for JSON."""
-    return {k: v for k, v in args.to_dict().items() if k in WEIGHT_SETTINGS}
+    settings = {k: v for k, v in args.to_dict().items() if k in WEIGHT_SETTINGS}
+    # As one value: settings that only one of two runs has do not count as a difference.
+    return {k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in settings.items()}
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -280,8 +280,8 @@ def test_a_run_s_data_folder_is_for_its_own_task(tmp_path, monkeypatch):
 
 
 def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
-    def other(method="diffmas", **changes):
-        run = Settings(flags(), evaluate.PROGRAM)
+    def other(method="diffmas", before=None, **changes):
+        run = Settings(flags(**(before or {})), evaluate.PROGRAM)
         description = {**run.describe(), "topology": METHODS[method].topology(run.topology).to_dict()}
         now = Settings(flags(**changes), evaluate.PROGRAM)
         return evaluate._trained_otherwise(now, METHODS[method], json.loads(json.dumps(description)))
@@ -289,6 +289,11 @@ def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
     assert other() is None and other("stitch+train") is None
     assert other(eval_size=3, temperature=0, checkpointing="all") is None
     assert other(latent_steps=3) == "latent_steps 2" and other(learning_rate=1) == "learning_rate 0.01"
+    assert other(adam_beta2=0.95) == "adam_beta2 0.999" and other(adam_epsilon=1e-6) == "adam_epsilon 1e-08"
+    assert other(lr_scheduler_kwargs='{"num_cycles": 2}') == "lr_scheduler_kwargs None"
+    cycles = dict(lr_scheduler_kwargs='{"num_cycles": 2}')
+    assert other(before=cycles, lr_scheduler_kwargs='{"power": 2}') == """lr_scheduler_kwargs '{"num_cycles": 2}'"""
+    assert other(before=cycles, **cycles) is None
     assert other(slots=3) == "slots 8" and other("diffmas+detach") == "detach_trace False"
 
 

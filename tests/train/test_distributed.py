@@ -164,3 +164,23 @@ def test_fsdp1_is_refused(flags, capsys, monkeypatch):
     monkeypatch.setenv("FSDP_VERSION", "1")
     assert train.main(flags()) == 2
     assert "fsdp_version is 1; allowed: 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+@pytest.mark.parametrize("asked", [dict(auto_batch=True), dict(checkpointing="auto")], ids=str)
+def test_no_micro_batch_is_found_for_weights_in_parts(name, asked, flags, monkeypatch):
+    parsed = train.parse_arguments(flags(**asked))
+    # Set by the launcher; set here once transformers has looked, since not every engine is installed.
+    for variable, value in {f"ACCELERATE_USE_{name}": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "",
+                            "FSDP_CPU_RAM_EFFICIENT_LOADING": ""}.items():  # fmt: skip
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=f"with {name}; allowed: both without it"):
+        train.train(*parsed)
+
+
+def test_no_micro_batch_is_found_with_fsdp_by_flag(flags, capsys, monkeypatch):
+    for variable in ("FSDP_AUTO_WRAP_POLICY", "FSDP_CPU_RAM_EFFICIENT_LOADING", "FSDP_VERSION"):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    assert train.main([*flags(auto_batch=True), "--fsdp"]) == 2
+    assert "auto_batch is True" in (error := capsys.readouterr().err) and "with FSDP; allowed: both without it" in error
