@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -110,7 +110,15 @@ def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     known = {a.dest for a in parser._actions}
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+    if not isinstance(values, dict) or (unknown := sorted(map(str, set(values) - known))):
         what = f"unknown arguments {unknown}" if isinstance(values, dict) else "no mapping of arguments"
         parser.error(f"config {path} has {what}; allowed: the arguments that --help lists")
+    types = {name: str(t) for kind in parser.dataclass_types for name, t in get_type_hints(kind).items()}
+    for name, value in values.items():
+        if value is None or isinstance(value, str) or type(value).__name__ in types.get(name, "").lower():
+            continue
+        if isinstance(value, (dict, list)):
+            parser.error(f"config {path}: {name} is {value!r}; allowed: one value")
+        # A text, which is read like that of a flag.
+        values[name] = str(value)
     return values

@@ -54,6 +54,41 @@ def test_files_of_a_training(flags, tmp_path, capsys, argument, content, message
     assert str(path) in error or "relay.yaml" in error
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("latent_steps: [1]", "config CONFIG: latent_steps is [1]; allowed: one value"),
+        ("topology: {a: 1}", "config CONFIG: topology is {'a': 1}; allowed: one value"),
+        ("latent_steps: 1.5", "invalid int value: '1.5'"),
+        ("latent_steps: yes", "invalid int value: 'True'"),
+        ("{1: x, b: y}", "config CONFIG has unknown arguments ['1', 'b']; allowed"),
+        ("latent_steps: many", "invalid int value: 'many'"),
+        ("use_cpu: maybe", "argument --use_cpu/--use-cpu: Truthy value expected: got maybe"),
+        ("- latent_steps", "config CONFIG has no mapping of arguments; allowed: the arguments that --help lists"),
+        ("latent_steps: {", "config CONFIG is not valid YAML"),
+    ],
+)
+def test_a_config_file(tmp_path, capsys, content, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        train.main([f"--config={path}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message.replace("CONFIG", str(path)) in error and error.count("\n") == 1
+
+
+def test_a_config_file_s_values_are_those_of_flags(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "{latent_steps: 3, prompts: 3, learning_rate: 1e-3, temperature: 1, logging_steps: 5, use_cpu: true, "
+        "lr_scheduler_kwargs: {num_cycles: 2}, data_dir: null, label_names: [a]}"
+    )
+    system, task, decoding, training = train.parse_arguments([f"--config={path}"])
+    assert (system.latent_steps, task.prompts, task.data_dir, decoding.temperature) == (3, "3", None, 1.0)
+    assert (training.learning_rate, training.logging_steps, training.use_cpu) == (1e-3, 5, True)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 2} and training.label_names == ["a"]
+
+
 def test_a_file_that_is_no_text(flags, tmp_path, capsys):
     (tmp_path / "given.yaml").write_bytes(b"roles: \xff\xfe")
     for argument in ("prompts", "topology"):
