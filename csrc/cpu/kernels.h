@@ -224,6 +224,16 @@ struct FewRowsOuter {
   T scaling;
 };
 
+/// An adapter's second product for few rows: y[rows, out] = bias + scaling low[rows, rank] b[out, rank]ᵀ.
+template <class T>
+struct FewRowsAdapter {
+  Matrix<const T> low, b, grad;  // grad, of y, in the backward only
+  const T* bias;                 // or null
+  Matrix<T> y, grad_low, grad_b;
+  int64_t rows, out, rank;
+  T scaling;
+};
+
 #define DIFFMAS_DECLARE_KERNELS(isa)                                                            \
   namespace isa {                                                                               \
   template <class S>                                                                            \
@@ -265,6 +275,10 @@ struct FewRowsOuter {
   void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                 \
   template <class T>                                                                            \
   void few_rows_outer(const FewRowsOuter<T>&);                                                  \
+  template <class T>                                                                            \
+  void few_rows_adapter(const FewRowsAdapter<T>&, T* scratch);                                  \
+  template <class T>                                                                            \
+  void few_rows_adapter_gradient(const FewRowsAdapter<T>&, T* scratch);                         \
   }
 
 DIFFMAS_DECLARE_KERNELS(baseline)

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <vector>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,8 +15,9 @@ namespace diffmas {
 /// Work (elements moved or multiplied) that is worth waking another thread for.
 constexpr int64_t WORK_PER_THREAD = 1 << 17;
 
-/// Runs task(i) for 0 <= i < count on torch's threads. Threads draw the next task when they are done with one, so tasks
-/// may differ in cost; results must not depend on which thread runs a task. `work`: all tasks' together.
+/// Runs task(i) for 0 <= i < count on torch's threads. Every thread begins with a stretch of its own, since neighbouring
+/// tasks tend to read neighbouring memory, and helps others when it is done: tasks may differ in cost. Results must not
+/// depend on which thread runs a task. `work`: all tasks' together.
 template <class Task>
 void parallel_tasks(int64_t count, int64_t work, const Task& task) {
   const int64_t useful = std::min(count, work / WORK_PER_THREAD);
@@ -24,9 +26,20 @@ void parallel_tasks(int64_t count, int64_t work, const Task& task) {
     for (int64_t i = 0; i < count; ++i) task(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) task(i);
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Stretch> stretches(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    stretches[t].next = t * count / threads;
+    stretches[t].end = (t + 1) * count / threads;
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    for (int64_t t = 0; t < threads; ++t) {
+      Stretch& stretch = stretches[(own + t) % threads];
+      for (int64_t i = stretch.next++; i < stretch.end; i = stretch.next++) task(i);
+    }
   });
 }
 

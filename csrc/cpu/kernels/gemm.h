@@ -25,11 +25,7 @@ inline void block(T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_
   for (int64_t k = 0; k < K; ++k) {
     Vec<T> right[NV];
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; ++j) {
-      right[j] = load(b + k * ldb + j * W<T>);
-      // One row of A is bound by the reading of b, whose next K rows the hardware does not foresee across pages.
-      if (M == 1) __builtin_prefetch(b + (K + k) * ldb + j * W<T>);
-    }
+    for (int j = 0; j < NV; ++j) right[j] = load(b + k * ldb + j * W<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const T left = LEFT == Left::RowMajor ? a[i * lda + k] : a[k * lda + i];
@@ -65,11 +61,26 @@ __attribute__((noinline)) void panel(
   if (i < rows) block_of<INTO, LEFT, ROWS - 1, NV>(rows - i, c + i * ldc, ldc, a + i * step, lda, b, ldb, K);
 }
 
+/// `product` for one row, which is bound by the reading of b: the hardware does not foresee it across pages.
+template <Into INTO, Left LEFT, class T, class S>
+inline int64_t row_product(int64_t columns, T* c, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
+  constexpr int64_t width = VECTORS * W<T>, ahead = 512;
+  int64_t j = 0;
+  for (; j + width <= columns; j += width) {
+    // Further on in the rows that are read, or at the beginning of the next K.
+    const S* next = j + ahead < columns ? b + j + ahead : b + K * ldb + j + ahead - columns;
+    for (int64_t k = 0; k < K; ++k)
+      for (int i = 0; i < VECTORS; ++i) __builtin_prefetch(next + k * ldb + i * W<T>);
+    block<INTO, LEFT, 1, VECTORS>(c + j, 0, a, lda, b + j, ldb, K);
+  }
+  return j;
+}
+
 /// c[rows][columns] (+)= A b, for `columns` a multiple of W.
 template <Into INTO, Left LEFT, class T, class S>
 inline void product(
     int64_t rows, int64_t columns, T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
-  int64_t j = 0;
+  int64_t j = rows == 1 ? row_product<INTO, LEFT>(columns, c, a, lda, b, ldb, K) : 0;
   for (; j + VECTORS * W<T> <= columns; j += VECTORS * W<T>)
     panel<INTO, LEFT, VECTORS>(rows, c + j, ldc, a, lda, b + j, ldb, K);
   for (; j < columns; j += W<T>) panel<INTO, LEFT, 1>(rows, c + j, ldc, a, lda, b + j, ldb, K);
@@ -94,7 +105,7 @@ inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, i
   }
   for (int i = 0; i < ROWS_X; ++i) {
     T totals[4];
-    sums(sum[i], totals);
+    sums<T>(sum[i], totals);
     __builtin_memcpy(s + i * lds, totals, sizeof(T) * ROWS_Y);
   }
 }

@@ -167,21 +167,6 @@ void add_low_rank(const LowRank<T>& p, int64_t begin, int64_t end, T* scratch) {
   }
 }
 
-template <class T>
-void few_rows_outer(const FewRowsOuter<T>& p) {
-  for (int64_t i = 0; i < p.height; ++i) {
-    T* target = p.target.row(i);
-    for (int64_t n = 0; n < p.rows; ++n) {
-      const T factor = p.scaling * p.x.row(n)[i];
-      const T* y = p.y.row(n);
-      if (n == 0)
-        for (int64_t j = 0; j < p.width; ++j) target[j] = factor * y[j];
-      else
-        for (int64_t j = 0; j < p.width; ++j) target[j] += factor * y[j];
-    }
-  }
-}
-
 #define INSTANTIATE(T)                                                                         \
   template void rms_norm<T>(const RmsNorm<T>&, int64_t, int64_t);                              \
   template void rms_norm_gradient<T>(const RmsNorm<T>&, int64_t, int64_t);                     \
@@ -189,8 +174,7 @@ void few_rows_outer(const FewRowsOuter<T>& p) {
   template void rotate_heads_gradient<T>(const RotateHeads<T>&, int64_t, int64_t, T*);         \
   template void swiglu<T>(const SwiGlu<T>&, int64_t, int64_t);                                 \
   template void swiglu_gradient<T>(const SwiGlu<T>&, int64_t, int64_t);                        \
-  template void add_low_rank<T>(const LowRank<T>&, int64_t, int64_t, T*);                      \
-  template void few_rows_outer<T>(const FewRowsOuter<T>&);
+  template void add_low_rank<T>(const LowRank<T>&, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

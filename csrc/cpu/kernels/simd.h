@@ -186,21 +186,27 @@ inline typename Quarter<T>::type fold(Vec<T> v) {
 #define DIFFMAS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a < b){__VA_ARGS__})
 #endif
 
-/// Sums of the lanes of four vectors.
-inline void sums(const Vec<float> (&v)[4], float* out) {
-  const auto a = fold<float>(v[0]), b = fold<float>(v[1]), c = fold<float>(v[2]), d = fold<float>(v[3]);
+/// Sums of the lanes of four folded vectors.
+inline void sums(Quarter<float>::type a, Quarter<float>::type b, Quarter<float>::type c, Quarter<float>::type d,
+                 float* out) {
   const auto ab = DIFFMAS_SHUFFLE(a, b, 0, 4, 1, 5) + DIFFMAS_SHUFFLE(a, b, 2, 6, 3, 7);
   const auto cd = DIFFMAS_SHUFFLE(c, d, 0, 4, 1, 5) + DIFFMAS_SHUFFLE(c, d, 2, 6, 3, 7);
   const auto result = DIFFMAS_SHUFFLE(ab, cd, 0, 1, 4, 5) + DIFFMAS_SHUFFLE(ab, cd, 2, 3, 6, 7);
   __builtin_memcpy(out, &result, sizeof(result));
 }
 
-inline void sums(const Vec<double> (&v)[4], double* out) {
-  for (int i = 0; i < 4; i += 2) {
-    const auto a = fold<double>(v[i]), b = fold<double>(v[i + 1]);
-    const auto result = DIFFMAS_SHUFFLE(a, b, 0, 2) + DIFFMAS_SHUFFLE(a, b, 1, 3);
-    __builtin_memcpy(out + i, &result, sizeof(result));
-  }
+inline void sums(Quarter<double>::type a, Quarter<double>::type b, Quarter<double>::type c, Quarter<double>::type d,
+                 double* out) {
+  const auto ab = DIFFMAS_SHUFFLE(a, b, 0, 2) + DIFFMAS_SHUFFLE(a, b, 1, 3);
+  const auto cd = DIFFMAS_SHUFFLE(c, d, 0, 2) + DIFFMAS_SHUFFLE(c, d, 1, 3);
+  __builtin_memcpy(out, &ab, sizeof(ab));
+  __builtin_memcpy(out + 2, &cd, sizeof(cd));
+}
+
+/// Sums of the lanes of four vectors.
+template <class T>
+inline void sums(const Vec<T> (&v)[4], T* out) {
+  sums(fold<T>(v[0]), fold<T>(v[1]), fold<T>(v[2]), fold<T>(v[3]), out);
 }
 
 template <class T>
