@@ -22,6 +22,9 @@ struct Linear {
   const T* bias_data() const { return bias.numel() == 0 ? nullptr : static_cast<const T*>(bias.data_ptr()); }
 };
 
+/// Weight rows of one task: few enough to share, enough to read in long stretches.
+constexpr int64_t ROWS_TOGETHER = 128;
+
 /// Work on the adapter of one layer, or on weight rows [begin, end) of it.
 struct LayerTask {
   size_t layer;
@@ -72,7 +75,7 @@ void apply_few(
   };
   const auto rank_of = offsets(layers, [](const Linear<T>& layer) { return layer.rank(); });
   const auto out_of = offsets(layers, [&](const Linear<T>& layer) { return rows * layer.out(); });
-  const auto tasks = layer_tasks(layers, [](const Linear<T>&) { return PROJECTION_ROWS; });
+  const auto tasks = layer_tasks(layers, [](const Linear<T>&) { return ROWS_TOGETHER; });
   Buffer<T> added(out_of.back());
   parallel_tasks(tasks.size(), multiplications(layers, rows, size), [&](int64_t i) {
     const LayerTask& task = tasks[i];
