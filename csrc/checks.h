@@ -106,7 +106,17 @@ inline RowRanges row_ranges(const Tensor& q_begin, const Tensor& q_end, const Te
 
 /// Uninitialised and contiguous, on the device of `like`.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+  // Not by way of the dispatcher, which costs more than the allocation: a single token's layer makes some fifty of them.
+  int64_t strides[8], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes.begin()[i])) strides[i] = stride;
+  int32_t type, index;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace diffmas
