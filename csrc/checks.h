@@ -2,6 +2,7 @@
 // and what is allowed.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 #include <string>

@@ -7,16 +7,18 @@ cannot be computed again from it without a matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from diffmas.lora import hooked, lora_parts
+from diffmas.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.trace import Outputs
 
@@ -66,8 +68,8 @@ def _fused_forward(self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     if layer is None or cos.shape[-1] != self.self_attn.head_dim:
         return None
     order = call.enter(layer.index)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.adapters)):
-        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos[0], sin[0], layer, *layer.adapters)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.parts.adapters)):
+        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos[0], sin[0], layer, *layer.parts.adapters)
     else:
         hidden = _run(hidden_states[0], cos[0], sin[0], layer)[0]
     call.leave(layer.index, order)
@@ -75,17 +77,35 @@ def _fused_forward(self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Ten
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """What of a layer and a call is no differentiable input of the node.
+class _Parts:
+    """A layer's operands: the operators' arguments from `norms` to `scalings`, and the A and B among them.
 
-    `parameters` are the operators' arguments from `norms` to `scalings`; `adapters` the A and B among them.
+    They stand while `entries`, of dictionaries, hold the objects they held, and the collections `empty` are.
     """
+
+    parameters: tuple[Any, ...]
+    adapters: list[Tensor]
+    own: list[Tensor]
+    entries: list[tuple[dict, str, Any]]
+    empty: list[Collection]
+
+    def stand(self) -> bool:
+        return not any(self.empty) and all([holder.get(key) is value for holder, key, value in self.entries])
+
+    def are_plain(self, dtype: torch.dtype) -> bool:
+        if torch.is_grad_enabled() and any([t.requires_grad for t in self.own]):
+            return False
+        return all([t.dtype is dtype for t in self.own]) and all([t.dtype is dtype for t in self.adapters])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What of a layer and a call is no differentiable input of the node."""
 
     call: Call
     index: int
     scale: float
-    parameters: tuple[Any, ...]
-    adapters: list[Tensor]
+    parts: _Parts
     outputs: Outputs | None
 
     @property
@@ -95,7 +115,7 @@ class _Layer:
 
 def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     """The layer's parts, or None where it has to be left alone."""
-    dtype, attention, mlp = hidden.dtype, self.self_attn, self.mlp
+    dtype, attention = hidden.dtype, self.self_attn
     if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
     # What insists on another implementation of the operators gets it, from the model's own modules.
@@ -103,25 +123,45 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
         return None
     if call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
-    norms = [self.input_layernorm, self.post_attention_layernorm]
-    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
-    linears = (
-        attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
-        mlp.down_proj,
-    )  # fmt: skip
-    if any(hooked(m) for m in (attention, mlp, mlp.act_fn, *norms, *linears)):
+    if (parts := _PARTS.get(self)) is None or not parts.stand():
+        if (parts := _read(self, dtype)) is None:
+            return None
+        _PARTS[self] = parts
+    if not parts.are_plain(dtype):
         return None
-    weights = [norm.weight for norm in norms]
+    outputs = call.outputs if attention.layer_idx == call.storage.keys.shape[0] - 1 else None
+    return _Layer(call, attention.layer_idx, attention.scaling, parts, outputs)
+
+
+#: What was read of layers, since reading takes longer than a single token's arithmetic in a small layer.
+_PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
+
+
+def _read(self: nn.Module, dtype: torch.dtype) -> _Parts | None:
+    attention, mlp = self.self_attn, self.mlp
+    head_norms = [(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    places = [(self, "input_layernorm"), (self, "post_attention_layernorm"), *head_norms]
+    norms = [getattr(*place) for place in places]
+    places += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
+    linears = [getattr(*place) for place in places[len(norms) :]]
+    places += [(self, "self_attn"), (self, "mlp"), (mlp, "act_fn")]
+    inside = (attention, mlp, mlp.act_fn, *norms, *linears)
+    if any(hooked(m) for m in inside):
+        return None
     epsilon = norms[0].variance_epsilon
-    if any(w.dtype != dtype for w in weights) or any(n.variance_epsilon != epsilon for n in norms):
-        return None
     parts = [lora_parts(linear, dtype) for linear in linears]
-    if None in parts:
+    if None in parts or any(n.variance_epsilon != epsilon for n in norms):
         return None
-    own = (*weights, *(p.weight for p in parts), *(p.bias for p in parts if p.bias is not None))
-    if torch.is_grad_enabled() and any(w.requires_grad for w in own):
-        return None
-    none = hidden.new_empty(0)
+    entries = [(holder._modules, name) for holder, name in places]
+    entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), "variance_epsilon"))]
+    empty = [hooks for m in inside for hooks in hooks_of(m)]
+    for linear in linears:
+        more, collections = lora_places(linear)
+        entries += more
+        empty += collections
+    none = norms[0].weight.new_empty(0)
+    weights = [norm.weight for norm in norms]
     parameters = (
         weights if len(weights) == 4 else [*weights, none, none],
         epsilon,
@@ -132,8 +172,8 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
         [p.scaling for p in parts],
     )
     adapters = [t for p in parts if p.a is not None for t in (p.a, p.b)]
-    outputs = call.outputs if attention.layer_idx == call.storage.keys.shape[0] - 1 else None
-    return _Layer(call, attention.layer_idx, attention.scaling, parameters, adapters, outputs)
+    own = [*weights, *(p.weight for p in parts), *(p.bias for p in parts if p.bias is not None)]
+    return _Parts(parameters, adapters, own, [(d, key, d.get(key)) for d, key in entries], empty)
 
 
 def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -144,7 +184,7 @@ def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ..
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
     return torch.ops.diffmas.decoder_layer(
-        h, cos, sin, *layer.parameters, call.storage.keys[layer.index], call.storage.values[layer.index],
+        h, cos, sin, *layer.parts.parameters, call.storage.keys[layer.index], call.storage.values[layer.index],
         call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
         queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
     )  # fmt: skip
@@ -167,7 +207,7 @@ class _DecoderLayer(torch.autograd.Function):
             ctx.saved_tensors
         )
         layer = ctx.layer
-        parameters, index = layer.parameters, layer.output_index
+        parameters, index = layer.parts.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.
         grad = torch.zeros_like(middle) if grad is None else grad.contiguous()
         grad_middle, grad_out, queries, *of_output = torch.ops.diffmas.decoder_layer_backward_output(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,29 @@ def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
     return LoraParts(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
 
 
+def lora_places(module: nn.Module) -> tuple[list[tuple[dict, str]], list[Collection]]:
+    """Where :func:`lora_parts` looked when it found parts: entries it read, and collections that were empty."""
+    base = module.base_layer if type(module) is Linear else module
+    entries = [(base._parameters, "weight"), (base._parameters, "bias"), (vars(base), "forward")]
+    empty = hooks_of(base)
+    if base is module:
+        return entries, empty
+    entries += [(module._modules, "base_layer"), (vars(module), "_disable_adapters"), (vars(module), "_active_adapter")]
+    empty.append(module.merged_adapters)
+    for name in module.active_adapters if not module.disable_adapters else ():
+        a, b = module.lora_A[name], module.lora_B[name]
+        modules = (module.lora_A, module.lora_B, module.lora_dropout)
+        entries += [*((holder._modules, name) for holder in modules), (module.lora_variant, name)]
+        entries += [
+            (module.scaling, name),
+            (a._parameters, "weight"),
+            (b._parameters, "weight"),
+            (b._parameters, "bias"),
+        ]
+        empty += [*hooks_of(a), *hooks_of(b)]
+    return entries, empty
+
+
 def _special(base: nn.Module, dtype: torch.dtype) -> bool:
     return (
         type(base) is not nn.Linear
@@ -78,9 +102,12 @@ def _special(base: nn.Module, dtype: torch.dtype) -> bool:
 
 def hooked(module: nn.Module) -> bool:
     """Whether running the module does more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    return any(hooks_of(module))
+
+
+def hooks_of(module: nn.Module) -> list[Collection]:
+    """The collections that :func:`hooked` finds empty, or not."""
+    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 
 def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:
