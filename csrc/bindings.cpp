@@ -42,6 +42,10 @@ STABLE_TORCH_LIBRARY(diffmas, m) {
       "Tensor values, Tensor(a!) grad_keys, Tensor(b!) grad_values, Tensor q_begin, Tensor q_end, "
       "Tensor starts, Tensor column_begin, Tensor column_end, int max_new, int max_kv, float scale) -> ()");
   m.def(
+      "cached_attention_backward(Tensor grad_out, Tensor q, Tensor out, Tensor lse, Tensor keys, Tensor values, "
+      "Tensor(a!) grad_keys, Tensor(b!) grad_values, Tensor q_begin, Tensor q_end, Tensor starts, "
+      "Tensor column_begin, Tensor column_end, int max_new, int max_kv, float scale) -> Tensor");
+  m.def(
       "cached_attention_backward_token(Tensor grad_out, Tensor q, Tensor out, Tensor lse, Tensor keys, "
       "Tensor values, Tensor grad_keys, Tensor grad_values, Tensor(a!) pending_q, Tensor(b!) pending_grad, "
       "Tensor(c!) pending_lse, Tensor(d!) pending_delta, int slot, Tensor q_begin, Tensor q_end, "
@@ -63,6 +67,7 @@ STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) {
   m.impl("cached_attention", TORCH_BOX(&diffmas::cached_attention));
   m.impl("cached_attention_backward_queries", TORCH_BOX(&diffmas::cached_attention_backward_queries));
   m.impl("cached_attention_backward_columns", TORCH_BOX(&diffmas::cached_attention_backward_columns));
+  m.impl("cached_attention_backward", TORCH_BOX(&diffmas::cached_attention_backward));
   m.impl("cached_attention_backward_token", TORCH_BOX(&diffmas::cached_attention_backward_token));
   m.impl("merge_states", TORCH_BOX(&diffmas::merge_states));
 }

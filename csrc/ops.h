@@ -61,6 +61,13 @@ void cached_attention_backward_columns(
     const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
     int64_t max_kv, double scale);
 
+/// Both of the above.
+Tensor cached_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
+    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
+    int64_t max_kv, double scale);
+
 std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
     const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& pending_q,

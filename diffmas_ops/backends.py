@@ -26,6 +26,7 @@ OPERATORS = {
         "cached_attention",
         "cached_attention_backward_queries",
         "cached_attention_backward_columns",
+        "cached_attention_backward",
         "cached_attention_backward_token",
     ),
     "merge_states": ("merge_states",),

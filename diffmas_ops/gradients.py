@@ -142,15 +142,10 @@ class TraceGradients:
         rows = (queries.q_begin, queries.q_end, queries.starts)
         ops = backends.functions("cached_attention", q, self._implementation, many=True)
         columns = (self.frozen if column_begin is None else column_begin, call.ends)
-        sizes = (queries.max_new, call.max_kv, scale)
-        if (together := getattr(ops, "cached_attention_backward", None)) is not None:
-            grads = (keys, values, grad_keys, grad_values)
-            grad_q = together(grad_out, q, out, lse, *grads, *rows, *columns, *sizes)
-        else:
-            grad_q, delta = ops.cached_attention_backward_queries(grad_out, q, out, lse, keys, values, *rows, *sizes)
-            ops.cached_attention_backward_columns(
-                grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, *columns, *sizes
-            )
+        grad_q = ops.cached_attention_backward(
+            grad_out, q, out, lse, keys, values, grad_keys, grad_values, *rows, *columns,
+            queries.max_new, call.max_kv, scale,
+        )  # fmt: skip
         gather = backends.functions("kv_append", grad_keys, self._implementation).kv_gather
         own = (call.q_begin, call.q_end, call.starts)
         return grad_q, *gather(grad_keys, grad_values, *own, call.max_new, call.total, q.dtype)

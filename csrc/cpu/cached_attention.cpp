@@ -53,6 +53,13 @@ void defer(
       std::copy_n(from.at(rows.begin[row], head), dim, target);
 }
 
+void check_columns(const int32_t* first, const int32_t* last, const Tensor& keys) {
+  for (int64_t b = 0; b < keys.size(0); ++b)
+    STD_TORCH_CHECK(
+        first[b] >= last[b] || (first[b] >= 0 && last[b] <= keys.size(2)), "column_begin[", b, "], column_end[", b,
+        "] are ", first[b], ", ", last[b], "; allowed: within 0 to ", keys.size(2));
+}
+
 template <class T>
 Packed<const T> pending_of(const Tensor& pending, int64_t row, int64_t slot, int64_t head) {
   return {
@@ -129,10 +136,7 @@ void cached_attention_backward_columns(
   // Deferred rows stand behind every column, so there is no upper bound on starts here.
   check_token_ranges(rows, keys.size(0), q.size(0), max_new);
   const int32_t *first = indices(column_begin), *last = indices(column_end);
-  for (int64_t b = 0; b < keys.size(0); ++b)
-    STD_TORCH_CHECK(
-        first[b] >= last[b] || (first[b] >= 0 && last[b] <= keys.size(2)), "column_begin[", b, "], column_end[", b,
-        "] are ", first[b], ", ", last[b], "; allowed: within 0 to ", keys.size(2));
+  check_columns(first, last, keys);
   with_storage_type("q", q.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using A = Acc<S>;
@@ -146,6 +150,52 @@ void cached_attention_backward_columns(
       kernel(gradient, plan.tiles[task], scratch<A>(attention_scratch(dim)));
     });
   });
+}
+
+Tensor cached_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
+    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
+    int64_t max_kv, double scale) {
+  check_backward_queries(grad_out, q, out, lse, keys, values, q_begin, q_end, starts, max_new, max_kv);
+  const Tensor delta = per_head(q, lse.scalar_type());
+  check_backward_columns(
+      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, q_begin, q_end, starts, column_begin, column_end,
+      max_new, max_kv);
+  const RowRanges rows = row_ranges(q_begin, q_end, starts);
+  check_ranges(rows, keys.size(0), q.size(0), max_kv, max_new);
+  const int32_t *first = indices(column_begin), *last = indices(column_end);
+  check_columns(first, last, keys);
+  const Tensor grad_q = like(q);
+  zero_unclaimed(rows, keys.size(0), {&grad_q});
+  with_storage_type("q", q.scalar_type(), [&](auto storage) {
+    using S = decltype(storage);
+    using A = Acc<S>;
+    const int64_t dim = q.size(2), heads = keys.size(1), stride = (dim + PADDING - 1) / PADDING * PADDING;
+    const GradientPlan plan = plan_gradients(rows, keys.size(0), heads, q.size(1) / heads, stride);
+    Buffer<A> partial(plan.partial_rows * stride);
+    const AttentionGradient<S> gradient{
+        {inputs<S>(q, keys, values, rows, scale), packed<const S>(grad_out), packed<const A>(lse),
+         packed<const A>(delta), trace<A>(grad_keys), trace<A>(grad_values)},
+        first, last, partial.data(), packed<S>(grad_q)};
+    const Deltas<S> products{
+        packed<const S>(out), packed<const S>(grad_out), packed<A>(delta), q.size(1), dim};
+    const auto of_rows = DIFFMAS_KERNEL(deltas<S>);
+    const auto kernel = DIFFMAS_KERNEL(attention_gradient<S>);
+    const auto sum = DIFFMAS_KERNEL(sum_query_gradients<S>);
+    const int64_t tokens = q.size(0), together = 16;
+    parallel_tasks((tokens + together - 1) / together, 2 * q.numel(), [&](int64_t task) {
+      const int64_t end = std::min(tokens, (task + 1) * together);
+      of_rows(products, task * together, end, scratch<A>(attention_scratch(dim)));
+    });
+    parallel_tasks(plan.tiles.size(), plan.work * dim, [&](int64_t task) {
+      kernel(gradient, plan.tiles[task], scratch<A>(attention_scratch(dim)));
+    });
+    parallel_tasks(plan.sums.size(), plan.partial_rows * dim, [&](int64_t task) {
+      sum(gradient, plan.sums[task], scratch<A>(attention_scratch(dim)));
+    });
+  });
+  return grad_q;
 }
 
 std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(

@@ -40,7 +40,7 @@ constexpr int64_t PADDING = 16;
 
 /// Elements of scratch memory that any attention kernel needs.
 inline __attribute__((always_inline)) int64_t attention_scratch(int64_t dim) {
-  return (4 * TILE + 2 * STEP) * (dim + PADDING) + 2 * NARROW * NARROW_COLUMNS + 8 * TILE + 2 * STEP * 2 * PADDING;
+  return (5 * TILE + 2 * STEP) * (dim + PADDING) + 2 * NARROW * NARROW_COLUMNS + 8 * TILE + 2 * STEP * 2 * PADDING;
 }
 
 /// Query rows of one (row, kv head) pair are numbered token * group + query head within the group. A tile of them meets
@@ -63,6 +63,13 @@ struct SplitTile {
 struct ColumnTile {
   int64_t row, head;
   int64_t begin, end;
+};
+
+/// Columns [begin, end) of one (row, kv head) pair, whose part of the queries' gradients begins at row `partial`.
+struct GradientTile {
+  int64_t row, head;
+  int64_t begin, end;
+  int64_t partial;
 };
 
 template <class S>
@@ -96,6 +103,22 @@ struct ColumnGradient : AttentionInputs<S> {
   Packed<const S> grad_out;
   Packed<const Acc<S>> lse, delta;
   Trace<Acc<S>> grad_keys, grad_values;
+};
+
+/// Gradients of queries, keys and values together; those of columns outside [column_begin, column_end) are left out.
+template <class S>
+struct AttentionGradient : ColumnGradient<S> {
+  const int32_t *column_begin, *column_end;
+  Acc<S>* partial;  // [partial rows, padded dim]
+  Packed<S> grad_q;
+};
+
+/// The products of the rows of `out` and `grad_out`.
+template <class S>
+struct Deltas {
+  Packed<const S> out, grad_out;
+  Packed<Acc<S>> delta;
+  int64_t heads, dim;
 };
 
 /// What `slots` pending tokens and the accumulators owe to one column of one kv head.
@@ -244,6 +267,12 @@ struct FewRowsAdapter {
   void sum_partials(const QueryGradient<S>&, const SplitTile&, Acc<S>* scratch);                \
   template <class S>                                                                            \
   void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch);           \
+  template <class S>                                                                            \
+  void attention_gradient(const AttentionGradient<S>&, const GradientTile&, Acc<S>* scratch);   \
+  template <class S>                                                                            \
+  void sum_query_gradients(const AttentionGradient<S>&, const SplitTile&, Acc<S>* scratch);     \
+  template <class S>                                                                            \
+  void deltas(const Deltas<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                   \
   template <class S>                                                                            \
   void own_column(const OwnColumn<S>&, Acc<S>* scratch);                                        \
   template <class S, class Out>                                                                 \

@@ -74,4 +74,37 @@ inline ColumnPlan plan_columns(
   return plan;
 }
 
+/// Columns of one task where queries' gradients are summed beside those of columns, and the most of its partial sums.
+constexpr int64_t GRADIENT_COLUMNS = 512, GRADIENT_SPLITS = 8, GRADIENT_ELEMENTS = 1 << 22;
+
+struct GradientPlan {
+  std::vector<GradientTile> tiles;
+  std::vector<SplitTile> sums;  // of the tiles' partial sums
+  int64_t partial_rows = 0;
+  int64_t work = 0;  // query rows * columns
+};
+
+inline GradientPlan plan_gradients(const RowRanges& rows, int64_t batch, int64_t heads, int64_t group, int64_t dim) {
+  GradientPlan plan;
+  for (int64_t row = 0; row < batch; ++row) {
+    const int64_t tokens = rows.count(row), total = tokens * group;
+    if (tokens == 0) continue;
+    const int64_t columns = rows.position(row, tokens - 1) + 1;
+    const int64_t most = std::min(GRADIENT_SPLITS, GRADIENT_ELEMENTS / (total * dim));
+    const int64_t wanted = std::clamp<int64_t>(columns / GRADIENT_COLUMNS, 1, std::max<int64_t>(1, most));
+    const int64_t width = ((columns + wanted - 1) / wanted + TILE - 1) / TILE * TILE;
+    const int64_t splits = (columns + width - 1) / width;
+    for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t first = 0; first < total; first += TILE)
+        plan.sums.push_back({row, head, first, std::min(first + TILE, total), plan.partial_rows, splits});
+      for (int64_t begin = 0; begin < columns; begin += width) {
+        plan.tiles.push_back({row, head, begin, std::min(begin + width, columns), plan.partial_rows});
+        plan.partial_rows += total;
+      }
+    }
+    plan.work += total * columns * heads;
+  }
+  return plan;
+}
+
 }  // namespace diffmas

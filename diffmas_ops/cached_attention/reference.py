@@ -103,6 +103,33 @@ def cached_attention_backward_columns(
         grad_values[row, :, columns] += (probabilities.mT @ _group(grad_out[tokens], groups)).sum(1)
 
 
+def cached_attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    grad_keys: Tensor,
+    grad_values: Tensor,
+    q_begin: Tensor,
+    q_end: Tensor,
+    starts: Tensor,
+    column_begin: Tensor,
+    column_end: Tensor,
+    max_new: int,
+    max_kv: int,
+    scale: float,
+) -> Tensor:
+    """The queries' gradient, and what `cached_attention_backward_columns` adds."""
+    rows, sizes = (q_begin, q_end, starts), (max_new, max_kv, scale)
+    grad_q, delta = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, *rows, *sizes)
+    cached_attention_backward_columns(
+        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, column_begin, column_end, *sizes
+    )
+    return grad_q
+
+
 def cached_attention_backward_token(
     grad_out: Tensor,
     q: Tensor,

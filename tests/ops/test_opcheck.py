@@ -51,6 +51,10 @@ def samples():
         "cached_attention_backward_columns",
         (problem.grad, q, lse, lse, keys, values, *grads, *rows, *window, *sizes),
     )
+    yield (
+        "cached_attention_backward",
+        (problem.grad, q, out, lse, keys, values, *grads, *rows, *window, *sizes),
+    )
     heads, dim, batch = single.case.heads, single.case.head_dim, len(single.case.new)
     pending = [random(batch, 4, heads, *tail, dtype=torch.float32) for tail in ((dim,), (dim,), (), ())]
     out, lse = attention.cached_attention(single.q, None, None, single.keys, single.values, *single.rows, *single.sizes)

@@ -1,5 +1,5 @@
-// Gradients of keys and values (arXiv 2307.08691, algorithm 2): a tile of columns against all the queries that see it.
-// Here the panels hold columns, and queries are read one broadcast element at a time.
+// Gradients of keys and values, and of queries with them (arXiv 2307.08691, algorithm 2): a tile of columns against all
+// the queries that see it. Here the panels hold columns, and queries are read one broadcast element at a time.
 #include "cpu/kernels/attention.h"
 
 namespace diffmas {
@@ -9,8 +9,9 @@ namespace {
 
 template <class T>
 struct QueryStep {
-  int64_t count, first_position;  // of the step's first row
-  T *q, *grad_out;                // [count, padded(dim)]
+  int64_t count;
+  T *q, *grad_out;  // [count, padded(dim)]
+  T* grad_q;        // the same, added to, or null
   T lse[STEP], delta[STEP];
   int64_t positions[STEP];
 };
@@ -19,9 +20,10 @@ template <int NV, class S>
 struct Panel {
   using T = Acc<S>;
   T *key, *value, *grad_key, *grad_value;  // [dim, NV * W]
+  Tile<T> key_rows;                        // of the columns, readable in whole vectors; for the queries' gradients
   LanePositions<NV, T> columns;
 
-  void begin(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t first, T* row) {
+  void begin(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t first, T* row, T* spare) {
     constexpr int64_t width = NV * W<T>;
     fill(grad_key, p.dim * width, T(0));
     fill(grad_value, p.dim * width, T(0));
@@ -36,9 +38,14 @@ struct Panel {
       read_row(row, p.values.at(tile.row, tile.head, column), p.dim);
       scatter_lane<NV>(value, lane, row, p.dim);
     }
+    if (spare == nullptr) return;
+    const int64_t count = columns.highest + 1 - first, column_stride = p.keys.column_stride;
+    const S* keys = p.keys.at(tile.row, tile.head, first);
+    key_rows = p.dim % W<T> == 0 ? as_tile(keys, column_stride, count, p.dim, spare)
+                                 : converted(keys, column_stride, count, p.dim, spare);
   }
 
-  void step(const QueryStep<T>& queries, int64_t dim, T* scores, T* grads) {
+  void step(const QueryStep<T>& queries, int64_t dim, bool owed, T* scores, T* grads) {
     constexpr int64_t width = NV * W<T>;
     int64_t hidden = 0;  // leading query rows that see no column of this panel
     while (hidden < queries.count && queries.positions[hidden] < columns.lowest) ++hidden;
@@ -58,6 +65,11 @@ struct Panel {
         store(grads + at, weight * (load(grads + at) - queries.delta[row]));
       }
     }
+    if (queries.grad_q != nullptr)
+      product<Into::Add, Left::RowMajor>(
+          count, stride, queries.grad_q + hidden * stride, stride, grads, width, key_rows.data, key_rows.stride,
+          columns.highest + 1 - columns.lowest);
+    if (!owed) return;
     panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_value, width, grad_out, stride, scores, width, count);
     panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_key, width, q, stride, grads, width, count);
   }
@@ -88,8 +100,10 @@ void read_queries(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t fi
   }
 }
 
+/// Adds to the gradients of the tile's columns where they are `owed`, and to those of the queries, [rows, padded(dim)],
+/// where `grad_q` is not null.
 template <int NV, class S>
-void column_panels(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>* scratch) {
+void column_panels(const ColumnGradient<S>& p, const ColumnTile& tile, bool owed, Acc<S>* grad_q, Acc<S>* scratch) {
   using T = Acc<S>;
   constexpr int64_t width = NV * W<T>;
   const int64_t rows = p.rows.count(tile.row) * p.group;
@@ -103,30 +117,79 @@ void column_panels(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>* s
   T* row = pieces.take(padded<T>(p.dim));
   queries.q = pieces.take(STEP * padded<T>(p.dim));
   queries.grad_out = pieces.take(STEP * padded<T>(p.dim));
+  queries.grad_q = nullptr;
   const int64_t count = (tile.end - tile.begin + width - 1) / width;
   for (int64_t i = 0; i < count; ++i) {
     panels[i].key = pieces.take(p.dim * width);
     panels[i].value = pieces.take(p.dim * width);
     panels[i].grad_key = pieces.take(p.dim * width);
     panels[i].grad_value = pieces.take(p.dim * width);
-    panels[i].begin(p, tile, tile.begin + i * width, row);
+    T* spare = grad_q == nullptr ? nullptr : pieces.take(width * padded<T>(p.dim));
+    panels[i].begin(p, tile, tile.begin + i * width, row, spare);
   }
   for (int64_t r = first; r < rows; r += STEP) {
     queries.count = smaller(STEP, rows - r);
     read_queries(p, tile, r, queries);
-    for (int64_t i = 0; i < count; ++i) panels[i].step(queries, p.dim, scores, grads);
+    if (grad_q != nullptr) queries.grad_q = grad_q + r * padded<T>(p.dim);
+    for (int64_t i = 0; i < count; ++i) panels[i].step(queries, p.dim, owed, scores, grads);
   }
-  for (int64_t i = 0; i < count; ++i) panels[i].end(p, tile);
+  for (int64_t i = 0; owed && i < count; ++i) panels[i].end(p, tile);
+}
+
+template <class S>
+void column_tile(const ColumnGradient<S>& p, const ColumnTile& tile, bool owed, Acc<S>* grad_q, Acc<S>* scratch) {
+  if (tile.end - tile.begin <= W<Acc<S>>)
+    column_panels<1>(p, tile, owed, grad_q, scratch);
+  else
+    column_panels<VECTORS>(p, tile, owed, grad_q, scratch);
 }
 
 }  // namespace
 
 template <class S>
 void column_gradient(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>* scratch) {
-  if (tile.end - tile.begin <= W<Acc<S>>)
-    column_panels<1>(p, tile, scratch);
-  else
-    column_panels<VECTORS>(p, tile, scratch);
+  column_tile<S>(p, tile, true, nullptr, scratch);
+}
+
+template <class S>
+void attention_gradient(const AttentionGradient<S>& p, const GradientTile& tile, Acc<S>* scratch) {
+  const int64_t stride = padded<Acc<S>>(p.dim), rows = p.rows.count(tile.row) * p.group;
+  const int64_t first = p.column_begin[tile.row], last = p.column_end[tile.row];
+  Acc<S>* grad_q = p.partial + tile.partial * stride;
+  fill(grad_q, rows * stride, Acc<S>(0));
+  for (int64_t begin = tile.begin, end; begin < tile.end; begin = end) {
+    // Either all columns of a tile are owed their gradient, or none.
+    const int64_t cut = begin < first ? first : begin < last ? last : tile.end;
+    end = smaller(smaller(begin + TILE, tile.end), cut);
+    column_tile<S>(p, {tile.row, tile.head, begin, end}, first <= begin && begin < last, grad_q, scratch);
+  }
+}
+
+template <class S>
+void sum_query_gradients(const AttentionGradient<S>& p, const SplitTile& tile, Acc<S>* scratch) {
+  using T = Acc<S>;
+  const int64_t stride = padded<T>(p.dim), rows = p.rows.count(tile.row) * p.group;
+  for (int64_t r = tile.first; r < tile.last; ++r) {
+    const T* part = p.partial + (tile.partial + r) * stride;
+    for (int64_t d = 0; d < stride; d += W<T>) {
+      Vec<T> total = load(part + d);
+      for (int64_t i = 1; i < tile.splits; ++i) total += load(part + i * rows * stride + d);
+      store(scratch + d, total);
+    }
+    const QueryRow query = query_row(p, tile, r);
+    write_row<S>(p.grad_q.at(query.token, query.head), scratch, p.dim, p.scale);
+  }
+}
+
+template <class S>
+void deltas(const Deltas<S>& p, int64_t begin, int64_t end, Acc<S>* scratch) {
+  const int64_t stride = padded<Acc<S>>(p.dim);
+  for (int64_t token = begin; token < end; ++token)
+    for (int64_t head = 0; head < p.heads; ++head) {
+      read_row(scratch, p.out.at(token, head), p.dim);
+      read_row(scratch + stride, p.grad_out.at(token, head), p.dim);
+      *p.delta.at(token, head) = dot(scratch, scratch + stride, stride);
+    }
 }
 
 template <class S>
@@ -172,8 +235,11 @@ void own_column(const OwnColumn<S>& p, Acc<S>* scratch) {
   write_row(p.grad_v, value, p.dim);
 }
 
-#define INSTANTIATE(S)                                                                  \
-  template void column_gradient<S>(const ColumnGradient<S>&, const ColumnTile&, Acc<S>*); \
+#define INSTANTIATE(S)                                                                          \
+  template void column_gradient<S>(const ColumnGradient<S>&, const ColumnTile&, Acc<S>*);          \
+  template void attention_gradient<S>(const AttentionGradient<S>&, const GradientTile&, Acc<S>*);  \
+  template void sum_query_gradients<S>(const AttentionGradient<S>&, const SplitTile&, Acc<S>*);    \
+  template void deltas<S>(const Deltas<S>&, int64_t, int64_t, Acc<S>*);                            \
   template void own_column<S>(const OwnColumn<S>&, Acc<S>*);
 DIFFMAS_FOR_STORAGE_TYPES(INSTANTIATE)
 
