@@ -50,6 +50,54 @@ def test_one_layer_steps_aside(change, monkeypatch):
     assert_same({n: other_grads[n] for n in grads}, grads, 1e-10)
 
 
+def _scale(model):
+    layer_of(model).self_attn.v_proj.scaling["default"] = 0.25
+
+
+def _other_adapter(model):
+    torch.manual_seed(7)
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+
+
+def _other_parameter(model):
+    layer_of(model).mlp.up_proj.lora_B["default"].weight = torch.nn.Parameter(
+        torch.ones_like(layer_of(model).mlp.up_proj.lora_B["default"].weight)
+    )
+
+
+def _other_norm(model):
+    layer_of(model).input_layernorm.weight = torch.nn.Parameter(
+        2 * layer_of(model).input_layernorm.weight.detach(), requires_grad=False
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: layer_of(model).self_attn.v_proj.register_forward_hook(lambda m, x, y: 2 * y),
+        lambda model: layer_of(model).mlp.up_proj.lora_A["default"].register_forward_hook(lambda m, x, y: 2 * y),
+        lambda model: layer_of(model).mlp.up_proj.merge(),
+        lambda model: layer_of(model).mlp.up_proj.enable_adapters(False),
+        lambda model: setattr(layer_of(model).self_attn.q_norm, "variance_epsilon", 0.3),
+        _scale, _other_adapter, _other_parameter, _other_norm,
+    ],
+    ids=["hook", "adapter's hook", "merged", "disabled", "epsilon", "scale", "adapter", "parameter", "norm"],
+)  # fmt: skip
+def test_what_has_changed_since_the_last_call_is_seen(change, monkeypatch):
+    plain = with_lora(causal_lm("qwen3"))
+    used, fresh = clone(plain), clone(plain)
+    before, _, whole = run(used, monkeypatch)
+    used.zero_grad()
+    change(used)
+    change(fresh)
+    loss, grads, runs = run(used, monkeypatch)
+    assert error(loss, before) > 1e-6 or runs < whole
+    wanted, wanted_grads, _ = run(fresh, monkeypatch)
+    assert torch.equal(loss, wanted)
+    assert_same(grads, wanted_grads, 0)
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 def test_an_implementation_that_is_insisted_on(implementation, monkeypatch):
     plain = with_lora(causal_lm("llama"))
