@@ -7,6 +7,11 @@ namespace DIFFMAS_ISA {
 
 namespace {
 
+/// The columns that get their gradient.
+struct Window {
+  int64_t begin, end;
+};
+
 template <class T>
 struct QueryStep {
   int64_t count;
@@ -74,8 +79,9 @@ struct Panel {
     panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_key, width, q, stride, grads, width, count);
   }
 
-  void end(const ColumnGradient<S>& p, const ColumnTile& tile) const {
-    for (int64_t column = columns.lowest; column <= columns.highest; ++column) {
+  void end(const ColumnGradient<S>& p, const ColumnTile& tile, const Window& owed) const {
+    const int64_t last = smaller(columns.highest + 1, owed.end);
+    for (int64_t column = larger(columns.lowest, owed.begin); column < last; ++column) {
       const int64_t lane = column - columns.lowest;
       T* keys = p.grad_keys.at(tile.row, tile.head, column);
       T* values = p.grad_values.at(tile.row, tile.head, column);
@@ -100,11 +106,13 @@ void read_queries(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t fi
   }
 }
 
-/// Adds to the gradients of the tile's columns where they are `owed`, and to those of the queries, [rows, padded(dim)],
-/// where `grad_q` is not null.
+/// Adds to the gradients of the tile's columns within `owed`, and to those of the queries, [rows, padded(dim)], where
+/// `grad_q` is not null.
 template <int NV, class S>
-void column_panels(const ColumnGradient<S>& p, const ColumnTile& tile, bool owed, Acc<S>* grad_q, Acc<S>* scratch) {
+void column_panels(
+    const ColumnGradient<S>& p, const ColumnTile& tile, const Window& owed, Acc<S>* grad_q, Acc<S>* scratch) {
   using T = Acc<S>;
+  const bool any = owed.begin < tile.end && tile.begin < owed.end;
   constexpr int64_t width = NV * W<T>;
   const int64_t rows = p.rows.count(tile.row) * p.group;
   const int64_t first = larger(0, tile.begin - p.rows.position(tile.row, 0)) * p.group;
@@ -131,13 +139,14 @@ void column_panels(const ColumnGradient<S>& p, const ColumnTile& tile, bool owed
     queries.count = smaller(STEP, rows - r);
     read_queries(p, tile, r, queries);
     if (grad_q != nullptr) queries.grad_q = grad_q + r * padded<T>(p.dim);
-    for (int64_t i = 0; i < count; ++i) panels[i].step(queries, p.dim, owed, scores, grads);
+    for (int64_t i = 0; i < count; ++i) panels[i].step(queries, p.dim, any, scores, grads);
   }
-  for (int64_t i = 0; owed && i < count; ++i) panels[i].end(p, tile);
+  for (int64_t i = 0; any && i < count; ++i) panels[i].end(p, tile, owed);
 }
 
 template <class S>
-void column_tile(const ColumnGradient<S>& p, const ColumnTile& tile, bool owed, Acc<S>* grad_q, Acc<S>* scratch) {
+void column_tile(
+    const ColumnGradient<S>& p, const ColumnTile& tile, const Window& owed, Acc<S>* grad_q, Acc<S>* scratch) {
   if (tile.end - tile.begin <= W<Acc<S>>)
     column_panels<1>(p, tile, owed, grad_q, scratch);
   else
@@ -148,21 +157,18 @@ void column_tile(const ColumnGradient<S>& p, const ColumnTile& tile, bool owed, 
 
 template <class S>
 void column_gradient(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>* scratch) {
-  column_tile<S>(p, tile, true, nullptr, scratch);
+  column_tile<S>(p, tile, {tile.begin, tile.end}, nullptr, scratch);
 }
 
 template <class S>
 void attention_gradient(const AttentionGradient<S>& p, const GradientTile& tile, Acc<S>* scratch) {
   const int64_t stride = padded<Acc<S>>(p.dim), rows = p.rows.count(tile.row) * p.group;
-  const int64_t first = p.column_begin[tile.row], last = p.column_end[tile.row];
+  // The cut does not depend on the window, so neither do the queries' gradients, bit for bit.
+  const Window owed{p.column_begin[tile.row], p.column_end[tile.row]};
   Acc<S>* grad_q = p.partial + tile.partial * stride;
   fill(grad_q, rows * stride, Acc<S>(0));
-  for (int64_t begin = tile.begin, end; begin < tile.end; begin = end) {
-    // Either all columns of a tile are owed their gradient, or none.
-    const int64_t cut = begin < first ? first : begin < last ? last : tile.end;
-    end = smaller(smaller(begin + TILE, tile.end), cut);
-    column_tile<S>(p, {tile.row, tile.head, begin, end}, first <= begin && begin < last, grad_q, scratch);
-  }
+  for (int64_t begin = tile.begin; begin < tile.end; begin += TILE)
+    column_tile<S>(p, {tile.row, tile.head, begin, smaller(begin + TILE, tile.end)}, owed, grad_q, scratch);
 }
 
 template <class S>
