@@ -31,6 +31,19 @@ std::string to_string(const Sizes& sizes) {
 }
 
 /// float64 for float64 data, float32 for the other three supported dtypes.
+/// An argument, or an element of a list; put into words only where it is at fault.
+struct Name {
+  Name(const char* argument, int64_t index = ANY) : argument(argument), index(index) {}
+
+  const char* argument;
+  int64_t index;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const Name& name) {
+  out << name.argument;
+  return name.index == ANY ? out : out << "[" << name.index << "]";
+}
+
 inline ScalarType accumulation_dtype(const char* name, ScalarType dtype) {
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -41,7 +54,7 @@ inline ScalarType accumulation_dtype(const char* name, ScalarType dtype) {
 
 /// Same device as `like`, this dtype, these sizes (ANY: any), and stride 1 in the last dimension.
 inline void check_tensor(
-    const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes, ScalarType dtype,
+    const Name& name, const Tensor& tensor, std::initializer_list<int64_t> sizes, ScalarType dtype,
     const Tensor& like) {
   const auto found = tensor.sizes();
   bool matches = found.size() == sizes.size();
@@ -65,13 +78,13 @@ inline void check_tensor(
       " in its last dimension; allowed: 1");
 }
 
-inline void check_contiguous(const char* name, const Tensor& tensor) {
+inline void check_contiguous(const Name& name, const Tensor& tensor) {
   STD_TORCH_CHECK(
       tensor.is_contiguous(), name, " has strides ", to_string(tensor.strides()), " for shape ",
       to_string(tensor.sizes()), "; allowed: contiguous");
 }
 
-inline void check_dim(const char* name, const Tensor& tensor, int64_t dim) {
+inline void check_dim(const Name& name, const Tensor& tensor, int64_t dim) {
   STD_TORCH_CHECK(
       tensor.dim() == dim, name, " has shape ", to_string(tensor.sizes()), "; allowed: ", dim, " dimensions");
 }

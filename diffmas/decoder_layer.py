@@ -166,7 +166,7 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Parts | None:
         weights if len(weights) == 4 else [*weights, none, none],
         epsilon,
         [p.weight for p in parts],
-        [none if p.bias is None else p.bias for p in parts],
+        [none if p.bias is None else p.bias for p in parts] if any(p.bias is not None for p in parts) else [],
         [_or_empty(p.a, 0, p.weight.shape[1], none) for p in parts],
         [_or_empty(p.b, p.weight.shape[0], 0, none) for p in parts],
         [p.scaling for p in parts],
@@ -184,7 +184,7 @@ def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ..
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
     return torch.ops.diffmas.decoder_layer(
-        h, cos, sin, *layer.parts.parameters, call.storage.keys[layer.index], call.storage.values[layer.index],
+        h, cos, sin, *layer.parts.parameters, *call.storage.layer(layer.index),
         call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
         queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
     )  # fmt: skip

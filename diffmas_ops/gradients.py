@@ -62,6 +62,7 @@ class TraceGradients:
         self._pending: dict[int, _Pending] = {}
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
+        self._layers: list[tuple[Tensor, Tensor]] = []  # views of both
 
     def accumulators(self) -> tuple[Tensor, Tensor]:
         """Gradients of all keys and values, `[num_layers, batch, num_kv_heads, capacity, head_dim]`."""
@@ -165,5 +166,7 @@ class TraceGradients:
         )  # fmt: skip
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grad_keys, grad_values = self.accumulators()
-        return self._storage.keys[layer], self._storage.values[layer], grad_keys[layer], grad_values[layer]
+        grads = self.accumulators()
+        if not self._layers:
+            self._layers = list(zip(*(x.unbind(0) for x in grads), strict=True))
+        return *self._storage.layer(layer), *self._layers[layer]

@@ -26,21 +26,21 @@ struct Layer {
   }
 };
 
-std::string in_list(const char* name, int i) { return name + ("[" + std::to_string(i) + "]"); }
-
 template <class T>
 Layer<T> make_layer(
     const Tensor& like, const Tensor& cos, const Tensors& norms, double epsilon, const Tensors& weights,
     const Tensors& biases, const Tensors& a, const Tensors& b, const std::vector<double>& scalings) {
   const ScalarType dtype = like.scalar_type();
   STD_TORCH_CHECK(norms.size() == NORMS, "there are ", norms.size(), " norms; allowed: 4 (empty where there is none)");
-  const Tensors* lists[] = {&weights, &biases, &a, &b};
-  const char* names[] = {"weights", "biases", "a", "b"};
-  for (int i = 0; i < 4; ++i)
+  const Tensors* lists[] = {&weights, &a, &b};
+  const char* names[] = {"weights", "a", "b"};
+  for (int i = 0; i < 3; ++i)
     STD_TORCH_CHECK(lists[i]->size() == PROJECTIONS, "there are ", lists[i]->size(), " ", names[i], "; allowed: 7");
+  STD_TORCH_CHECK(
+      biases.empty() || biases.size() == PROJECTIONS, "there are ", biases.size(), " biases; allowed: 7, or none");
   STD_TORCH_CHECK(scalings.size() == PROJECTIONS, "there are ", scalings.size(), " scalings; allowed: 7");
   STD_TORCH_CHECK(epsilon >= 0, "epsilon is ", epsilon, "; allowed: 0 and above");
-  for (int i = 0; i < PROJECTIONS; ++i) check_dim(in_list("weights", i).c_str(), weights[i], 2);
+  for (int i = 0; i < PROJECTIONS; ++i) check_dim({"weights", i}, weights[i], 2);
   check_dim("cos", cos, 2);
   const int64_t hidden = weights[O].size(0), queries = weights[Q].size(0), kv = weights[K].size(0), dim = cos.size(1);
   STD_TORCH_CHECK(
@@ -49,16 +49,17 @@ Layer<T> make_layer(
   Layer<T> layer{norms, static_cast<T>(epsilon), {}};
   for (int i = 0; i < NORMS; ++i)
     if (i < Q_NORM || norms[i].numel() != 0)
-      check_tensor(in_list("norms", i).c_str(), norms[i], {i < Q_NORM ? hidden : dim}, dtype, like);
+      check_tensor({"norms", i}, norms[i], {i < Q_NORM ? hidden : dim}, dtype, like);
   const int64_t inputs[] = {hidden, hidden, hidden, queries, hidden, hidden, weights[GATE].size(0)};
   const int64_t outs[] = {ANY, ANY, kv, hidden, ANY, weights[GATE].size(0), hidden};
   for (int i = 0; i < PROJECTIONS; ++i) {
-    check_tensor(in_list("weights", i).c_str(), weights[i], {outs[i], inputs[i]}, dtype, like);
-    check_tensor(in_list("a", i).c_str(), a[i], {ANY, inputs[i]}, dtype, like);
-    check_tensor(in_list("b", i).c_str(), b[i], {weights[i].size(0), a[i].size(0)}, dtype, like);
-    if (biases[i].numel() != 0)
-      check_tensor(in_list("biases", i).c_str(), biases[i], {weights[i].size(0)}, dtype, like);
-    layer.linears.push_back({weights[i], biases[i], a[i], b[i], static_cast<T>(scalings[i])});
+    check_tensor({"weights", i}, weights[i], {outs[i], inputs[i]}, dtype, like);
+    check_tensor({"a", i}, a[i], {ANY, inputs[i]}, dtype, like);
+    check_tensor({"b", i}, b[i], {weights[i].size(0), a[i].size(0)}, dtype, like);
+    const bool biased = !biases.empty() && biases[i].numel() != 0;
+    if (biased) check_tensor({"biases", i}, biases[i], {weights[i].size(0)}, dtype, like);
+    const T* bias = biased ? static_cast<const T*>(biases[i].data_ptr()) : nullptr;
+    layer.linears.push_back({weights[i], a[i], b[i], bias, static_cast<T>(scalings[i])});
   }
   return layer;
 }
@@ -273,7 +274,7 @@ States decoder_layer(
     check_queries(query_begin, query_end, query_starts, query_max_new, max_kv, rows, keys);
     Tensor x = normed(layer, INPUT, h).y;
     const Tensor k = rows_like(h, tokens, kv), v = new_tensor(h, {tokens, kv / dim, dim}, h.scalar_type());
-    const Tensor low_kv = apply(layer.of({K, V}), x, {k, viewed(v, {tokens, kv})});
+    const Tensor low_kv = apply(layer.of({K, V}), x, {k, as_matrix(v)});
     kv_append(rotated(layer, K_NORM, k, cos, sin), v, keys, values, q_begin, q_end, starts, max_new);
 
     x = chosen<T>(x, outputs);
@@ -283,7 +284,7 @@ States decoder_layer(
         rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs)), std::nullopt, std::nullopt, keys,
         values, query_begin, query_end, query_starts, query_max_new, max_kv, scale);
     const Tensor middle = rows_like(h, rows, h.size(1));
-    const Tensor low_o = apply(layer.of({O}), viewed(out, {rows, q.size(1)}), {middle});
+    const Tensor low_o = apply(layer.of({O}), as_matrix(out), {middle});
     add<T>(middle, chosen<T>(h, outputs));
 
     const Tensor gate = rows_like(h, rows, weights[GATE].size(0)), up = rows_like(h, rows, weights[GATE].size(0));
@@ -322,7 +323,7 @@ Tensors decoder_layer_backward_output(
     const Normed<T> forward = normed(layer, MIDDLE, middle);
     const Tensor grad_x = gradients(layer.of({GATE, UP}), forward.y, low_gate_up, inner_grads, of_gate_up);
     const Tensor grad_middle = norm_gradients(layer, MIDDLE, grad_x, middle, forward, grad);
-    const Tensor attended = viewed(out, {rows, weights[O].size(1)});
+    const Tensor attended = as_matrix(out);
     const Tensor grad_out = gradients(layer.of({O}), attended, low_o, {grad_middle}, of_o);
     const Tensor queries = rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs));
     Tensors result{grad_middle, viewed(grad_out, {rows, queries.size(1), queries.size(2)}), queries};
@@ -361,7 +362,7 @@ Tensors decoder_layer_backward_input(
         rotated_gradients(layer, Q_NORM, grad_q, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs));
     const Normed<T> forward = normed(layer, INPUT, h);
     const Tensor grad_x =
-        gradients(layer.of({K, V}), forward.y, low_kv, {owed_k, viewed(grad_v, {tokens, kv})}, of_kv);
+        gradients(layer.of({K, V}), forward.y, low_kv, {owed_k, as_matrix(grad_v)}, of_kv);
     const Tensor grad_of_q = gradients(layer.of({Q}), chosen<T>(forward.y, outputs), low_q, {owed_q}, of_q);
     add_chosen<T>(grad_x, grad_of_q, outputs);
     Tensor residual = grad_middle;

@@ -18,10 +18,12 @@ struct Rows {
   Buffer<A> memory;
 };
 
+/// The first dimension's rows, whatever the others are.
 template <class S>
 Rows<Acc<S>> read(const Tensor& tensor) {
   using A = Acc<S>;
-  Rows<A> result(tensor.size(0), tensor.size(1));
+  const int64_t rows = tensor.size(0);
+  Rows<A> result(rows, rows == 0 ? tensor.size(1) : tensor.numel() / rows);
   const auto convert = DIFFMAS_KERNEL(move_columns<S, A>);
   for (int64_t i = 0; i < result.rows; ++i) {
     MoveColumns<S, A> move{};

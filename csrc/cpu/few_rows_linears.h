@@ -14,12 +14,13 @@ Matrix<T> matrix(const Tensor& tensor) {
 /// y = x Wᵀ + bias + s (x Aᵀ) Bᵀ with x [N, in], W [out, in], A [r, in], B [out, r]; r = 0 and no bias are allowed.
 template <class T>
 struct Linear {
-  Tensor weight, bias, a, b;
+  Tensor weight, a, b;
+  const T* bias;  // or null
   T scaling;
 
+  int64_t in() const { return weight.size(1); }
   int64_t out() const { return weight.size(0); }
   int64_t rank() const { return a.size(0); }
-  const T* bias_data() const { return bias.numel() == 0 ? nullptr : static_cast<const T*>(bias.data_ptr()); }
 };
 
 /// Weight rows of one task: few enough to share, enough to read in long stretches.
@@ -37,7 +38,7 @@ template <class T, class Height>
 std::vector<LayerTask> layer_tasks(const std::vector<Linear<T>>& layers, const Height& height) {
   std::vector<LayerTask> tasks;
   for (size_t i = 0; i < layers.size(); ++i) {
-    if (layers[i].rank() > 0 || layers[i].bias_data() != nullptr) tasks.push_back({i, true, 0, 0});
+    if (layers[i].rank() > 0 || layers[i].bias != nullptr) tasks.push_back({i, true, 0, 0});
     const int64_t out = layers[i].out(), step = height(layers[i]);
     for (int64_t begin = 0; begin < out; begin += step) tasks.push_back({i, false, begin, std::min(out, begin + step)});
   }
@@ -63,7 +64,7 @@ std::vector<int64_t> offsets(const std::vector<Linear<T>>& layers, const Size& s
 template <class T>
 void apply_few(
     const std::vector<Linear<T>>& layers, const Tensor& x, const Tensor& low, const std::vector<Tensor>& outs) {
-  const int64_t rows = x.size(0), size = x.size(1), ranks = low.size(1);
+  const int64_t rows = x.size(0), size = layers.front().in(), ranks = low.size(1);
   const auto dot = DIFFMAS_KERNEL(project_transposed<T>);
   const auto adapter = DIFFMAS_KERNEL(few_rows_adapter<T>);
   Rows<T> input = read<T>(x);
@@ -85,7 +86,7 @@ void apply_few(
     const Matrix<T> part{static_cast<T*>(low.data_ptr()) + rank_of[task.layer], ranks};
     product(part.data, ranks, layer.a, 0, layer.rank());
     adapter(
-        {{part.data, ranks}, matrix<const T>(layer.b), {}, layer.bias_data(),
+        {{part.data, ranks}, matrix<const T>(layer.b), {}, layer.bias,
          {added.data() + out_of[task.layer], layer.out()}, {}, {}, rows, layer.out(), layer.rank(), layer.scaling},
         scratch<T>(layer.rank() + PADDING));
   });
@@ -104,7 +105,7 @@ template <class T>
 void gradients_few(
     const std::vector<Linear<T>>& layers, const Tensor& x, const Tensor& low, const std::vector<Tensor>& grads,
     const Tensor& grad_x, const Tensor* of_adapters) {
-  const int64_t rows = x.size(0), size = x.size(1), ranks = low.size(1);
+  const int64_t rows = x.size(0), size = layers.front().in(), ranks = low.size(1);
   const auto stream = DIFFMAS_KERNEL(project_streamed<T>);
   const auto outer = DIFFMAS_KERNEL(few_rows_outer<T>);
   const auto adapter = DIFFMAS_KERNEL(few_rows_adapter_gradient<T>);

@@ -17,6 +17,13 @@ void in_rows(int64_t rows, int64_t work, const Task& task) {
   });
 }
 
+/// `x [rows, ...]` as the matrix that PyTorch's product takes; few rows are read by their stride alone.
+inline Tensor as_matrix(const Tensor& x) {
+  if (x.dim() == 2 || x.size(0) <= STREAMED_ROWS) return x;
+  const int64_t sizes[] = {x.size(0), x.numel() / x.size(0)};
+  return torch::stable::view(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2));
+}
+
 inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
@@ -55,7 +62,7 @@ Tensor apply(const std::vector<Linear<T>>& layers, const Tensor& x, const std::v
       mm_out(torch::stable::narrow(target, 1, offset, layer.rank()), x, torch::stable::transpose(layer.a, 0, 1));
     }
     const Matrix<const T> part{static_cast<const T*>(low.data_ptr()) + offset, ranks};
-    add_product<T>(outs[i], part, layer.rank(), layer.b, true, layer.scaling, layer.bias_data());
+    add_product<T>(outs[i], part, layer.rank(), layer.b, true, layer.scaling, layer.bias);
     offset += layer.rank();
   }
   return low;
@@ -66,7 +73,7 @@ template <class T>
 Tensor gradients(
     const std::vector<Linear<T>>& layers, const Tensor& x, const Tensor& low, const std::vector<Tensor>& grads,
     std::vector<Tensor>& adapters) {
-  const int64_t rows = x.size(0), size = x.size(1);
+  const int64_t rows = x.size(0), size = layers.front().in();
   const Tensor grad_x = new_tensor(x, {rows, size}, x.scalar_type());
   const size_t first = adapters.size();
   for (const Linear<T>& layer : layers)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
-_LENGTHS = {"norms": 4, "weights": 7, "biases": 7, "a": 7, "b": 7, "scalings": 7}
+_LENGTHS = {"norms": 4, "weights": 7, "a": 7, "b": 7, "scalings": 7}
 
 
 class Sizes(NamedTuple):
@@ -46,10 +46,12 @@ def check_layer(
     outputs: Tensor | None,
 ) -> Sizes:  # fmt: skip
     """What all three operators share; `tokens` None: as many as there are angles."""
-    given = dict(norms=norms, weights=weights, biases=biases, a=a, b=b, scalings=scalings)
+    given = dict(norms=norms, weights=weights, a=a, b=b, scalings=scalings)
     for name, count in _LENGTHS.items():
         if len(given[name]) != count:
             raise ValueError(f"there are {len(given[name])} {name}; allowed: {count}")
+    if len(biases) not in (0, 7):
+        raise ValueError(f"there are {len(biases)} biases; allowed: 7, or none")
     if not epsilon >= 0:
         raise ValueError(f"epsilon is {epsilon}; allowed: 0 and above")
     for i, weight in enumerate(weights):
@@ -71,7 +73,7 @@ def check_layer(
         check_tensor(f"weights[{i}]", weights[i], (out, size), like)
         check_tensor(f"a[{i}]", a[i], (None, size), like)
         check_tensor(f"b[{i}]", b[i], (out, a[i].shape[0]), like)
-        if biases[i].numel():
+        if biases and biases[i].numel():
             check_tensor(f"biases[{i}]", biases[i], (out,), like)
     if outputs is not None:
         check_tensor("outputs", outputs, (None,), like, torch.int64)

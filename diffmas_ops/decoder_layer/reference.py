@@ -5,8 +5,8 @@ rotated heads (arXiv 2104.09864, half-split), perhaps normalised, grouped querie
 product is `x Wᵀ + bias + s (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685).
 
 Lists hold, in this order: `norms` input, middle `[hidden]`, queries, keys `[D]` (of no element where there is none);
-`weights [out, in]`, `biases [out]` (of no element where there is none), `a [r, in]`, `b [out, r]` (r = 0 where there is
-no adapter) and `scalings` of q, k, v, o, gate, up, down.
+`weights [out, in]`, `biases [out]` (of no element where there is none; an empty list: nowhere), `a [r, in]`,
+`b [out, r]` (r = 0 where there is no adapter) and `scalings` of q, k, v, o, gate, up, down.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Parameters:
         """The product, and `x Aᵀ`."""
         low = x @ self.a[i].T
         y = x @ self.weights[i].T + self.scalings[i] * (low @ self.b[i].T)
-        return (y + self.biases[i] if self.biases[i].numel() else y), low
+        return (y + self.biases[i] if self.biases and self.biases[i].numel() else y), low
 
     def linear_backward(self, i: int, grad: Tensor, x: Tensor, low: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Gradient of `x`, and those of A and B where there are any."""

@@ -25,8 +25,9 @@ class LayerProblem:
         *,
         outputs: bool = False,
         head_norms: bool = True,
-        biases: bool = False,
+        biases: Sequence[int] = (),
         adapted: Sequence[int] = range(7),
+        rank: int = 3,
         dtype: torch.dtype = torch.float32,
     ):
         generator = torch.Generator().manual_seed(sum(new) + sum(starts))
@@ -48,12 +49,12 @@ class LayerProblem:
             (HIDDEN, INNER),
         ]
         norms = [1 + draw(n, scale=0.3) for n in (HIDDEN, HIDDEN, DIM, DIM)]
-        ranks = [3 if i in adapted else 0 for i in range(7)]
+        ranks = [rank if i in adapted else 0 for i in range(7)]
         self.parameters = (
             norms if head_norms else [*norms[:2], none, none],
             1e-6,
             [draw(*shape, scale=0.2) for shape in shapes],
-            [draw(out) if biases else none for out, _ in shapes],
+            [draw(out) if i in biases else none for i, (out, _) in enumerate(shapes)] if biases else [],
             [draw(r, size, scale=0.2) for r, (_, size) in zip(ranks, shapes, strict=True)],
             [draw(out, r, scale=0.2) for r, (out, _) in zip(ranks, shapes, strict=True)],
             [0.5 + i for i in range(7)],

@@ -23,8 +23,9 @@ ROWS = {
 KINDS = {
     "plain": {},
     "no head norms": {"head_norms": False},
-    "biases": {"biases": True},
-    "q and v adapted": {"adapted": (0, 2), "biases": True},
+    "biases": {"biases": range(7)},
+    "biases of q, k and v": {"biases": (0, 1, 2)},
+    "q and v adapted": {"adapted": (0, 2), "biases": range(7)},
     "no adapter": {"adapted": ()},
     "outputs": {"outputs": True},
 }
@@ -45,7 +46,17 @@ def error(actual, exact):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_equals_reference(rows, kind, dtype):
-    layer = LayerProblem(*ROWS[rows], dtype=dtype, **KINDS[kind])
+    assert_equals_reference(LayerProblem(*ROWS[rows], dtype=dtype, **KINDS[kind]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 2, 4, 5, 8, 16, 20, 32, 64])
+@pytest.mark.parametrize("rows", ["one token", "few"])
+def test_ranks(rows, rank, dtype):
+    assert_equals_reference(LayerProblem(*ROWS[rows], dtype=dtype, rank=rank, biases=(0, 2, 4)), dtype)
+
+
+def assert_equals_reference(layer, dtype):
     for name, make in (
         ("decoder_layer", layer.forward_arguments),
         ("decoder_layer_backward_output", layer.output_arguments),
@@ -68,7 +79,7 @@ def test_equals_reference(rows, kind, dtype):
 @pytest.mark.parametrize("rows", ["one token", "many"])
 def test_reference_is_the_derivative(rows):
     """Each backward operator against autograd through the forward's own functions, the attention cut out."""
-    layer = LayerProblem(*ROWS[rows], dtype=torch.float64, biases=True)
+    layer = LayerProblem(*ROWS[rows], dtype=torch.float64, biases=range(7))
     h = layer.h.clone().requires_grad_()
     adapters = [t.requires_grad_() for pair in zip(*layer.parameters[4:6], strict=True) for t in pair]
     parts = reference.Parameters(*layer.parameters)
@@ -151,7 +162,7 @@ FOLLOWED = {
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fake"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_size_that_does_not_fit_is_named(operator, implementation):
-    problem = LayerProblem([2, 3], [0, 1], biases=True)
+    problem = LayerProblem([2, 3], [0, 1], biases=range(7))
     seen = set()
     for who, arguments in cut(operator, problem):
         with pytest.raises((RuntimeError, ValueError)) as caught:
@@ -169,7 +180,7 @@ def test_a_size_that_does_not_fit_is_named(operator, implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_another_dtype_is_named(operator, implementation):
-    problem = LayerProblem([2, 3], [0, 1], outputs=True, biases=True)
+    problem = LayerProblem([2, 3], [0, 1], outputs=True, biases=range(7))
     first = "grad" if operator == "decoder_layer_backward_output" else "h"
     for name, given in named_arguments(operator, problem).items():
         if name == first or name == "scalings" or not isinstance(given, torch.Tensor | list):
@@ -189,7 +200,7 @@ def test_another_dtype_is_named(operator, implementation):
     [
         (dict(norms=[torch.ones(3)]), "there are 1 norms; allowed: 4"),
         (dict(weights=[torch.ones(3, 3)] * 6), "there are 6 weights; allowed: 7"),
-        (dict(biases=[]), "there are 0 biases; allowed: 7"),
+        (dict(biases=[torch.empty(0)]), "there are 1 biases; allowed: 7, or none"),
         (dict(scalings=[1.0]), "there are 1 scalings; allowed: 7"),
         (dict(epsilon=-1.0), "epsilon is -1.*; allowed: 0 and above"),
         (dict(epsilon=float("nan")), "epsilon is .*nan; allowed: 0 and above"),
