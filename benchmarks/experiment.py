@@ -1,4 +1,4 @@
-"""One measurement: contenders on the same inputs, checked against the exact result first, then raced."""
+"""One measurement: contenders on the same inputs, raced, and checked against the exact result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Contender:
     prepare: Callable[[], Any] = lambda: None
     read: Callable[[Any], tuple[Tensor, ...]] = tuple
     timed: bool = True
-    #: Entered around the run that is checked; yields a record that is complete on leaving it.
+    #: Entered around the run whose memory is recorded; yields a record that is complete on leaving it.
     watch: Callable[[], AbstractContextManager[dict[str, int]]] = lambda: nullcontext({})
 
 
@@ -69,28 +69,30 @@ class Experiment:
 
 
 def measure(experiment: Experiment, *, seconds: float, clock: Clock, pedantic: Callable = repeat) -> dict[str, Any]:
-    """Check, then time for about `seconds`; returns the record that goes into results files.
+    """Time for about `seconds`, and check; returns the record that goes into results files.
+
+    Timed first: float64 and the memory's record leave an allocator in pieces that cost every later run time.
 
     Raises:
-        WrongResult: nothing is timed then.
+        WrongResult: the times are dropped then.
     """
-    checked = _run_all(experiment)
-    allowed = _check(experiment, checked)
-    racing = [n for n, c in experiment.contenders.items() if checked[n].errors is not None and c.timed]
+    runs = _run_all(experiment)
+    racing = [n for n, c in experiment.contenders.items() if runs[n].result is not None and c.timed]
     racing.sort(key=lambda name: name != experiment.ours)
     timings = race(
         {n: (experiment.contenders[n].prepare, experiment.contenders[n].run) for n in racing}, clock,
-        seconds=seconds, round_seconds=sum(checked[n].seconds for n in racing), pedantic=pedantic,
+        seconds=seconds, round_seconds=sum(runs[n].seconds for n in racing), pedantic=pedantic,
     )  # fmt: skip
+    allowed = _check(experiment, runs)
     rows = []
-    for name, one in checked.items():
+    for name, one in runs.items():
         row: dict[str, Any] = {"name": name}
         if one.errors is None:
             row["unavailable"] = one.reason
         else:
             row["errors"] = dict(zip(experiment.outputs, one.errors, strict=True))
-        if name in timings:
-            row |= asdict(timings[name]) | one.memory
+            if name in timings:
+                row |= asdict(timings[name]) | _memory(experiment, name)
         rows.append(row)
     return {
         "operator": experiment.operator,
@@ -117,64 +119,71 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 @dataclass
-class _Checked:
-    """What became of a contender: errors of its outputs and what it took, or the reason why it is out."""
+class _Run:
+    """What became of a contender: its result, and the errors of that; or the reason why it is out."""
 
+    result: tuple[Tensor, ...] | None = None
     errors: list[float] | None = None
     reason: str = ""
     seconds: float = 0.0
-    memory: dict[str, int] = field(default_factory=dict)
 
 
-def _run_all(experiment: Experiment) -> dict[str, _Checked]:
-    checked = {name: _Checked() for name in experiment.contenders}
-    if isinstance(experiment.exact, str):
-        exact = _run(experiment, experiment.exact, None, checked[experiment.exact])
-    else:
-        exact = experiment.exact()
+def _run_all(experiment: Experiment) -> dict[str, _Run]:
+    """Every contender once."""
+    runs = {name: _Run() for name in experiment.contenders}
     for name, contender in experiment.contenders.items():
         if isinstance(contender, str):
-            checked[name].reason = contender
-        elif name != experiment.exact:
-            try:
-                _run(experiment, name, exact, checked[name])
-            except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:
-                if name in experiment.implementations:
-                    raise
-                checked[name].reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
-            gc.collect()
-            if experiment.device == "cuda":
-                torch.cuda.empty_cache()
-    return checked
+            runs[name].reason = contender
+            continue
+        try:
+            begin = time.perf_counter()
+            output = contender.run(contender.prepare())
+            runs[name].result = contender.read(output)
+            runs[name].seconds = time.perf_counter() - begin
+            del output
+        except (RuntimeError, ImportError, ValueError, TypeError, AssertionError) as error:
+            if name in experiment.implementations:
+                raise
+            runs[name].reason = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+        _release(experiment)
+    return runs
 
 
-def _run(experiment: Experiment, name: str, exact: tuple[Tensor, ...] | None, one: _Checked) -> tuple[Tensor, ...]:
-    """Fill `one` from a single run; without `exact`, its own result is."""
+def _memory(experiment: Experiment, name: str) -> dict[str, int]:
     contender = experiment.contenders[name]
-    begin = time.perf_counter()
     state = contender.prepare()
     with contender.watch() as seen:
-        output, peak = peak_bytes(contender.run, state, experiment.device)
-    one.seconds = time.perf_counter() - begin
-    result = contender.read(output)
-    errors = [relative_error(a, e) for a, e in zip(result, exact or result, strict=True)]
-    if name not in experiment.implementations and max(errors) > _OTHER_RESULT:
-        one.reason = f"wrong result: relative error {max(errors):.1e}"
-    else:
-        one.errors, one.memory = errors, {"peak_bytes": peak, **seen}
-    return result
+        _, peak = peak_bytes(contender.run, state, experiment.device)
+    _release(experiment)
+    return {"peak_bytes": peak, **seen}
 
 
-def _check(experiment: Experiment, checked: dict[str, _Checked]) -> list[float]:
+def _release(experiment: Experiment) -> None:
+    gc.collect()
+    if experiment.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _check(experiment: Experiment, runs: dict[str, _Run]) -> list[float]:
+    """Fill in the errors; returns the largest that are allowed."""
+    exact = runs[experiment.exact].result if isinstance(experiment.exact, str) else experiment.exact()
+    for name, one in runs.items():
+        if one.result is None:
+            continue
+        errors = [relative_error(a, e) for a, e in zip(one.result, exact, strict=True)]
+        if name not in experiment.implementations and max(errors) > _OTHER_RESULT:
+            one.reason = f"wrong result: relative error {max(errors):.1e}"
+        else:
+            one.errors = errors
     if experiment.tolerance is not None:
         allowed = [experiment.tolerance] * len(experiment.outputs)
     else:
-        plain = next((name for name in experiment.plain if checked[name].errors is not None), None)
+        plain = next((name for name in experiment.plain if runs[name].errors is not None), None)
         if plain is None:
-            raise WrongResult(f"no plain PyTorch to compare with: {[checked[n].reason for n in experiment.plain]}")
-        allowed = [max(experiment.floor, experiment.factor * error) for error in checked[plain].errors]
+            raise WrongResult(f"no plain PyTorch to compare with: {[runs[n].reason for n in experiment.plain]}")
+        allowed = [max(experiment.floor, experiment.factor * error) for error in runs[plain].errors]
     for name in experiment.implementations:
-        for output, error, most in zip(experiment.outputs, checked[name].errors, allowed, strict=True):
+        for output, error, most in zip(experiment.outputs, runs[name].errors, allowed, strict=True):
             if not error <= most:
                 where = f"{experiment.operator} {experiment.direction}, {experiment.case.label}"
                 raise WrongResult(f"{where}: error of {output} by {name} is {error:.2e}; allowed: {most:.2e}")
