@@ -39,6 +39,10 @@ class Columns:
         self.lengths: list[int] = []
         self._free: list[int] = []
 
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, `[rows, num_kv_heads, capacity, head_dim]`."""
+        return self.keys[index], self.values[index]
+
     def adopt(self, trace: KVTrace) -> list[int]:
         """Take over the buffers of `trace`; returns its rows."""
         self.keys, self.values, self.lengths = trace.keys, trace.values, list(trace.host_lengths)
