@@ -192,9 +192,13 @@ def logarithm_terms(lse: torch.Tensor) -> float:
     return lse.numel() ** 0.5
 
 
-def score_terms(problem: Problem, delta: torch.Tensor) -> float:
-    """A score's gradient is `P (dP - delta)`; with a single key both are equal and nothing is left of them."""
-    return problem.case.scale * float(delta[problem.claimed].norm()) * problem.case.head_dim**0.5
+def score_terms(problem: Problem, out: torch.Tensor) -> float:
+    """A score's gradient is `P (dP - delta)`; with a single key both are equal and nothing is left of them.
+
+    Both are sums of products as large as those of `out` with its gradient, which may cancel too.
+    """
+    products = (out.double() * problem.grad.double()).abs().sum(-1)[problem.claimed]
+    return problem.case.scale * float(products.norm()) * problem.case.head_dim**0.5
 
 
 def check_delta(problem: Problem, out: torch.Tensor, delta: torch.Tensor) -> None:

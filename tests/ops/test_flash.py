@@ -77,7 +77,7 @@ def check(case, dtype, seed=0):
         problem.column_end, *problem.sizes,
     )  # fmt: skip
     fused_q = flash.cached_attention_backward(*inputs, *together, *rows, problem.column_end, *problem.sizes)
-    terms = score_terms(problem, delta)
+    terms = score_terms(problem, exact)
     plain_q, *plain = plain_backward(problem, low_lse, delta.to(acc))
     for name, mine in (("grad_q", got_q), ("grad_q, fused", fused_q)):
         assert mine.dtype == dtype

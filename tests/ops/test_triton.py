@@ -107,7 +107,7 @@ def check_backward(case, dtype, seed=0):
     )
     plain_q, *plain = plain_backward(problem, low_lse, (low_out.to(acc) * problem.grad.to(acc)).sum(-1))
     assert grad_q.dtype == dtype and delta.dtype == acc and grad_q.is_contiguous()
-    terms = score_terms(problem, exact_delta)
+    terms = score_terms(problem, out)
     assert_within("grad_q", grad_q[mask], plain_q[mask], exact_q[mask], BACKWARD, terms)
     check_delta(problem, low_out, delta)
     got = [problem.grad_keys.clone(), problem.grad_values.clone()]
@@ -297,7 +297,7 @@ def test_token_backward(case, slots, slot, dtype):
     plain[0] = eager_q[mask]
     names = ("grad_q", "grad_k", "grad_v", "pending_q", "pending_grad", "pending_lse", "pending_delta")
     for name, mine, theirs, best in zip(names, got, plain, exact, strict=True):
-        assert_within(name, mine, theirs, best, BACKWARD, score_terms(problem, delta))
+        assert_within(name, mine, theirs, best, BACKWARD, score_terms(problem, out))
 
 
 @each_dtype
