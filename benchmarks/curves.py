@@ -201,7 +201,8 @@ def plot(curves: dict[str, list[Result]], path: Path) -> None:
                 ]
                 axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=colors[name], label=name)
             axes.set(xlabel=NAMES[axis], ylabel=label if column == 0 else "", ylim=(0, None))
-    grid[0][0].legend(frameon=False)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(SHOWN), frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

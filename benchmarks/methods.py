@@ -80,7 +80,7 @@ def task_flags(folder: Path, steps: float, items: int) -> dict[str, list[str]]:
         write_atomically(folder / name, text)
     own = {
         "relay": {
-            "task": "relay", "slots": 4, "topology": folder / "relay_team.yaml", "max_steps": int(320 * steps),
+            "task": "relay", "slots": 4, "topology": folder / "relay_team.yaml", "max_steps": int(640 * steps),
             "per_device_train_batch_size": 64,
         }
     }  # fmt: skip
@@ -180,7 +180,7 @@ def main() -> None:
         return render(json.loads((RESULTS / "summary.json").read_text()))
     folder, began = Path(args.folder), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    make_base(folder / "base", int(240 * args.steps))
+    make_base(folder / "base", int(480 * args.steps))
     flags = task_flags(folder, args.steps, args.items)
     unknown = set(args.tasks.split(",")) - set(flags)
     if unknown:
