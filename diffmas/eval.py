@@ -146,8 +146,6 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     shared = ("eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
     common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
-    if any(flag.split("=")[0] == "--detach_trace" for flag in flags):
-        raise ValueError("detach_trace is given with methods, which have it set; allowed: diffmas or diffmas+detach")
     per_task = _read_task_config(args.task_config)
     tasks = [t.strip() for t in args.tasks.split(",")] if args.tasks else [Settings(common, PROGRAM).task.task]
     if unused := [name for name in per_task if name not in tasks]:
@@ -159,6 +157,9 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
         ]
         for name in tasks
     }  # fmt: skip
+    detached = description.get("system", {}).get("detach_trace", False)
+    if any(Settings(f, PROGRAM).system.detach_trace != detached for f in by_task.values()):
+        raise ValueError("detach_trace is given with methods, which have it set; allowed: diffmas or diffmas+detach")
     folder = Path(args.output_dir or (run / "methods" if description else run))
     adapters = {}
     if (run / ADAPTER_FILE).is_file() and (name := description["task"]["task"]) in by_task:

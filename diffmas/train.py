@@ -34,6 +34,7 @@ from diffmas.liger import fuse_liger
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.precision import check_base, settle_precision
 from diffmas.profiling import ProfileStep
+from diffmas.records import write_atomically
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
 from diffmas.system import MultiAgentSystem
@@ -190,7 +191,7 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
             f"--resume_from_checkpoint {output_dir}"
         )
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    Path(output_dir, SYSTEM_FILE).write_text(json.dumps(description, indent=2) + "\n")
+    write_atomically(Path(output_dir, SYSTEM_FILE), json.dumps(description, indent=2) + "\n")
     return output_dir, None if resume is None else str(folder)
 
 

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from diffmas.batching import ItemLengths, LengthGrouped
 from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
+from diffmas.records import write_atomically
 from diffmas.runs import load_weights, save_weights
 
 METRICS_FILE = "metrics.jsonl"
@@ -129,7 +130,7 @@ class MetricsFile(TrainerCallback):
             return
         path = Path(args.output_dir, METRICS_FILE)
         kept = [e for e in read_metrics(path) if e["step"] <= state.global_step] if state.global_step else []
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def on_log(self, args: TrainingArguments, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:

@@ -174,8 +174,11 @@ def test_only_one_method_cuts_the_gradient_whatever_the_run_has_set(flags, tmp_p
     settings = comparison.settings["relay"]
     cut = [comparison._system_args(method, settings).detach_trace for method in comparison.methods]
     assert cut == [False, False, True]
-    assert evaluate.main([f"--run={tmp_path / 'new'}", "--methods=diffmas", "--detach_trace=true"]) == 2
-    assert "detach_trace is given with methods" in capsys.readouterr().err
+    config = tmp_path / "run.yaml"
+    config.write_text("detach_trace: true")
+    for given in ("--detach_trace=true", f"--config={config}"):
+        assert evaluate.main([f"--run={tmp_path / 'new'}", "--methods=diffmas", given]) == 2
+        assert "detach_trace is given with methods" in capsys.readouterr().err
 
 
 def test_texts_to_train_on_are_written_once(flags, tmp_path, monkeypatch):
