@@ -1,5 +1,8 @@
 """The public operators: gradcheck through the autograd wrappers, what `torch.compile` does with them, bad input."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from compare import error
@@ -294,3 +297,13 @@ def test_latent_project_refuses(arguments, error_type, message):
 def test_merge_states_refuses(outs, lses, error_type, message):
     with pytest.raises(error_type, match=message):
         ops.merge_states(outs, lses)
+
+
+def test_sources_need_no_macro_that_the_oldest_torch_lacks():
+    """`TORCH_TARGET_VERSION` hides newer functions from the compiler, but not newer macros: these are in torch 2.11."""
+    root = Path(__file__).parents[2] / "csrc"
+    found = {m for path in root.rglob("*.*") for m in re.findall(r"\b(?:STD_|STABLE_)?TORCH_[A-Z_]+", path.read_text())}
+    assert found == {
+        "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK",
+        "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK",
+    }  # fmt: skip
