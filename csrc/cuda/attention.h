@@ -63,7 +63,7 @@ struct SplitWork {
     const int64_t most = batch * divide_up(call.max_kv, MIN_CHUNK_COLUMNS);
     if (tiles * batch < wanted && most >= 2 * batch) {
       // find_chunk sets one slot a row aside.
-      const int64_t slots = std::min(std::max(divide_up(wanted, tiles), 2 * batch), most);
+      const int64_t slots = std::min(batch + divide_up(wanted, tiles), most);
       const ScalarType acc = accumulation_dtype("q", call.q.scalar_type());
       plan.slots = static_cast<int>(slots);
       out = new_tensor(call.q, {slots, call.kv_heads(), call.packed_rows(), call.dim()}, acc);

@@ -8,11 +8,11 @@ namespace diffmas {
 
 namespace {
 
-/// Splits of the sum, so that the blocks of all column and row tiles fill the device a few times over; every split has
-/// at least MIN_STEPS steps, because its part of the result is written and read once more.
+/// Splits of the sum, so that the blocks of all column and row tiles are resident at once and no block is left for a
+/// second wave; every split has at least MIN_STEPS steps, because its part of the result is written and read once more.
 int sum_splits(const LaunchScope& scope, int64_t size, int64_t tiles) {
   constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4, MIN_STEPS = 4;
-  const int64_t wanted = divide_up(scope.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR, tiles);
+  const int64_t wanted = scope.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR / tiles;
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, size / PRODUCT_DEPTH / MIN_STEPS)));
 }
 

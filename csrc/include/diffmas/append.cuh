@@ -18,8 +18,10 @@ __global__ void append_kernel(
   for (int i = threadIdx.x; i < tokens * width; i += blockDim.x) {
     const int token = i / width, element = i % width;
     const int64_t source = rows.token(row, first + token), column = rows.position(row, first + token);
-    keys.at(row, head, column)[element] = k.at(source, head)[element];
-    values.at(row, head, column)[element] = v.at(source, head)[element];
+    // Both are under way before the first is stored: the compiler cannot know that they are not the same memory.
+    const V key = k.at(source, head)[element], value = v.at(source, head)[element];
+    keys.at(row, head, column)[element] = key;
+    values.at(row, head, column)[element] = value;
   }
 }
 
@@ -45,16 +47,18 @@ __global__ void gather_kernel(
   const int64_t column = row < 0 ? 0 : int64_t(rows.starts[row]) + token - rows.begin[row];
   for (int i = threadIdx.x; i < heads * width; i += blockDim.x) {
     const int head = i / width, element = i % width * N;
-    const auto move = [&](const Trace<const S>& from, const Packed<T>& to) {
-      Vector<S, N> x{};
-      if (row >= 0) x = *reinterpret_cast<const Vector<S, N>*>(from.at(row, head, column) + element);
+    const auto read = [&](const Trace<const S>& from) {
+      return row < 0 ? Vector<S, N>{} : *reinterpret_cast<const Vector<S, N>*>(from.at(row, head, column) + element);
+    };
+    const auto write = [&](const Packed<T>& to, const Vector<S, N>& x) {
       Vector<T, N> y;
 #pragma unroll
       for (int e = 0; e < N; ++e) y.element[e] = rounded<T>(accurate(x.element[e]));
       *reinterpret_cast<Vector<T, N>*>(to.at(token, head) + element) = y;
     };
-    move(keys, k);
-    move(values, v);
+    const Vector<S, N> key = read(keys), value = read(values);
+    write(k, key);
+    write(v, value);
   }
 }
 

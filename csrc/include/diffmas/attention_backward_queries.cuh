@@ -58,15 +58,15 @@ __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const Q
   constexpr int STEP = Tiles::STEP, STAGES = Tiles::STAGES;
   using Shared = QueriesShared<T, D, ROW_WARPS>;
   DIFFMAS_SHARED(Shared, shared);
-  if (static_cast<int>(blockIdx.z) < a.own.blocks) {
-    if (blockIdx.x == 0) own_column(a.own, blockIdx.z, blockIdx.y, shared.own_column);
+  if (const int own = a.own.row_of_block(); own >= 0) {
+    if (blockIdx.x == 0) own_column(a.own, own, blockIdx.y, shared.own_column);
     return;
   }
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row_warp = ROW_WARPS == 1 ? 0 : warp, column_warp = ROW_WARPS == 1 ? warp : 0;
 
   Work work;
-  if (!work.find(a.plan, blockIdx.z - a.own.blocks, Tiles::ROWS)) return;
+  if (!work.find(a.plan, blockIdx.z, Tiles::ROWS)) return;
 
   const int tiles = static_cast<int>(divide_up(work.end - work.begin, Tiles::COLUMNS));
   const auto copy = [&](int tile) {

@@ -118,12 +118,12 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_sim
   using A = Acc<T>;
   constexpr int ROWS = SIMPLE_ROWS, COLUMNS = SIMPLE_COLUMNS<T>, S = COLUMNS + 1;
   DIFFMAS_SHARED(A, shared);
-  if (static_cast<int>(blockIdx.z) < a.own.blocks) {
-    if (blockIdx.x == 0) own_column(a.own, blockIdx.z, blockIdx.y, &shared);
+  if (const int own = a.own.row_of_block(); own >= 0) {
+    if (blockIdx.x == 0) own_column(a.own, own, blockIdx.y, &shared);
     return;
   }
   Work work;
-  if (!work.find(a.plan, blockIdx.z - a.own.blocks, ROWS)) return;
+  if (!work.find(a.plan, blockIdx.z, ROWS)) return;
   const int D = a.dim, stride = D + 1;
   TileAllocator<A> allocate{&shared, D};
   A *q = allocate(ROWS), *grad_out = allocate(ROWS), *grad_q = allocate(ROWS);

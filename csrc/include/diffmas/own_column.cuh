@@ -18,8 +18,11 @@ struct OwnColumnArguments {
   Packed<T> grad_k, grad_v;
   RowRanges rows;
   int slot, slots, group, dim;
-  int blocks;  // batch rows to handle in grid z in front of the other work; 0: none
+  int blocks;  // batch rows to handle in grid z behind the other work, in the slots that short chunks leave; 0: none
   Acc<T> scale;
+
+  /// The batch row whose own column this block handles, or a negative number.
+  __device__ __forceinline__ int row_of_block() const { return static_cast<int>(blockIdx.z + blocks - gridDim.z); }
 };
 
 template <class T>
@@ -73,29 +76,7 @@ __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int r
   A key[LANE_ELEMENTS], value[LANE_ELEMENTS], grad_k[LANE_ELEMENTS] = {}, grad_v[LANE_ELEMENTS] = {};
   load_lane(key, a.keys.at(row, kv_head, column), a.dim);
   load_lane(value, a.values.at(row, kv_head, column), a.dim);
-  const int pairs = (a.slots - a.slot) * a.group;
-  for (int pair = warp; pair < pairs; pair += warps) {
-    const int slot = a.slot + pair / a.group, head = first_head + pair % a.group;
-    A q[LANE_ELEMENTS], grad[LANE_ELEMENTS], lse, delta;
-    if (slot == a.slot) {
-      A out[LANE_ELEMENTS];
-      load_lane(q, a.q.at(token, head), a.dim);
-      load_lane(grad, a.grad_out.at(token, head), a.dim);
-      load_lane(out, a.out.at(token, head), a.dim);
-      lse = *a.lse.at(token, head);
-      delta = lane_dot(out, grad);
-      store_lane(a.pending_q.at(row, slot, head), q, a.dim);
-      store_lane(a.pending_grad.at(row, slot, head), grad, a.dim);
-      if (threadIdx.x % 32 == 0) {
-        *a.pending_lse.at(row, slot, head) = lse;
-        *a.pending_delta.at(row, slot, head) = delta;
-      }
-    } else {
-      load_lane(q, a.pending_q.at(row, slot, head), a.dim);
-      load_lane(grad, a.pending_grad.at(row, slot, head), a.dim);
-      lse = *a.pending_lse.at(row, slot, head);
-      delta = *a.pending_delta.at(row, slot, head);
-    }
+  const auto add = [&](const A (&q)[LANE_ELEMENTS], const A (&grad)[LANE_ELEMENTS], A lse, A delta) {
     const A probability = exp(lane_dot(q, key) * a.scale - lse);
     const A grad_score = probability * (lane_dot(grad, value) - delta) * a.scale;
 #pragma unroll
@@ -103,6 +84,32 @@ __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int r
       grad_k[e] += grad_score * q[e];
       grad_v[e] += probability * grad[e];
     }
+  };
+  int pair = warp;
+  for (; pair < a.group; pair += warps) {
+    const int head = first_head + pair;
+    A q[LANE_ELEMENTS], grad[LANE_ELEMENTS], out[LANE_ELEMENTS];
+    load_lane(q, a.q.at(token, head), a.dim);
+    load_lane(grad, a.grad_out.at(token, head), a.dim);
+    load_lane(out, a.out.at(token, head), a.dim);
+    const A lse = *a.lse.at(token, head), delta = lane_dot(out, grad);
+    store_lane(a.pending_q.at(row, a.slot, head), q, a.dim);
+    store_lane(a.pending_grad.at(row, a.slot, head), grad, a.dim);
+    if (threadIdx.x % 32 == 0) {
+      *a.pending_lse.at(row, a.slot, head) = lse;
+      *a.pending_delta.at(row, a.slot, head) = delta;
+    }
+    add(q, grad, lse, delta);
+  }
+  // Nothing is stored in here, so that the loads of several pairs are under way at once.
+  const int pairs = (a.slots - a.slot) * a.group;
+#pragma unroll 2
+  for (; pair < pairs; pair += warps) {
+    const int slot = a.slot + pair / a.group, head = first_head + pair % a.group;
+    A q[LANE_ELEMENTS], grad[LANE_ELEMENTS];
+    load_lane(q, a.pending_q.at(row, slot, head), a.dim);
+    load_lane(grad, a.pending_grad.at(row, slot, head), a.dim);
+    add(q, grad, *a.pending_lse.at(row, slot, head), *a.pending_delta.at(row, slot, head));
   }
   store_lane(shared + warp * a.dim, grad_k, a.dim);
   store_lane(shared + (warps + warp) * a.dim, grad_v, a.dim);

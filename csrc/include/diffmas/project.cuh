@@ -94,11 +94,20 @@ struct Rescale {
     return square;
   }
 
+  /// What `store` needs of the product.
   template <int N>
-  __device__ __forceinline__ void store(const ProductRows<T>& y, int row, int c, Acc<T> total) const {
+  using Loaded = Vector<Acc<T>, N>;
+
+  template <int N>
+  __device__ __forceinline__ Loaded<N> load(const ProductRows<T>& y, int row, int c) const {
+    return y.template read<N>(row, c);
+  }
+
+  template <int N>
+  __device__ __forceinline__ void store(
+      const ProductRows<T>& y, int row, int c, Acc<T> total, Loaded<N> x) const {
     const Acc<T> length = sqrt(total), scale = length > 0 ? target_norm / length : Acc<T>(0);
     if (c == 0) norm[row] = length;
-    auto x = y.template read<N>(row, c);
 #pragma unroll
     for (int e = 0; e < N; ++e) x.element[e] *= scale;
     y.template store<N>(out + int64_t(row) * y.product.size + c, x);
@@ -128,7 +137,18 @@ struct RescaleBackward {
   }
 
   template <int N>
-  __device__ __forceinline__ void store(const ProductRows<T>& y, int row, int c, Acc<T> total) const {
+  struct Loaded {
+    Vector<Acc<T>, N> grad, out;
+  };
+
+  template <int N>
+  __device__ __forceinline__ Loaded<N> load(const ProductRows<T>& y, int row, int c) const {
+    return {y.template read<N>(row, c), y.template read<N>(rows + row, c)};
+  }
+
+  template <int N>
+  __device__ __forceinline__ void store(
+      const ProductRows<T>& y, int row, int c, Acc<T> total, const Loaded<N>& loaded) const {
     const Acc<T> scale = norm[row] > 0 ? target_norm / norm[row] : Acc<T>(0);
     const Acc<T> along = scale * (total / target_norm / target_norm);
     const auto difference = [&](Vector<Acc<T>, N> grad, const Vector<Acc<T>, N>& out) {
@@ -137,7 +157,7 @@ struct RescaleBackward {
       return grad;
     };
     const int64_t at = int64_t(row) * y.product.size + c;
-    y.template store<N>(grad_hidden + at, difference(y.template read<N>(row, c), y.template read<N>(rows + row, c)));
+    y.template store<N>(grad_hidden + at, difference(loaded.grad, loaded.out));
     if (grad_y == nullptr) return;
     const T *grad = y.product.x.at(row) + c, *out = y.product.x.at(rows + row) + c;
     *reinterpret_cast<Vector<Acc<T>, N>*>(grad_y + at) =
@@ -220,10 +240,21 @@ __device__ __forceinline__ void finish_last(
     if (threadIdx.x % 32 == 0) totals[row] = total;
   }
   __syncthreads();
-  const int width = size / 4;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < finish.rows * width; i += PRODUCT_THREADS)
-    finish.template store<4>(y, i / width, i % width * 4, totals[i / width]);
+  // One block for all rows: its time is that of its loads, so many are under way before the first store, which the
+  // compiler may not move them across.
+  constexpr int TOGETHER = 8;
+  const int width = size / 4, count = finish.rows * width;
+  for (int first = threadIdx.x; first < count; first += TOGETHER * PRODUCT_THREADS) {
+    typename Finish::template Loaded<4> loaded[TOGETHER];
+#pragma unroll
+    for (int k = 0; k < TOGETHER; ++k)
+      if (const int i = first + k * PRODUCT_THREADS; i < count)
+        loaded[k] = finish.template load<4>(y, i / width, i % width * 4);
+#pragma unroll
+    for (int k = 0; k < TOGETHER; ++k)
+      if (const int i = first + k * PRODUCT_THREADS; i < count)
+        finish.template store<4>(y, i / width, i % width * 4, totals[i / width], loaded[k]);
+  }
 }
 
 /// Tensor-core product of 16-bit data, accumulated in float32. `size` and all strides are multiples of 8.
@@ -379,7 +410,7 @@ __global__ void __launch_bounds__(FINISH_THREADS) rescale_kernel(ProductRows<T> 
     total += finish.template term<1>(y, row, c);
   }
   total = block_sum(total);
-  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) finish.template store<1>(y, row, c, total);
+  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) finish.template store<1>(y, row, c, total, finish.template load<1>(y, row, c));
 }
 
 constexpr int OUTER_TILE = 64, OUTER_ROWS = 16, OUTER_THREADS = 256;
