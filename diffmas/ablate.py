@@ -22,6 +22,7 @@ from diffmas.arguments import ERRORS, Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name
 from diffmas.eval import as_flags, integers
+from diffmas.launch import check_alone
 from diffmas.methods.base import ALL_CONTROLS, Method
 from diffmas.page import heading, note, page, panels, svg, table
 from diffmas.records import write_atomically
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ablate(args: AblateArguments, flags: list[str]) -> int:
+    check_alone("an ablation")
     for flag, instead in (("--seed", "--seeds"), ("--output_dir", "--run")):
         if any(word.split("=")[0] == flag for word in flags):
             raise ValueError(f"{flag} is given; allowed: {instead}")

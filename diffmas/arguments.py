@@ -12,12 +12,15 @@ from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from diffmas.launch import check_processes, settle_processes
+from diffmas.not_finite import NotFiniteError
 from diffmas.sandbox import SandboxError
+from diffmas.training_arguments import settle, settle_updates
 from diffmas.yaml_file import read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
 #: What the programs report on a line, without a traceback.
-ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, SandboxError)
+ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, NotFiniteError, SandboxError)
 
 
 @dataclass
@@ -36,7 +39,7 @@ class TrainArguments(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
     )
-    report_to: str = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."})
+    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."})
     auto_batch: bool = field(
         default=False,
         metadata={
@@ -58,9 +61,15 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self):
         chosen = self.output_dir
+        settle(self)
+        settle_processes(self)
         super().__post_init__()
         # transformers has filled in a folder of its own.
         self.output_dir = chosen
+        # One process trains on one GPU: without a launcher, transformers would copy the model to all there are.
+        self._n_gpu = min(self._n_gpu, 1)
+        check_processes(self.world_size)
+        settle_updates(self)
 
 
 class Parser(HfArgumentParser):
@@ -82,7 +91,10 @@ class Parser(HfArgumentParser):
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     """Parse `argv` into the parser's dataclasses, over the values of `--config FILE` and of the preset.
 
-    The preset is "embedded" without a model and "paper" with one. Exits with a message on a bad argument.
+    The preset is "embedded" without a model and "paper" with one. Exits with a message on a flag that cannot be read.
+
+    Raises:
+        ValueError: a value that is not allowed.
     """
     parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; flags win over it.")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -97,8 +109,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
         *dataclasses, _, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ValueError, ImportError) as error:
-        parser.error(str(error))
+    except ImportError as error:
+        # Of a package that an argument needs; only a missing module is reported on a line.
+        raise ModuleNotFoundError(" ".join(str(error).split())) from error
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(dataclasses)

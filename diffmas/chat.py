@@ -87,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     console = Console(highlight=False)
     try:
+        check_alone("chat")
         chat = load(args)
         if args.once is not None:
             _show(chat, _item(args.once, chat.fields), console, args)

@@ -25,6 +25,7 @@ from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, load_task
 from diffmas.topology import Topology, load_topology
 from diffmas.train import last_checkpoint, parse_arguments, train, weight_settings
+from diffmas.valid_json import to_json
 
 ITEMS_FILE, SETTINGS_FILE = "items.jsonl", "settings.json"
 
@@ -136,7 +137,7 @@ class Comparison:
             "machine": machine(),
             "settings": json.loads((self.folder / SETTINGS_FILE).read_text()),
         }
-        write_atomically(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.folder / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
         return summary
 
     def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
@@ -241,7 +242,7 @@ class Comparison:
                 )
         write_atomically(
             path,
-            json.dumps({"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}, indent=2) + "\n",
+            to_json({"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}, indent=2) + "\n",
         )
 
     @contextmanager

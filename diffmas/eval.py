@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from transformers import set_seed
 
 from diffmas.arguments import ERRORS, Parser
@@ -25,6 +23,7 @@ from diffmas.controls import CONTROLS
 from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.generation import Decoding
+from diffmas.launch import check_alone, join
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods import METHODS, Method, choose_methods
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
@@ -96,14 +95,14 @@ def _evaluate(args: EvalArguments) -> int:
     variants = [v.strip() for v in args.variants.split(",")]
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise ValueError(f"variants has {unknown}; allowed: {', '.join(VARIANTS)}")
+    # Under torchrun, this joins the other processes.
+    device = join()
     run = load_run(args.run)
     set_seed(args.seed)
     given = {k: v for k in ("eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
     task_args = replace(run.task, **given)
     given = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**run.decoding, **given, "seed": args.seed})
-    # Under torchrun, this joins the other processes.
-    device = PartialState(cpu=not torch.cuda.is_available()).device
     run.system.to(device)
     task = _load_held_out(task_args, run.task.eval_size)
     task.ready()
@@ -133,6 +132,7 @@ def _evaluate(args: EvalArguments) -> int:
 
 
 def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
+    check_alone("--methods")
     run, methods = Path(args.run), choose_methods(args.methods)
     controls = [c.strip() for c in args.controls.split(",")]
     if unknown := [c for c in controls if c not in CONTROLS]:

@@ -12,6 +12,16 @@ from torch import nn
 PARTS = {"rope": True, "rms_norm": True, "swiglu": True}
 
 
+def check_liger(device: torch.device, parts: Mapping[str, bool] | None = None) -> None:
+    """Raise what :func:`fuse_liger` would, as far as that is known without the model."""
+    if find_spec("liger_kernel") is None:
+        raise ModuleNotFoundError("use_liger_kernel is True: it needs `pip install liger-kernel`")
+    if device.type != "cuda":
+        raise ValueError(f"use_liger_kernel is True on {device.type}; allowed: False, its kernels need cuda")
+    if unknown := sorted(set(parts or {}) - set(PARTS)):
+        raise ValueError(f"liger_kernel_config has {unknown}; allowed: {', '.join(PARTS)} (the loss is --loss)")
+
+
 def fuse_liger(model: nn.Module, device: torch.device, parts: Mapping[str, bool] | None = None) -> None:
     """Patch `model`, a transformers model or a PEFT model around one, through transformers' own hook for liger-kernel.
 
@@ -25,12 +35,7 @@ def fuse_liger(model: nn.Module, device: torch.device, parts: Mapping[str, bool]
         ModuleNotFoundError: liger-kernel is not installed.
         ValueError: no CUDA device, a part that is not one of :data:`PARTS`, a family that liger-kernel does not know.
     """
-    if find_spec("liger_kernel") is None:
-        raise ModuleNotFoundError("use_liger_kernel is True: it needs `pip install liger-kernel`")
-    if device.type != "cuda":
-        raise ValueError(f"use_liger_kernel is True on {device.type}; allowed: False, its kernels need cuda")
-    if unknown := sorted(set(parts or {}) - set(PARTS)):
-        raise ValueError(f"liger_kernel_config has {unknown}; allowed: {', '.join(PARTS)} (the loss is --loss)")
+    check_liger(device, parts)
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     from transformers.integrations.liger import apply_liger_kernel
 

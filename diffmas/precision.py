@@ -20,8 +20,9 @@ def settle_precision(system: SystemArguments, args: TrainingArguments) -> None:
     Raises:
         ValueError: float16, or a dtype that contradicts `bf16`.
     """
-    if args.fp16 or args.mixed_precision == "fp16":
-        raise ValueError(f"fp16 is True; {_INSTEAD}")
+    if args.mixed_precision not in ("no", "bf16"):
+        # A launcher's: transformers' own argument is refused as it is read.
+        raise ValueError(f"mixed_precision is {args.mixed_precision!r}; {_INSTEAD}")
     if system.dtype == "float16":
         raise ValueError(f"dtype is 'float16', in which gradients vanish; {_INSTEAD}")
     if args.bf16 or args.mixed_precision == "bf16":

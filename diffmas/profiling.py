@@ -20,6 +20,7 @@ from diffmas.ceilings import measure_ceilings
 from diffmas.costs import BACKWARD, PHASES, Shape, Work, floor_seconds
 from diffmas.memory import plan_of
 from diffmas.system import MultiAgentSystem
+from diffmas.valid_json import to_json
 
 PROFILE_FILE, TRACE_FILE = "profile.json", "trace.json"
 OTHER, OPTIMIZER = "other", "optimizer"
@@ -163,7 +164,7 @@ class ProfileStep(TrainerCallback):
         self._stack = None
         if self._profiler is None:
             self.result = self._summarise(seconds, args.device)
-            Path(args.output_dir, PROFILE_FILE).write_text(json.dumps(self.result, indent=2) + "\n")
+            Path(args.output_dir, PROFILE_FILE).write_text(to_json(self.result, indent=2) + "\n")
             print_profile(self.result)
         else:
             write_trace(self._profiler, self._mark.spans(), Path(args.output_dir, TRACE_FILE))
@@ -251,7 +252,7 @@ def write_trace(profiler: torch.profiler.profile, spans: list[tuple[str, int, in
          "dur": (end - begin) / 1e3}
         for name, begin, end in spans
     ]  # fmt: skip
-    path.write_text(json.dumps(trace))
+    path.write_text(to_json(trace))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from diffmas.valid_json import to_json
+
 #: What names an answer: nothing with the same values is kept twice.
 KEY = ("task", "method", "control", "seed", "index", "sample")
 
@@ -89,7 +91,7 @@ class RecordFile:
             if record.key not in self.keys:
                 self.keys.add(record.key)
                 new.append(record)
-        self._file.write("".join(json.dumps(asdict(record)) + "\n" for record in new).encode())
+        self._file.write("".join(to_json(asdict(record)) + "\n" for record in new).encode())
         self._file.flush()
         os.fsync(self._file.fileno())
         self.records += new

@@ -17,6 +17,7 @@ from diffmas.page import heading, note, page, svg, table
 from diffmas.profiling import PROFILE_FILE
 from diffmas.records import Record, write_atomically
 from diffmas.training import METRICS_FILE, read_metrics
+from diffmas.valid_json import to_json
 
 SUMMARY_FILE, RECORDS_FILE, REPORT_FILE = "summary.json", "eval.jsonl", "report.html"
 
@@ -27,13 +28,13 @@ def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
 
 
 def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
-    write_atomically(Path(folder, SUMMARY_FILE), json.dumps(summary, indent=2) + "\n")
+    write_atomically(Path(folder, SUMMARY_FILE), to_json(summary, indent=2) + "\n")
 
 
 def write_records(folder: str | Path, records: Sequence[Record]) -> None:
     """Per-item JSONL: the fields of a record, and the variant it belongs to."""
     with Path(folder, RECORDS_FILE).open("w") as file:
-        file.writelines(json.dumps({"variant": variant_of(r), **asdict(r)}) + "\n" for r in records)
+        file.writelines(to_json({"variant": variant_of(r), **asdict(r)}) + "\n" for r in records)
 
 
 def print_accuracies(summary: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ from diffmas.distributed import (
 )
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
-from diffmas.liger import fuse_liger
+from diffmas.liger import check_liger, fuse_liger
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.precision import check_base, settle_precision
 from diffmas.profiling import ProfileStep
@@ -40,7 +40,9 @@ from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_syste
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
+from diffmas.training_arguments import check_batches
 from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
+from diffmas.valid_json import to_json
 
 PROGRAM = "python -m diffmas.train"
 EVAL_DURING_TRAINING = 256
@@ -58,9 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
     # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    arguments = parse_arguments(argv)
     try:
-        return train(*arguments)
+        return train(*parse_arguments(argv))
     except ERRORS as error:
         where = f" in process {process()}" if process() else ""
         print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
@@ -86,8 +87,6 @@ def train(
 ) -> int:
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
     started = time.perf_counter()
-    if args.gradient_checkpointing:
-        raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
     if settle_sharding(args) and system_args.quantization != "none":
         raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
     adapting = args.auto_batch or system_args.checkpointing == "auto"
@@ -96,11 +95,16 @@ def train(
             f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
             "both without it, since they need whole weights in every process; with it, neither auto_batch nor auto"
         )
+    if args.fsdp and processes() == 1:
+        raise ValueError("fsdp is True in one process; allowed: False, or several processes (torchrun)")
     settle_precision(system_args, args)
+    if args.use_liger_kernel:
+        check_liger(args.device, args.liger_kernel_config)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task = load_task(task_args)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
         raise ValueError("the training set is empty; allowed: at least one item")
+    check_batches(args, len(task.train))
     if not args.disable_final_eval or args.eval_strategy != "no":
         task.ready()
     set_seed(args.seed)
@@ -118,11 +122,12 @@ def train(
     if adapting:
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
         print_fit(args, fitted["fit"])
+        check_batches(args, len(task.train))
     args.output_dir, checkpoint = decided_by_first(lambda: _choose_folder(args, task.name, description))
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
     args.remove_unused_columns = False
-    args.dataloader_pin_memory = torch.cuda.is_available()
+    args.dataloader_pin_memory &= torch.cuda.is_available()
     stop = StopOnInterrupt()
     trainer = SystemTrainer(
         model=system,
@@ -155,6 +160,7 @@ def train(
         seconds=round(time.perf_counter() - started, 1),
         peak_memory_mb=round(peak),
         steps=trainer.state.global_step,
+        **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
         parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
         machine=machine(),
         parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
@@ -191,7 +197,7 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
             f"--resume_from_checkpoint {output_dir}"
         )
     Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(output_dir, SYSTEM_FILE), json.dumps(description, indent=2) + "\n")
+    write_atomically(Path(output_dir, SYSTEM_FILE), to_json(description, indent=2) + "\n")
     return output_dir, None if resume is None else str(folder)
 
 

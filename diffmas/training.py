@@ -17,8 +17,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from diffmas.batching import ItemLengths, LengthGrouped
 from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
+from diffmas.not_finite import FiniteSteps
 from diffmas.records import write_atomically
 from diffmas.runs import load_weights, save_weights
+from diffmas.valid_json import to_json
 
 METRICS_FILE = "metrics.jsonl"
 OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
@@ -53,6 +55,8 @@ class SystemTrainer(Trainer):
         super().__init__(**kwargs)
         self.lengths = lengths
         self.evaluator = evaluator
+        self.finite = FiniteSteps()
+        self.add_callback(self.finite)
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
@@ -64,13 +68,20 @@ class SystemTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         try:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.finite.add(loss)
+            return loss
         except torch.OutOfMemoryError as error:
             rows = len(inputs["answer_lengths"])
             raise torch.OutOfMemoryError(
                 f"a micro-batch of {rows} rows does not fit into memory; try --auto_batch, --checkpointing auto, or a "
                 f"smaller --per_device_train_batch_size. {error}"
             ) from error
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finite.check_gradients(norm, self.state.global_step + 1, self.args.device)
+        return norm
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -97,11 +108,18 @@ class SystemTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.accelerator.unwrap_model(self.model), folder)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        # The best is one of the checkpoints: what is evaluated between two of them cannot be loaded again.
+        if self.args.save_strategy != "best" and not self.control.should_save:
+            return False
+        return super()._determine_best_metric(metrics, trial)
+
+    def _load_best_model(self) -> None:
+        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -130,12 +148,12 @@ class MetricsFile(TrainerCallback):
             return
         path = Path(args.output_dir, METRICS_FILE)
         kept = [e for e in read_metrics(path) if e["step"] <= state.global_step] if state.global_step else []
-        write_atomically(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+        write_atomically(path, "".join(to_json(entry) + "\n" for entry in kept))
 
     def on_log(self, args: TrainingArguments, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
             with Path(args.output_dir, METRICS_FILE).open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(to_json({"step": state.global_step, **logs}) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
