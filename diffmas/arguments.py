@@ -40,6 +40,9 @@ class TrainArguments(TrainingArguments):
         default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
     )
     report_to: str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."})
+    liger_kernel_config: dict | str | None = field(
+        default=None, metadata={"help": 'Model parts that use_liger_kernel fuses, e.g. {"rope": false}.'}
+    )
     auto_batch: bool = field(
         default=False,
         metadata={

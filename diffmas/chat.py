@@ -16,6 +16,7 @@ from diffmas.arguments import ERRORS, Parser
 from diffmas.data import Collator
 from diffmas.generation import Decoding
 from diffmas.inspection import Inspection, inspect
+from diffmas.launch import check_alone
 from diffmas.prompts import Prompts
 from diffmas.runs import SystemArguments, load_base, load_run
 from diffmas.system import MultiAgentSystem

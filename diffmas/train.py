@@ -40,8 +40,8 @@ from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_syste
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
-from diffmas.training_arguments import check_batches
 from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
+from diffmas.training_arguments import check_batches
 from diffmas.valid_json import to_json
 
 PROGRAM = "python -m diffmas.train"

@@ -5,6 +5,7 @@ An argument that a new transformers version brings is left to it.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
@@ -73,9 +74,11 @@ OPTIMIZERS = {
 SAMPLING = ("random", "sequential", "group_by_length")
 #: Schedules that follow the accuracy instead of the step.
 BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+_OFF = (None, False, "", "no")
 _TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
 _SHARDING = (
-    "version", "reshard_after_forward", "cpu_ram_efficient_loading", "auto_wrap_policy", "transformer_layer_cls_to_wrap",
+    "version", "reshard_after_forward", "cpu_ram_efficient_loading", "auto_wrap_policy",
+    "transformer_layer_cls_to_wrap",
 )  # fmt: skip
 
 
@@ -133,12 +136,14 @@ def settle(args: TrainingArguments) -> None:
     # The new name first: transformers copies one to the other.
     for name in (n for n in REFUSED if n in names):
         value, default = getattr(args, name), _default(names[name])
-        if value != default and (value or default):
+        if value != default and (value or default not in _OFF):
             _refuse(args, name, REFUSED[name])
     for name, (right, allowed) in NUMBERS.items():
         value = getattr(args, name, None)
         if value is not None and not (math.isfinite(value) and right(value)):
             _refuse(args, name, allowed)
+    for name in ("lr_scheduler_kwargs", "fsdp_config", "liger_kernel_config"):
+        setattr(args, name, _mapping(name, getattr(args, name)))
     best = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in BY_METRIC
     if best and args.metric_for_best_model is None:
         args.metric_for_best_model = "accuracy"
@@ -172,7 +177,9 @@ def settle_updates(args: TrainingArguments) -> None:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = kind([{"params": [trial], "weight_decay": args.weight_decay}], **options)
     except Exception as error:
-        raise ValueError(_line(f"optim is {_plain(args.optim)!r} with optim_args {args.optim_args!r}: {error}")) from None
+        raise ValueError(
+            _line(f"optim is {_plain(args.optim)!r} with optim_args {args.optim_args!r}: {error}")
+        ) from None
     steps = args.max_steps if args.max_steps > 0 else 1000
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, kwargs)
@@ -186,8 +193,8 @@ def check_batches(args: TrainingArguments, items: int) -> None:
     batch, processes = args.per_device_train_batch_size, args.world_size
     if args.dataloader_drop_last and items // batch < processes:
         raise ValueError(
-            f"dataloader_drop_last is True with {items} items, per_device_train_batch_size {batch} and {processes} "
-            "processes, which leaves no batch; allowed: False, or a smaller batch"
+            f"dataloader_drop_last is True, which leaves no batch of {items} items: per_device_train_batch_size is {batch}, "
+            f"processes {processes}; allowed: False, or a smaller batch"
         )
 
 
@@ -200,7 +207,7 @@ def _rules(args: TrainingArguments) -> Iterator[tuple[str, bool, str]]:
     yield "optim_args", set(given) <= set(known), f"name=value of {', '.join(known) or 'nothing'}, with {optimizer}"
     for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
         usual = getattr(args, name) == TrainingArguments.__dataclass_fields__[name].default
-        yield name, usual or optimizer.startswith("adamw"), f"only with optim adamw_torch or adamw_torch_fused"
+        yield name, usual or optimizer.startswith("adamw"), "only with optim adamw_torch or adamw_torch_fused"
     yield "train_sampling_strategy", args.train_sampling_strategy in SAMPLING, ", ".join(SAMPLING)
 
     evaluated, saved = _plain(args.eval_strategy), _plain(args.save_strategy)
@@ -212,11 +219,16 @@ def _rules(args: TrainingArguments) -> Iterator[tuple[str, bool, str]]:
     yield "load_best_model_at_end", together or not args.load_best_model_at_end, allowed
     yield "save_strategy", saved != "best" or evaluated != "no", "best only with eval_strategy steps or epoch"
     follows = args.lr_scheduler_type in BY_METRIC
-    yield "lr_scheduler_type", not follows or evaluated != "no", f"{_plain(args.lr_scheduler_type)} only with eval_strategy"
+    yield (
+        "lr_scheduler_type",
+        not follows or evaluated != "no",
+        f"{_plain(args.lr_scheduler_type)} only with eval_strategy",
+    )
 
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context", "dataloader_prefetch_factor"):
         yield name, not getattr(args, name) or args.dataloader_num_workers > 0, "only with dataloader_num_workers ≥ 1"
     yield "liger_kernel_config", not args.liger_kernel_config or args.use_liger_kernel, "only with use_liger_kernel"
+    yield "tf32", not args.tf32 or torch.cuda.is_available(), "False, without a CUDA GPU"
     yield "fsdp_config", not args.fsdp_config or bool(args.fsdp), "only with --fsdp"
     yield from _trackers(args)
 
@@ -234,12 +246,25 @@ def _trackers(args: TrainingArguments) -> Iterator[tuple[str, bool, str]]:
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     for name in names:
-        yield "report_to", name in INTEGRATION_TO_CALLBACK, f"none, all, or one of {', '.join(INTEGRATION_TO_CALLBACK)}"
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to has {name!r}; allowed: none, all, or any of {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except Exception as error:
             # What is missing, and how it is installed.
-            raise ValueError(_line(f"report_to is {name!r}: {error}")) from None
+            raise ValueError(_line(f"report_to has {name!r}: {error}")) from None
+
+
+def _mapping(name: str, value: Any) -> Any:
+    """A mapping that is written as JSON; a file's name, or no text at all, is left as it is."""
+    if not isinstance(value, str) or not value.startswith("{"):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is {value!r}, which is not valid JSON: {error}") from None
 
 
 def _default(field: Field) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from diffmas.generation.decoding import Completion, Decoding, Event
 from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.generation.text import TextStream, cut, decode
+from diffmas.not_finite import NotFiniteError
 
 if TYPE_CHECKING:
     from diffmas.system import Lengths, MultiAgentSystem
@@ -195,6 +197,8 @@ class Engine:
         uniforms = self._uniforms.next([a.draws for a in answers]) if temperature else None
         tokens, rows = choose(logits, uniforms, temperature, top_p)
         for answer, (token, logprob, entropy) in zip(answers, rows, strict=True):
+            if math.isnan(logprob):
+                raise NotFiniteError("the model's logits are not finite, so that no token can be chosen")
             answer.logprobs.append(logprob)
             answer.entropies.append(entropy)
             self._append(answer, int(token))
