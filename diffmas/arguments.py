@@ -39,7 +39,7 @@ class TrainArguments(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
     )
-    report_to: str | list[str] = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or wandb."})
+    report_to: str = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or tensorboard,wandb."})
     liger_kernel_config: dict | str | None = field(
         default=None, metadata={"help": 'Model parts that use_liger_kernel fuses, e.g. {"rope": false}.'}
     )

@@ -144,6 +144,8 @@ def settle(args: TrainingArguments) -> None:
             _refuse(args, name, allowed)
     for name in ("lr_scheduler_kwargs", "fsdp_config", "liger_kernel_config"):
         setattr(args, name, _mapping(name, getattr(args, name)))
+    if isinstance(args.report_to, str):
+        args.report_to = [name.strip() for name in args.report_to.split(",")]
     best = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in BY_METRIC
     if best and args.metric_for_best_model is None:
         args.metric_for_best_model = "accuracy"
@@ -234,8 +236,7 @@ def _rules(args: TrainingArguments) -> Iterator[tuple[str, bool, str]]:
 
 
 def _trackers(args: TrainingArguments) -> Iterator[tuple[str, bool, str]]:
-    names = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
-    names = [name for name in names if name != "none"]
+    names = [name for name in args.report_to if name != "none"]
     yield "run_name", args.run_name is None or bool(names), "only with --report_to"
     for field in (f for f in fields(args) if f.name in _TRACKIO):
         usual = getattr(args, field.name) == _default(field)
