@@ -40,7 +40,7 @@ from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_syste
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
-from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
+from diffmas.training import OPTIMIZER_FILE, Items, MetricsFile, StopOnInterrupt, SystemTrainer
 from diffmas.training_arguments import check_batches
 from diffmas.valid_json import to_json
 
@@ -186,6 +186,10 @@ def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any])
             if checkpoint is None:
                 raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: it holds no checkpoint")
             folder = checkpoint
+        if not (folder / OPTIMIZER_FILE).is_file():
+            raise FileNotFoundError(
+                f"checkpoint {folder} has no {OPTIMIZER_FILE}, as save_only_model leaves it; allowed: one to go on from"
+            )
         output_dir = output_dir or str(folder.parent)
         _check_same(folder.parent / SYSTEM_FILE, description)
     elif output_dir is None:

@@ -135,8 +135,13 @@ class SystemTrainer(Trainer):
             torch.load(Path(checkpoint, file), map_location="cpu", weights_only=True)
             for file in (OPTIMIZER_FILE, SCHEDULER_FILE)
         )
-        options = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        if state["state"]:
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        else:
+            # Plain SGD has nothing but its learning rate, which torch cannot load without a tensor beside it.
+            for group, kept in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({name: value for name, value in kept.items() if name != "params"})
         self.lr_scheduler.load_state_dict(schedule)
 
 
