@@ -6,7 +6,7 @@ import argparse
 import difflib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from diffmas.launch import check_processes, settle_processes
 from diffmas.not_finite import NotFiniteError
+from diffmas.resuming import own_settings, run_folder
 from diffmas.sandbox import SandboxError
 from diffmas.training_arguments import settle, settle_updates
 from diffmas.yaml_file import read_yaml
@@ -63,6 +64,8 @@ class TrainArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        #: As they were given, for a run that goes on later.
+        self.given = {f.name: getattr(self, f.name) for f in fields(self)}
         chosen = self.output_dir
         settle(self)
         settle_processes(self)
@@ -94,7 +97,8 @@ class Parser(HfArgumentParser):
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     """Parse `argv` into the parser's dataclasses, over the values of `--config FILE` and of the preset.
 
-    The preset is "embedded" without a model and "paper" with one. Exits with a message on a flag that cannot be read.
+    The preset is "embedded" without a model and "paper" with one; of a run that is resumed, its own settings are.
+    Exits with a message on a flag that cannot be read.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -104,10 +108,17 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
     early.add_argument("--model")
+    early.add_argument("--resume_from_checkpoint")
+    early.add_argument("--output_dir")
     found, _ = early.parse_known_args(argv)
     values = _read_yaml(parser, found.config) if found.config else {}
+    resume = found.resume_from_checkpoint or values.get("resume_from_checkpoint")
+    run = resume and run_folder(resume, found.output_dir or values.get("output_dir"))
+    known = {action.dest for action in parser._actions}
+    own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
     preset = "paper" if found.model or values.get("model") else "embedded"
-    parser.set_defaults(**{**_read_yaml(parser, str(PRESETS / f"{preset}.yaml")), **values})
+    base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
+    parser.set_defaults(**{**base, **values})
     try:
         *dataclasses, _, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False

@@ -120,7 +120,8 @@ def load(args: ChatArguments) -> Chat:
                 raise ValueError(f"{name} is {value!r} beside run {args.run!r}; allowed: one of the two")
         run = load_run(args.run)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
-        prompts = Prompts.load(args.prompts) if args.prompts else load_task(run.task).prompts
+        family = args.prompts or run.task.prompts
+        prompts = Prompts.load(family) if family else load_task(run.task).prompts
     else:
         topology = load_topology(args.topology or ("sequential" if args.model else "relay"))
         model, tokenizer = load_base(SystemArguments(model=args.model))

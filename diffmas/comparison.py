@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +14,17 @@ import torch
 
 from diffmas.answering import answer, batches, evaluating, progress_bar
 from diffmas.generation import Decoding
+from diffmas.lock import locked
 from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
 from diffmas.records import Record, RecordFile, write_atomically
 from diffmas.report import SUMMARY_FILE
-from diffmas.runs import build_system, load_weights
+from diffmas.runs import SYSTEM_FILE, build_system, load_weights
 from diffmas.summary import summarise
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, load_task
 from diffmas.topology import Topology, load_topology
-from diffmas.train import last_checkpoint, parse_arguments, train, weight_settings
+from diffmas.train import parse_arguments, train, weight_settings
 from diffmas.valid_json import to_json
 
 ITEMS_FILE, SETTINGS_FILE = "items.jsonl", "settings.json"
@@ -120,7 +120,7 @@ class Comparison:
             Interrupted: Ctrl-C during a training.
             BlockingIOError: another process is at work in the folder.
         """
-        with RecordFile(self.folder / ITEMS_FILE) as file:
+        with locked(self.folder), RecordFile(self.folder / ITEMS_FILE) as file:
             self._check_settings()
             with self._progress(file) as advance:
                 for name, task in self.tasks.items():
@@ -187,11 +187,8 @@ class Comparison:
             *settings.flags, f"--seed={seed}", "--disable_final_eval=true", "--eval_strategy=no",
             f"--output_dir={folder}", f"--disable_tqdm={not self.show_progress}",
         ]  # fmt: skip
-        if last_checkpoint(folder) is not None:
+        if (folder / SYSTEM_FILE).is_file():
             flags.append(f"--resume_from_checkpoint={folder}")
-        elif folder.exists():
-            # Killed before its first checkpoint: nothing in it can be gone on with.
-            shutil.rmtree(folder)
         _, task_args, decoding_args, training_args = parse_arguments(flags)
         status = train(
             self._system_args(method, settings), task_args, decoding_args, training_args, topology=topology,

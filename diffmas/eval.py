@@ -24,11 +24,14 @@ from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.launch import check_alone, join
+from diffmas.lock import locked
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods import METHODS, Method, choose_methods
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run
+from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, anchored, describe, load_run, read_description
 from diffmas.tasks import Task, TaskArguments, load_task
+from diffmas.tasks.base import JSONL
+from diffmas.tasks.content import fingerprint
 from diffmas.topology import Topology
 from diffmas.yaml_file import read_yaml
 
@@ -48,6 +51,7 @@ class EvalArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Where results go; default: RUN/eval, with --methods RUN/methods or a new RUN."}
     )
+    task: str | None = field(default=None, metadata={"help": "The task's .jsonl file, where it has moved."})
     variants: str = field(default=",".join(VARIANTS), metadata={"help": f"Any of {', '.join(VARIANTS)}."})
     batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of the noise control."})
@@ -99,13 +103,17 @@ def _evaluate(args: EvalArguments) -> int:
     device = join()
     run = load_run(args.run)
     set_seed(args.seed)
-    given = {k: v for k in ("eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
+    given = {k: v for k in ("task", "eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
+    if args.task is not None and not (args.task.endswith(JSONL) and run.task.task.endswith(JSONL)):
+        raise ValueError(f"task is {args.task!r}; allowed: another .jsonl file, of a run on one")
     task_args = replace(run.task, **given)
     given = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**run.decoding, **given, "seed": args.seed})
     run.system.to(device)
     task = _load_held_out(task_args, run.task.eval_size)
     task.ready()
+    if args.eval_size is None and run.data.get("eval", same := fingerprint(task.eval)) != same and process() == 0:
+        print(f"the held-out items are not those of {args.run}'s own evaluation")
     evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
     first = process() == 0
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
@@ -113,7 +121,11 @@ def _evaluate(args: EvalArguments) -> int:
     if not first:
         return 0
     folder = Path(args.output_dir or Path(args.run, "eval"))
-    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        return _write(folder, args, run, task, task_args, decoding, accuracies, records, started, peak)
+
+
+def _write(folder, args, run, task, task_args, decoding, accuracies, records, started, peak) -> int:
     write_records(folder, records)
     summary = {
         **accuracy_fields(accuracies),
@@ -137,13 +149,13 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     controls = [c.strip() for c in args.controls.split(",")]
     if unknown := [c for c in controls if c not in CONTROLS]:
         raise ValueError(f"controls has {unknown}; allowed: {', '.join(CONTROLS)}")
-    description = json.loads((run / SYSTEM_FILE).read_text()) if (run / SYSTEM_FILE).is_file() else {}
+    description = read_description(run) if (run / SYSTEM_FILE).is_file() else {}
     own_seed = description.get("training", {}).get("seed", 0)
     seeds = [own_seed] if args.seeds is None else integers("seeds", args.seeds)
     parts = [dict(description.get(part, {})) for part in ("system", "task", "decoding", "training")]
     # A folder with the files of the run's own task says nothing about another one's.
     own_task, own_files = parts[1].get("task"), {"data_dir": parts[1].pop("data_dir", None)}
-    shared = ("eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
+    shared = ("task", "eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
     common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
     per_task = _read_task_config(args.task_config)
@@ -162,7 +174,8 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
         raise ValueError("detach_trace is given with methods, which have it set; allowed: diffmas or diffmas+detach")
     folder = Path(args.output_dir or (run / "methods" if description else run))
     adapters = {}
-    if (run / ADAPTER_FILE).is_file() and (name := description["task"]["task"]) in by_task:
+    own = next((n for n in by_task if description and _same_task(n, description["task"]["task"])), None)
+    if (run / ADAPTER_FILE).is_file() and (name := own) is not None:
         trained = _method_of(description)
         if other := _trained_otherwise(Settings(by_task[name], PROGRAM), METHODS[trained], description):
             print(f"{run} was trained with {other}: its adapter is not taken for {trained}")
@@ -183,6 +196,10 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     return 0
 
 
+def _same_task(a: str, b: str) -> bool:
+    return anchored(TaskArguments(task=a)).task == anchored(TaskArguments(task=b)).task
+
+
 def _method_of(description: dict[str, Any]) -> str:
     """The method a run of `diffmas.train` is."""
     topology = Topology.from_dict(description["topology"])
@@ -194,6 +211,7 @@ def _method_of(description: dict[str, Any]) -> str:
 def _trained_otherwise(settings: Settings, method: Method, description: dict[str, Any]) -> str | None:
     """What a run's training had set differently from `settings`; None where it gives the same weights."""
     now = settings.describe()
+    now["task"] = asdict(anchored(settings.task))
     now["system"] |= method.settings
     now["topology"] = method.topology(settings.topology).to_dict()
     same = SAME_WEIGHTS if settings.task.splits_one_file else SAME_WEIGHTS | {"eval_size", "eval_file"}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
@@ -16,10 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.loss import LOSSES
+from diffmas.model_source import check_source
+from diffmas.records import write_atomically
 from diffmas.system import MultiAgentSystem
-from diffmas.tasks import TaskArguments
-from diffmas.topology import Topology, load_topology
+from diffmas.tasks import Task, TaskArguments
+from diffmas.tasks.base import JSONL
+from diffmas.tasks.content import fingerprints
+from diffmas.topology import TOPOLOGIES, Topology, load_topology
+from diffmas.valid_json import to_json
 
+#: Files of a run besides its weights: what it was made from, as the run itself keeps it.
+PROMPTS_FILE, TOPOLOGY_FILE = "prompts.yaml", "topology.yaml"
 SYSTEM_FILE, ALIGNMENT_FILE, ADAPTER_FILE = "system.json", "alignment.safetensors", "adapter_model.safetensors"
 QUANTIZATIONS = ("none", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -90,6 +100,7 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
     """
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
+    check_source(args.model)
     source = args.model or EMBEDDED_PATH
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.quantization != "none":
@@ -159,14 +170,22 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     Of several processes the first writes; all of them have to call this, since sharded weights are gathered.
     """
     folder, first = Path(folder), process() == 0
+    folder.mkdir(parents=True, exist_ok=True)
     trained = None
     if is_sharded(system):
         trained = {n: whole(p.detach()).cpu() for n, p in system.model.named_parameters() if p.requires_grad}
-    system.model.save_pretrained(folder, state_dict=trained, is_main_process=first)
-    if system.alignment.kind == "learned":
-        weight = whole(system.alignment.weight.detach())
-        if first:
-            save_file({"weight": weight.cpu().contiguous()}, folder / ALIGNMENT_FILE)
+    weight = whole(system.alignment.weight.detach()) if system.alignment.kind == "learned" else None
+    if not first:
+        return
+    # Beside, and then renamed, the adapter last: where it is, all else is, and nothing is half written.
+    beside = folder / ".weights"
+    shutil.rmtree(beside, ignore_errors=True)
+    system.model.save_pretrained(beside, state_dict=trained)
+    if weight is not None:
+        save_file({"weight": weight.cpu().contiguous()}, beside / ALIGNMENT_FILE)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == ADAPTER_FILE):
+        os.replace(path, folder / path.name)
+    beside.rmdir()
 
 
 def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
@@ -192,13 +211,60 @@ def _copy(value: torch.Tensor, parameter: torch.Tensor) -> None:
 def describe(
     system: MultiAgentSystem, args: SystemArguments, task: TaskArguments, decoding: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `system.json` holds: everything but the weights that :func:`load_run` needs."""
+    """What `system.json` holds: everything but the weights that :func:`load_run` needs. Paths hold in any folder."""
     return {
-        "system": asdict(args),
+        "system": asdict(replace(args, model=_anchored(args.model), topology=_anchored(args.topology))),
         "topology": system.topology.to_dict(),
-        "task": asdict(task),
+        "task": asdict(anchored(task)),
         "decoding": decoding,
     }
+
+
+def anchored(task: TaskArguments) -> TaskArguments:
+    """The same arguments with paths that hold in any working folder."""
+    source = _anchored(task.task) if task.task.endswith(JSONL) else task.task
+    files = {name: _anchored(getattr(task, name)) for name in ("data_dir", "eval_file", "prompts")}
+    return replace(task, task=source, **files)
+
+
+def _anchored(path: str | None) -> str | None:
+    """`path` from the root where it is one of something that is there; a name stays a name."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+def write_description(folder: str | Path, description: dict[str, Any], task: Task) -> None:
+    """Write what a run is made from into its folder, `system.json` last."""
+    folder = Path(folder)
+    roles = {"roles": {name: dict(role) for name, role in task.prompts.roles.items()}}
+    _write_yaml(folder / PROMPTS_FILE, roles)
+    if description["system"]["topology"] not in TOPOLOGIES:
+        _write_yaml(folder / TOPOLOGY_FILE, description["topology"])
+    write_atomically(folder / SYSTEM_FILE, to_json(description, indent=2) + "\n")
+
+
+def _write_yaml(path: Path, value: Any) -> None:
+    write_atomically(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120))
+
+
+def content(task: Task) -> dict[str, Any]:
+    """Fingerprints of what a run is made from and its settings do not say: items and prompts."""
+    return {"data": fingerprints(task), "prompts": {n: dict(r) for n, r in task.prompts.roles.items()}}
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What `system.json` holds, with the files of which the run has its own named by their place in its folder.
+
+    Raises:
+        FileNotFoundError: a folder without `system.json`.
+    """
+    folder = Path(folder)
+    if not (folder / SYSTEM_FILE).is_file():
+        raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
+    description = json.loads((folder / SYSTEM_FILE).read_text())
+    for part, name, file in (("task", "prompts", PROMPTS_FILE), ("system", "topology", TOPOLOGY_FILE)):
+        if (folder / file).is_file():
+            description[part][name] = str((folder / file).resolve())
+    return description
 
 
 @dataclass
@@ -210,6 +276,8 @@ class Run:
     args: SystemArguments
     task: TaskArguments
     decoding: dict[str, Any]
+    #: Fingerprints of the items it was trained and evaluated on; empty for a run that did not write them.
+    data: dict[str, str]
 
 
 def load_run(folder: str | Path) -> Run:
@@ -219,9 +287,7 @@ def load_run(folder: str | Path) -> Run:
         FileNotFoundError: a folder without `system.json` or without an adapter.
     """
     folder = Path(folder)
-    if not (folder / SYSTEM_FILE).is_file():
-        raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
-    description = json.loads((folder / SYSTEM_FILE).read_text())
+    description = read_description(folder)
     args = _known(SystemArguments, description["system"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
@@ -233,7 +299,8 @@ def load_run(folder: str | Path) -> Run:
     )
     if system.alignment.kind == "learned":
         _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
-    return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"])
+    return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"],
+               description.get("data", {}))  # fmt: skip
 
 
 def _known(kind: type, values: dict[str, Any]) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import sys
 import time
 import warnings
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.arguments import ERRORS, DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
+from diffmas.checkpoints import clear_staging, step_of
 from diffmas.data import Collator
 from diffmas.distributed import (
     asked_sharding,
@@ -31,18 +34,29 @@ from diffmas.distributed import (
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.liger import check_liger, fuse_liger
+from diffmas.lock import locked
 from diffmas.machine import machine, peak_memory_mb
+from diffmas.model_source import check_source
 from diffmas.precision import check_base, settle_precision
 from diffmas.profiling import ProfileStep
-from diffmas.records import write_atomically
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
+from diffmas.resuming import check_same, checkpoint_of, given_settings, run_folder
+from diffmas.runs import (
+    ADAPTER_FILE,
+    SYSTEM_FILE,
+    SystemArguments,
+    build_system,
+    content,
+    describe,
+    read_description,
+    save_weights,
+    write_description,
+)
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
-from diffmas.training import OPTIMIZER_FILE, Items, MetricsFile, StopOnInterrupt, SystemTrainer
+from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 from diffmas.training_arguments import check_batches
-from diffmas.valid_json import to_json
 
 PROGRAM = "python -m diffmas.train"
 EVAL_DURING_TRAINING = 256
@@ -86,7 +100,21 @@ def train(
     collator: MakeCollator = lambda system, task, tokenizer: Collator(system.topology, task.prompts, tokenizer),
 ) -> int:
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
+    with contextlib.ExitStack() as held:
+        return _train(system_args, task_args, decoding_args, args, topology, collator, held)
+
+
+def _train(
+    system_args: SystemArguments,
+    task_args: TaskArguments,
+    decoding_args: DecodingArguments,
+    args: TrainArguments,
+    topology: Topology | None,
+    collator: MakeCollator,
+    held: contextlib.ExitStack,
+) -> int:
     started = time.perf_counter()
+    check_source(system_args.model)
     if settle_sharding(args) and system_args.quantization != "none":
         raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
     adapting = args.auto_batch or system_args.checkpointing == "auto"
@@ -116,6 +144,8 @@ def train(
         args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))
     description["training"] = {"seed": args.seed, **weight_settings(args)}
+    description["arguments"] = given_settings(args)
+    description |= content(task)
     collate = collator(system, task, tokenizer)
     lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
     fitted: dict[str, Any] = {}
@@ -123,7 +153,7 @@ def train(
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
         print_fit(args, fitted["fit"])
         check_batches(args, len(task.train))
-    args.output_dir, checkpoint = decided_by_first(lambda: _choose_folder(args, task.name, description))
+    args.output_dir, checkpoint = decided_by_first(lambda: _open_folder(args, task, description, held))
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
     args.remove_unused_columns = False
@@ -139,7 +169,10 @@ def train(
         lengths=lengths,
         callbacks=[MetricsFile(), stop, *([ProfileStep(system, autocast_dtype(args))] if args.profile else [])],
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and step_of(checkpoint) >= _steps(args, len(task.train)):
+        trainer.finish_from(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     first = trainer.is_world_process_zero()
     if stop.interrupted:
         if first:
@@ -165,7 +198,7 @@ def train(
         machine=machine(),
         parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
         **fitted,
-        **description,
+        **{k: v for k, v in description.items() if k != "prompts"},
     )
     write_summary(folder, summary)
     report = write_report(folder)
@@ -174,35 +207,42 @@ def train(
     return 0
 
 
-def _choose_folder(args: TrainArguments, name: str, description: dict[str, Any]) -> tuple[str, str | None]:
-    """The run's folder and the checkpoint to resume from; nothing finished is overwritten."""
-    resume, output_dir = args.resume_from_checkpoint, args.output_dir
-    if resume is not None:
-        folder = Path(resume)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: no such folder")
-        if not (folder / "trainer_state.json").is_file():
-            checkpoint = last_checkpoint(folder)
-            if checkpoint is None:
-                raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: it holds no checkpoint")
-            folder = checkpoint
-        if not (folder / OPTIMIZER_FILE).is_file():
-            raise FileNotFoundError(
-                f"checkpoint {folder} has no {OPTIMIZER_FILE}, as save_only_model leaves it; allowed: one to go on from"
-            )
-        output_dir = output_dir or str(folder.parent)
-        _check_same(folder.parent / SYSTEM_FILE, description)
+def _steps(args: TrainArguments, items: int) -> int:
+    """Optimizer steps of the whole training."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = items / (args.per_device_train_batch_size * processes())
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def _open_folder(
+    args: TrainArguments, task: Task, description: dict[str, Any], held: contextlib.ExitStack
+) -> tuple[str, str | None]:
+    """The run's folder, held against others, and the checkpoint to go on from; nothing finished is overwritten."""
+    resume, output_dir, checkpoint = args.resume_from_checkpoint, args.output_dir, None
+    run = None if resume is None else run_folder(resume, output_dir)
+    if run is not None:
+        output_dir = output_dir or str(run)
+        if run.is_dir():
+            held.enter_context(locked(output_dir))
+        checkpoint = checkpoint_of(resume, run)
+        if (run / SYSTEM_FILE).is_file():
+            for note in check_same(read_description(run), description):
+                print(note)
     elif output_dir is None:
-        candidates = (Path("runs", name if i == 1 else f"{name}-{i}") for i in range(1, sys.maxsize))
+        candidates = (Path("runs", task.name if i == 1 else f"{task.name}-{i}") for i in range(1, sys.maxsize))
         output_dir = str(next(c for c in candidates if not c.exists()))
     elif any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, ADAPTER_FILE).exists():
         raise ValueError(
             f"output_dir is {output_dir!r}, which holds a run already; allowed: another folder, or "
             f"--resume_from_checkpoint {output_dir}"
         )
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(output_dir, SYSTEM_FILE), to_json(description, indent=2) + "\n")
-    return output_dir, None if resume is None else str(folder)
+    if run is None:
+        held.enter_context(locked(output_dir))
+    clear_staging(output_dir)
+    write_description(output_dir, description, task)
+    return output_dir, None if checkpoint is None else str(checkpoint)
 
 
 def weight_settings(args: TrainArguments) -> dict[str, Any]:
@@ -210,30 +250,6 @@ def weight_settings(args: TrainArguments) -> dict[str, Any]:
     settings = {k: v for k, v in args.to_dict().items() if k in WEIGHT_SETTINGS}
     # As one value: settings that only one of two runs has do not count as a difference.
     return {k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in settings.items()}
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The latest checkpoint in a run's folder that was written to its end."""
-    checkpoints = Path(folder).glob("checkpoint-*[0-9]")
-    for path in sorted(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
-            # The Trainer writes its state last.
-            json.loads((path / "trainer_state.json").read_text())
-            return path
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-    return None
-
-
-def _check_same(path: Path, description: dict[str, Any]) -> None:
-    """Raise `ValueError` where a run is resumed with a system or task other than its own."""
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text())
-    for part in ("system", "topology", "task"):
-        for key, value in description[part].items():
-            if (was := before.get(part, {}).get(key, value)) != value:
-                raise ValueError(f"{key} is {value!r}, but the run to resume had {was!r}; allowed: the same")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,16 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from diffmas.batching import ItemLengths, LengthGrouped
+from diffmas.checkpoints import (
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    STAGING,
+    STATE_FILE,
+    checkpoint_path,
+    put_in_place,
+    read_state,
+    rotate,
+)
 from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
 from diffmas.not_finite import FiniteSteps
@@ -23,7 +33,6 @@ from diffmas.runs import load_weights, save_weights
 from diffmas.valid_json import to_json
 
 METRICS_FILE = "metrics.jsonl"
-OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.pt", "scheduler.pt"
 
 
 class Items(Dataset):
@@ -56,6 +65,7 @@ class SystemTrainer(Trainer):
         self.lengths = lengths
         self.evaluator = evaluator
         self.finite = FiniteSteps()
+        self._saving_to: str | None = None
         self.add_callback(self.finite)
         self.model_accepts_loss_kwargs = True
 
@@ -119,7 +129,38 @@ class SystemTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        # By its step: the folder may have moved since.
+        best = checkpoint_path(self.args.output_dir, self.state.best_global_step)
+        load_weights(self.accelerator.unwrap_model(self.model), best)
+
+    def finish_from(self, checkpoint: str | Path) -> None:
+        """What :meth:`train` leaves behind when `checkpoint`, of the last step, is all there is to do."""
+        self.state = read_state(checkpoint)
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self._load_best_model()
+
+    def _get_output_dir(self, trial) -> str:
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        run, step = self.args.output_dir, self.state.global_step
+        staging = Path(run, STAGING)
+        self._saving_to = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_global_step
+            if best:
+                self.state.best_model_checkpoint = str(checkpoint_path(run, best))
+                self.state.save_to_json(str(checkpoint_path(staging, step) / STATE_FILE))
+            put_in_place(checkpoint_path(staging, step), run)
+            rotate(run, self.args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)

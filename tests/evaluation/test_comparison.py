@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from diffmas import eval as evaluate
 from diffmas import train
+from diffmas.checkpoints import latest
 from diffmas.comparison import ITEMS_FILE, Comparison, Options, Settings
 from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
@@ -24,7 +25,7 @@ from diffmas.records import read_records
 from diffmas.runs import ADAPTER_FILE, build_system
 from diffmas.tasks import TaskArguments, load_task
 from diffmas.topology import load_topology
-from diffmas.train import last_checkpoint, parse_arguments
+from diffmas.train import parse_arguments
 
 OPTIONS = Options(samples=2, batch_size=3, max_message_tokens=4)
 
@@ -329,8 +330,8 @@ def test_kill_in_training_and_in_evaluation(flags, tmp_path):
     command = [sys.executable, "-m", "diffmas.eval", *given, f"--run={out}", "--disable_tqdm=true"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     training = out / "training" / "relay" / "diffmas" / "seed-0"
-    kill_when(subprocess.Popen(command, **pipes), lambda: last_checkpoint(training) is not None)
-    reached = last_checkpoint(training)
+    kill_when(subprocess.Popen(command, **pipes), lambda: latest(training)[0] is not None)
+    reached = latest(training)[0]
     assert reached.name != "checkpoint-30" and not (training / "summary.json").exists()
     single = (out / ITEMS_FILE).read_bytes()
     assert single.count(b"\n") == 40 * 2
@@ -353,12 +354,3 @@ def test_kill_in_training_and_in_evaluation(flags, tmp_path):
     cells = [json.loads((tmp_path / p / "summary.json").read_text())["cells"] for p in ("killed", "whole")]
     assert [c["accuracy"] for c in cells[0]] == [c["accuracy"] for c in cells[1]]
     assert all(c["answers"] == 80 for c in cells[0])
-
-
-def test_a_checkpoint_that_was_being_written_is_passed_over(tmp_path):
-    assert last_checkpoint(tmp_path / "nowhere") is None
-    for step, state in ((2, "{}"), (10, '{"step": '), (12, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if state is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_checkpoint(tmp_path).name == "checkpoint-2"

@@ -146,7 +146,7 @@ def test_finished_run_is_not_overwritten(flags, tmp_path, capsys):
 def test_resume_with_another_system_is_refused(flags, tmp_path, capsys):
     assert train.main(flags(disable_final_eval=True)) == 0
     assert train.main(flags(resume_from_checkpoint=tmp_path / "run", latent_steps=3)) == 2
-    assert "latent_steps is 3, but the run to resume had 2" in capsys.readouterr().err
+    assert "latent_steps is 3, but the run to go on with had 2" in capsys.readouterr().err
 
 
 def test_unknown_flags_get_a_suggestion(capsys):

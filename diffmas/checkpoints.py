@@ -1,0 +1,116 @@
+"""A training's checkpoints: written beside and renamed once they are complete, read only where they are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from diffmas.runs import ADAPTER_FILE, ALIGNMENT_FILE
+
+STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
+ONLY_MODEL = "as save_only_model leaves it"
+#: Where in a run's folder a checkpoint is written before it gets its name.
+STAGING = ".checkpoint"
+
+
+def checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoint folders of a run, latest step first."""
+    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+
+
+def damage(checkpoint: str | Path) -> str | None:
+    """What keeps a training from going on from `checkpoint`, naming the file; None where nothing does."""
+    checkpoint = Path(checkpoint)
+    try:
+        json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+    except FileNotFoundError:
+        return f"{STATE_FILE} is missing"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{STATE_FILE} is damaged"
+    if not (checkpoint / ADAPTER_FILE).is_file():
+        return f"{ADAPTER_FILE} is missing"
+    for path in (checkpoint / ADAPTER_FILE, checkpoint / ALIGNMENT_FILE):
+        if path.is_file() and not _is_safetensors(path):
+            return f"{path.name} is damaged"
+    for name in (OPTIMIZER_FILE, SCHEDULER_FILE):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing, {ONLY_MODEL}"
+    for path in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+        if not _is_archive(path):
+            return f"{path.name} is damaged"
+    return None
+
+
+def latest(run: str | Path) -> tuple[Path | None, list[str]]:
+    """The latest checkpoint that a training can go on from, and what is wrong with later ones, in a line each."""
+    notes = []
+    for path in checkpoints(run):
+        if (problem := damage(path)) is None:
+            return path, notes
+        notes.append(f"{path} cannot be gone on from: {problem}")
+    return None, notes
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    return Path(folder, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+
+def rotate(run: str | Path, limit: int | None, best: int | None) -> None:
+    """Remove checkpoints beyond `limit`: the latest stays, then that of step `best`, then the later ones."""
+    if limit is None or limit <= 0:
+        return
+    found = checkpoints(run)
+    favourite = None if best is None else checkpoint_path(run, best)
+    ordered = sorted(found, key=lambda path: path not in (found[0], favourite))
+    for path in ordered[max(limit, 1 + (favourite in found[1:])) :]:
+        shutil.rmtree(path)
+
+
+def step_of(checkpoint: str | Path) -> int:
+    return read_state(checkpoint).global_step
+
+
+def read_state(checkpoint: str | Path) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint, STATE_FILE)))
+
+
+def put_in_place(staged: str | Path, run: str | Path) -> Path:
+    """Give the complete checkpoint `staged` its place in `run`, instead of one of the same step."""
+    target = Path(run, Path(staged).name)
+    if target.exists():
+        replaced = Path(staged).with_name("replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
+    os.replace(staged, target)
+    shutil.rmtree(Path(staged).parent, ignore_errors=True)
+    return target
+
+
+def clear_staging(run: str | Path) -> None:
+    """Remove what a killed process left of a checkpoint."""
+    shutil.rmtree(Path(run, STAGING), ignore_errors=True)
+
+
+def _is_safetensors(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError, ValueError):
+        return False
+    return True
+
+
+def _is_archive(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError):
+        return False

@@ -1,0 +1,49 @@
+"""Whether a model can be had, found out before anything else is done."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+#: Seconds to wait for the hub's answer.
+_PATIENCE = 5
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_source(model: str | None) -> None:
+    """Whether `model` is a folder, in the hub's cache, or on the hub; None is the embedded base.
+
+    Raises:
+        FileNotFoundError: it is none of these, or the hub does not answer.
+    """
+    if model is None or Path(model).is_dir():
+        return
+    path = Path(model)
+    # "runs/mine", where there is a folder "runs", is meant to be in it.
+    is_path = (
+        _HUB_ID.fullmatch(model) is None
+        or model.startswith(".")
+        or path.exists()
+        or path.parent.is_dir()
+        and (path.parent != Path())
+    )
+    if is_path:
+        raise FileNotFoundError(f"model is {model!r}: no such folder; allowed: a folder, or an id of the hub")
+    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+        return
+    if constants.is_offline_mode():
+        raise FileNotFoundError(f"model is {model!r}: no such folder, not in the hub's cache, and offline mode is on")
+    try:
+        HfApi().model_info(model, timeout=_PATIENCE)
+    except GatedRepoError:
+        raise FileNotFoundError(f"model is {model!r}: access to it has to be asked for on the hub") from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise FileNotFoundError(f"model is {model!r}: no such folder, and no such model on the hub") from None
+    except Exception as error:  # of the network, by whichever library the hub's client uses
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FileNotFoundError(
+            f"model is {model!r}: no such folder, not in the hub's cache, and the hub does not answer ({reason})"
+        ) from None
