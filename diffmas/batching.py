@@ -128,8 +128,6 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
     Micro-batch × accumulation steps stays what `args` asked for. Processes agree on the least of their memories. Every
     process holds whole weights.
     """
-    if args.memory_limit_gb is not None and args.memory_limit_gb <= 0:
-        raise ValueError(f"memory_limit_gb is {args.memory_limit_gb}; allowed: > 0")
     system.to(args.device)
     budget = SHARE * available_bytes(args.device) if args.memory_limit_gb is None else 1e9 * args.memory_limit_gb
     if torch.distributed.is_initialized():

@@ -15,6 +15,8 @@ from diffmas.distributed import process, processes
 
 #: Where torchrun and the launchers of MPI libraries say how many processes they have started.
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+#: How processes find each other, beside their number.
+_MEETING = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 #: Engines an `accelerate launch` can ask for that know nothing of a multi-agent system.
 _ENGINES = ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
 
@@ -96,8 +98,10 @@ def _join(cpu: bool, timeout: timedelta) -> None:
     local, devices = _integer("LOCAL_WORLD_SIZE", 1), torch.accelerator.device_count()
     if not cpu and local > devices:
         raise ValueError(f"{local} processes were started here, where {devices} GPUs are visible; allowed: one a GPU")
+    if name == "WORLD_SIZE" and (missing := [n for n in _MEETING if not os.environ.get(n)]):
+        raise ValueError(f"WORLD_SIZE is {number}, but {', '.join(missing)} is not set; allowed: what torchrun sets")
     # Here, since transformers hands over no timeout on a CPU, and accelerate would rather take MPI.
-    if cpu and "RANK" in os.environ and not dist.is_initialized():
+    if cpu and name == "WORLD_SIZE" and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timeout)
 
 

@@ -12,6 +12,9 @@ from transformers import TrainerCallback
 
 from diffmas.distributed import any_process, gathered, process, processes, whole
 
+#: What is found, causes first.
+_LOSS, _GRADIENT, _WEIGHT = range(3)
+
 
 class NotFiniteError(ArithmeticError):
     """Something that has to be a number is NaN or infinite."""
@@ -36,19 +39,21 @@ class FiniteSteps(TrainerCallback):
 
     def check_gradients(self, norm: Tensor | float, step: int, device: torch.device) -> None:
         """Raise `NotFiniteError` for a loss of the step, or its gradient norm, that is not finite."""
+        # All processes ask for it, whatever their own losses are.
+        norm = float(whole(norm) if isinstance(norm, Tensor) else norm)
         values = torch.stack(self._losses).tolist()
         bad = next((i for i, value in enumerate(values) if not math.isfinite(value)), None)
         found = None
         if bad is not None:
-            found = f"the loss of micro-batch {bad + 1} of {len(values)} is {values[bad]}"
-        elif not math.isfinite(norm := float(whole(norm) if isinstance(norm, Tensor) else norm)):
-            found = f"the gradient norm is {norm}"
+            found = _LOSS, f"the loss of micro-batch {bad + 1} of {len(values)} is {values[bad]}"
+        elif not math.isfinite(norm):
+            found = _GRADIENT, f"the gradient norm is {norm}"
         _stop_together(found, step, "before its update", device)
 
     def on_optimizer_step(self, args, state, control, model: nn.Module, **kwargs):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         bad = next((n for n, good in zip(trained, _finite(trained.values()), strict=True) if not good), None)
-        found = None if bad is None else f"{bad} is not finite after the update"
+        found = None if bad is None else (_WEIGHT, f"{bad} is not finite after the update")
         _stop_together(found, state.global_step + 1, "before it was saved", args.device)
 
 
@@ -59,10 +64,11 @@ def _finite(parameters: Iterable[Tensor]) -> list[bool]:
     return torch.stack([p.isfinite().all() for p in local]).tolist()
 
 
-def _stop_together(found: str | None, step: int, when: str, device: torch.device) -> None:
+def _stop_together(found: tuple[int, str] | None, step: int, when: str, device: torch.device) -> None:
     if not any_process(found is not None, device):
         return
-    where, what = next((p, f) for p, f in gathered([(process(), found)]) if f is not None)
+    # Gradients are shared: every process finds in them what a loss in one of them has done.
+    _, where, what = min((kind, p, what) for p, (kind, what) in gathered([(process(), found)] if found else []))
     where = f" in process {where}" if processes() > 1 else ""
     raise NotFiniteError(
         f"step {step}: {what}{where}; stopped {when}, checkpoints of earlier steps are left as they are (a smaller "

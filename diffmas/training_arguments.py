@@ -29,6 +29,7 @@ REFUSED = {
     "batch_eval_metrics": _EVALUATION,
     "bf16_full_eval": "False; --bf16 True or --dtype bfloat16 hold in evaluation too",
     "debug": "its default",
+    "ddp_static_graph": "its default, since gradients are accumulated over several backward passes",
     "deepspeed": _PARTS,
     "do_predict": "False, with python -m diffmas.eval instead",
     "enable_jit_checkpoint": "False; Ctrl-C (SIGINT) saves a checkpoint",
@@ -113,7 +114,7 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "logging_steps": _SHARE_OR_STEPS,
     "max_grad_norm": _NOT_NEGATIVE,
     "max_steps": (lambda value: value == -1 or value >= 1, "integers ≥ 1, or -1 for num_train_epochs"),
-    "memory_limit_gb": (lambda value: value > 0, "finite numbers > 0"),
+    "memory_limit_gb": (lambda value: value > 0, "> 0"),
     "num_train_epochs": (lambda value: value > 0, "finite numbers > 0"),
     "per_device_eval_batch_size": (_at_least(2), "integers ≥ 2 (a mismatched trace is another row's)"),
     "per_device_train_batch_size": _POSITIVE,
@@ -195,8 +196,8 @@ def check_batches(args: TrainingArguments, items: int) -> None:
     batch, processes = args.per_device_train_batch_size, args.world_size
     if args.dataloader_drop_last and items // batch < processes:
         raise ValueError(
-            f"dataloader_drop_last is True, which leaves no batch of {items} items: per_device_train_batch_size is {batch}, "
-            f"processes {processes}; allowed: False, or a smaller batch"
+            f"dataloader_drop_last is True, which leaves no batch of {items} items: per_device_train_batch_size is "
+            f"{batch}, processes {processes}; allowed: False, or a smaller batch"
         )
 
 

@@ -51,7 +51,7 @@ def runs(base, tmp_path_factory):
         f"--{k}={v}" for k, v in dict(
             model=base, task="relay", topology="relay", latent_steps=2, alignment="learned", checkpointing="all",
             max_steps=4, learning_rate=1e-2, gradient_accumulation_steps=2, per_device_eval_batch_size=4,
-            eval_size=9, max_new_tokens=3, temperature=1, save_steps=2, disable_tqdm=True, use_cpu=True,
+            eval_size=9, max_new_tokens=3, temperature=1, save_steps=2, disable_tqdm=True,
         ).items()
     ]  # fmt: skip
     single = [*flags, f"--output_dir={folder / 'single'}", "--per_device_train_batch_size=4"]
@@ -109,6 +109,26 @@ def assert_close(actual, expected):
     assert max(error(actual[name], expected[name], floor=1e-2) for name in expected) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["ddp-flags", "fsdp-flags", "fsdp-launched"])
+def test_arguments_of_the_wrapped_model(runs, name):
+    """Those of DDP and FSDP, and FSDP asked for by a launcher, change how and not what."""
+    expected, actual = weights(runs / name.partition("-")[0]), weights(runs / name)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    summary = json.loads((runs / name / "summary.json").read_text())
+    assert summary["parallel"] == ("ddp" if name.startswith("ddp") else "fsdp2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_not_finite_stops_all_processes(runs, kind):
+    said = {(runs / f"{kind}-nan-{i}.txt").read_text().replace(" in process 1: step", ": step") for i in range(2)}
+    (line,) = said
+    assert line.startswith(
+        "2 python -m diffmas.train: error: step 3: the loss of micro-batch 2 of 2 is nan in process 1;"
+    )
+    assert {p.name for p in Path(f"{runs / kind}-nan").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapter_loads_in_stock_peft(runs, base, kind):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), runs / kind)
@@ -141,7 +161,7 @@ def test_output_is_that_of_one_process(runs):
 
 def test_ctrl_c_stops_all_processes_after_the_same_step(flags, tmp_path):
     run = tmp_path / "run"
-    command = flags(max_steps=1000, save_steps=1000, logging_steps=1, disable_final_eval=True)
+    command = flags(max_steps=1000, save_steps=1000, logging_steps=1, disable_final_eval=True, use_cpu=None)
     launcher = start(["-m", "diffmas.train", *command])
     metrics, deadline = run / "metrics.jsonl", time.monotonic() + 120
     while launcher.poll() is None and (not metrics.is_file() or not metrics.read_text()):

@@ -1,4 +1,4 @@
-"""Every training argument of transformers: what it does here, or that it is refused by its name before a model loads."""
+"""Every training argument of transformers works here, or is refused by its name before a model is loaded."""
 
 import json
 from dataclasses import MISSING, fields
@@ -25,6 +25,7 @@ GIVEN = {
     "batch_eval_metrics": True,
     "bf16_full_eval": True,
     "debug": "underflow_overflow",
+    "ddp_static_graph": True,
     "deepspeed": "ds.json",
     "do_predict": True,
     "enable_jit_checkpoint": True,
@@ -122,14 +123,13 @@ SHOWN = {
     "dataloader_in_order": "test_other_arguments_at_once",
     "remove_unused_columns": "always False: the items' fields are the collator's",
     "train_sampling_strategy": "test_seeds",
-    "ddp_find_unused_parameters": "test_launchers.py",
-    "ddp_bucket_cap_mb": "test_launchers.py",
-    "ddp_broadcast_buffers": "test_launchers.py",
-    "ddp_static_graph": "test_launchers.py",
-    "ddp_backend": "test_launchers.py",
-    "ddp_timeout": "test_launchers.py",
+    "ddp_find_unused_parameters": "test_distributed.py",
+    "ddp_bucket_cap_mb": "test_distributed.py",
+    "ddp_broadcast_buffers": "test_distributed.py",
+    "ddp_backend": "test_distributed.py",
+    "ddp_timeout": "test_distributed.py",
     "fsdp": "test_distributed.py",
-    "fsdp_config": "test_launchers.py",
+    "fsdp_config": "test_distributed.py",
     "skip_memory_metrics": "test_other_arguments_at_once",
     "do_train": "what the program does",
     "do_eval": "what the program does",
@@ -486,7 +486,7 @@ def test_other_arguments_at_once(trained):
             dataloader_persistent_workers=True, dataloader_prefetch_factor=3, dataloader_in_order=False,
             dataloader_multiprocessing_context="fork", dataloader_pin_memory=False, skip_memory_metrics=False,
             do_train=True, do_eval=True, remove_unused_columns=False, ddp_find_unused_parameters=True,
-            ddp_bucket_cap_mb=1, ddp_broadcast_buffers=True, ddp_static_graph=True,
+            ddp_bucket_cap_mb=1, ddp_broadcast_buffers=True,
         )  # fmt: skip
         assert torch.are_deterministic_algorithms_enabled()
     finally:

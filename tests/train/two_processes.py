@@ -5,6 +5,8 @@ One pair of processes does all of it: starting them costs more than the work.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers import TrainerCallback
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.arguments import TrainArguments
-from diffmas.distributed import is_sharded, processes, settle_sharding, whole
+from diffmas.distributed import is_sharded, process, processes, settle_sharding, whole
 from diffmas.system import MultiAgentSystem
 from diffmas.topology import Agent, Topology
 from diffmas.training import SystemTrainer
@@ -54,7 +56,7 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
     names = ("prompt_ids", "prompt_lengths", "answer_ids", "answer_lengths")
     kept = Gradients()
     args = TrainArguments(
-        output_dir=str(folder), use_cpu=True, max_steps=1, per_device_train_batch_size=4 // processes(),
+        output_dir=str(folder), max_steps=1, per_device_train_batch_size=4 // processes(),
         gradient_accumulation_steps=2, max_grad_norm=0, save_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False, fsdp=sharded or None,
     )  # fmt: skip
@@ -77,10 +79,33 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
     return kept.of
 
 
+def lose_a_number(step: int, kind: str, folder: Path, flags: list[str]) -> None:
+    """Process 1 finds a loss that is NaN in the second micro-batch of `step`; what each process says goes to a file."""
+    compute, seen = SystemTrainer.compute_loss, []
+
+    def spoiled(self, *args, **kwargs):
+        loss = compute(self, *args, **kwargs)
+        seen.append(loss)
+        return loss * torch.nan if process() == 1 and len(seen) == 2 * step else loss
+
+    fresh()
+    said = io.StringIO()
+    SystemTrainer.compute_loss = spoiled
+    try:
+        with contextlib.redirect_stderr(said):
+            status = train.main([*flags, f"--output_dir={folder / kind}-nan", "--save_steps=1"])
+    finally:
+        SystemTrainer.compute_loss = compute
+    Path(folder, f"{kind}-nan-{process()}.txt").write_text(f"{status} {said.getvalue().splitlines()[-1]}")
+
+
 def fresh() -> None:
     """Forget the flags of the run before."""
     AcceleratorState._reset_state(True)
-    for name in ("ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_AUTO_WRAP_POLICY", "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    for name in (
+        "ACCELERATE_USE_FSDP", "FSDP_VERSION", "FSDP_AUTO_WRAP_POLICY", "FSDP_CPU_RAM_EFFICIENT_LOADING",
+        "FSDP_RESHARD_AFTER_FORWARD",
+    ):  # fmt: skip
         os.environ.pop(name, None)
 
 
@@ -103,6 +128,18 @@ def main(folder: Path, flags: list[str]) -> None:
         run(f"--output_dir={folder / kind}-resumed", resume, *sharding, "--disable_final_eval=True")
         resume = f"--resume_from_checkpoint={folder / 'single' / 'checkpoint-2'}"
         run(f"--output_dir={folder / kind}-from-single", resume, *sharding, "--disable_final_eval=True")
+        lose_a_number(3, kind, folder, [*flags, *sharding])
+    run(
+        f"--output_dir={folder / 'ddp'}-flags", "--disable_final_eval=True", "--ddp_bucket_cap_mb=1",
+        "--ddp_broadcast_buffers=True", "--ddp_find_unused_parameters=False",
+        "--ddp_backend=gloo", "--ddp_timeout=60",
+    )  # fmt: skip
+    kept = '--fsdp_config={"reshard_after_forward": false}'
+    run(f"--output_dir={folder / 'fsdp'}-flags", "--disable_final_eval=True", "--fsdp", kept)
+    # As `accelerate launch --use_fsdp --fsdp_version 2` asks for it.
+    fresh()
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_RESHARD_AFTER_FORWARD="true")
+    assert train.main([*flags, f"--output_dir={folder / 'fsdp'}-launched", "--disable_final_eval=True"]) == 0
     fresh()
     assert evaluate.main([f"--run={folder / 'single'}", "--batch_size=2", "--disable_tqdm"]) == 0
     fresh()
