@@ -30,6 +30,8 @@ from diffmas.valid_json import to_json
 
 #: Files of a run besides its weights: what it was made from, as the run itself keeps it.
 PROMPTS_FILE, TOPOLOGY_FILE = "prompts.yaml", "topology.yaml"
+#: Part and name of the settings that they stand for.
+OWN_FILES = (("task", "prompts", PROMPTS_FILE), ("system", "topology", TOPOLOGY_FILE))
 SYSTEM_FILE, ALIGNMENT_FILE, ADAPTER_FILE = "system.json", "alignment.safetensors", "adapter_model.safetensors"
 QUANTIZATIONS = ("none", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -235,6 +237,12 @@ def _anchored(path: str | None) -> str | None:
 def write_description(folder: str | Path, description: dict[str, Any], task: Task) -> None:
     """Write what a run is made from into its folder, `system.json` last."""
     folder = Path(folder)
+    if (folder / SYSTEM_FILE).is_file():
+        # Going on, its own files are what it was given: where they first came from is kept.
+        before = json.loads((folder / SYSTEM_FILE).read_text())
+        for part, name, file in OWN_FILES:
+            if description[part][name] == str((folder / file).resolve()):
+                description[part][name] = before[part][name]
     roles = {"roles": {name: dict(role) for name, role in task.prompts.roles.items()}}
     _write_yaml(folder / PROMPTS_FILE, roles)
     if description["system"]["topology"] not in TOPOLOGIES:
@@ -261,7 +269,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not (folder / SYSTEM_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
     description = json.loads((folder / SYSTEM_FILE).read_text())
-    for part, name, file in (("task", "prompts", PROMPTS_FILE), ("system", "topology", TOPOLOGY_FILE)):
+    for part, name, file in OWN_FILES:
         if (folder / file).is_file():
             description[part][name] = str((folder / file).resolve())
     return description

@@ -1,0 +1,324 @@
+"""A run and its folder: going on from it, what it holds, who may write into it, and that it stands on its own."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffmas import chat, train
+from diffmas import eval as evaluate
+from diffmas.checkpoints import STAGING, checkpoints, damage, rotate
+from diffmas.lock import locked
+from diffmas.records import read_records
+
+
+def weights(folder):
+    return load_file(Path(folder, "adapter_model.safetensors"))
+
+
+def same(a, b):
+    first, second = weights(a), weights(b)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def answers(folder):
+    return [{**vars(record), "seconds": None} for record in read_records(Path(folder, "eval.jsonl"))]
+
+
+def error_of(capsys, argv, program=train):
+    assert program.main([str(word) for word in argv]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def module_flags(base):
+    values = dict(
+        model=base, task="relay", topology="relay", latent_steps=2, max_steps=6, learning_rate=1e-2, eval_size=9,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, per_device_eval_batch_size=4, max_new_tokens=3,
+        temperature=0, save_steps=2, save_total_limit=5, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    return [f"--{k}={v}" for k, v in values.items()]
+
+
+@pytest.fixture(scope="module")
+def whole(module_flags, tmp_path_factory):
+    """A run of six steps with checkpoints after 2, 4 and 6, trained to its end."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train.main([*module_flags, f"--output_dir={run}"]) == 0
+    return run
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of it, in another place, as it was when its last evaluation was cut off."""
+    copy = tmp_path / "copy"
+    shutil.copytree(whole, copy)
+    for name in ("adapter_model.safetensors", "summary.json", "eval.jsonl", "report.html"):
+        (copy / name).unlink()
+    return copy
+
+
+class TestGoingOn:
+    def test_at_the_last_step_nothing_is_trained(self, run, whole):
+        before = (run / "metrics.jsonl").read_text()
+        assert train.main([f"--resume_from_checkpoint={run}"]) == 0
+        assert [p.name for p in checkpoints(run)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+        assert same(run, whole) and answers(run) == answers(whole)
+        assert json.loads((run / "summary.json").read_text())["steps"] == 6
+        assert (run / "metrics.jsonl").read_text() == before
+
+    def test_past_the_last_step_nothing_is_trained(self, run):
+        assert train.main([f"--resume_from_checkpoint={run}", "--max_steps=3", "--disable_final_eval"]) == 0
+        assert same(run, run / "checkpoint-6") and not (run / "checkpoint-7").exists()
+
+    def test_an_epoch_s_last_step_is_the_last(self, module_flags, tmp_path):
+        command = [*module_flags, "--max_steps=-1", "--num_train_epochs=2", "--train_size=20", "--disable_final_eval"]
+        run = tmp_path / "run"
+        assert train.main([*command, f"--output_dir={run}", "--save_strategy=epoch"]) == 0
+        last = checkpoints(run)[0].name
+        first = weights(run)
+        assert train.main([f"--resume_from_checkpoint={run}"]) == 0
+        assert checkpoints(run)[0].name == last
+        assert all(torch.equal(first[name], value) for name, value in weights(run).items())
+
+    def test_more_steps_are_trained_when_they_are_asked_for(self, run, capsys):
+        assert train.main([f"--resume_from_checkpoint={run}", "--max_steps=7", "--disable_final_eval"]) == 0
+        assert "max_steps is 7; the run had 6" in capsys.readouterr().out
+        assert checkpoints(run)[0].name == "checkpoint-7"
+
+    def test_the_best_checkpoint_is_the_result_after_a_move_too(self, module_flags, tmp_path):
+        best = ["--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=2", "--disable_final_eval"]
+        first, moved = tmp_path / "first", tmp_path / "moved"
+        assert train.main([*module_flags, *best, f"--output_dir={first}"]) == 0
+        result = weights(first)
+        first.rename(moved)
+        (moved / "adapter_model.safetensors").unlink()
+        assert train.main([f"--resume_from_checkpoint={moved}"]) == 0
+        assert all(torch.equal(result[name], value) for name, value in weights(moved).items())
+
+
+class TestOwnSettings:
+    @pytest.mark.parametrize("how", ["folder", "checkpoint", "True"])
+    def test_they_are_the_default(self, run, whole, capsys, how):
+        shutil.rmtree(run / "checkpoint-6")
+        shutil.rmtree(run / "checkpoint-4")
+        name = {"folder": run, "checkpoint": run / "checkpoint-2", "True": True}[how]
+        more = [f"--output_dir={run}"] if how == "True" else []
+        assert train.main([f"--resume_from_checkpoint={name}", *more]) == 0
+        assert f"going on from {run / 'checkpoint-2'}, step 2" in capsys.readouterr().out
+        assert same(run, whole) and answers(run) == answers(whole)
+        keys = ("system", "topology", "task", "decoding", "training", "data")
+        summaries = [json.loads((f / "summary.json").read_text()) for f in (run, whole)]
+        assert [summaries[0][k] for k in keys] == [summaries[1][k] for k in keys]
+
+    def test_what_differs_is_named(self, run, capsys):
+        shutil.rmtree(run / "checkpoint-6")
+        given = ["--learning_rate=2e-2", "--per_device_train_batch_size=2", "--weight_decay=0.1", "--temperature=0.5"]
+        assert train.main([f"--resume_from_checkpoint={run}", "--disable_final_eval", *given]) == 0
+        said = capsys.readouterr().out
+        for line in (
+            "learning_rate is 0.02; the run had 0.01", "per_device_train_batch_size is 2; the run had 4",
+            "weight_decay is 0.1; the run had the default", "temperature is 0.5; the run had 0.0",
+            "disable_final_eval is True; the run had the default",
+        ):  # fmt: skip
+            assert line in said
+
+    def test_a_config_file_wins_over_them(self, run, tmp_path, capsys):
+        config = tmp_path / "more.yaml"
+        config.write_text("max_steps: 7\ndisable_final_eval: true\n")
+        assert train.main([f"--resume_from_checkpoint={run}", f"--config={config}"]) == 0
+        assert "max_steps is 7; the run had 6" in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("flag", "message"),
+        [
+            ("--latent_steps=3", "latent_steps is 3, but the run to go on with had 2"),
+            ("--lora_rank=4", "lora_rank is 4, but the run to go on with had 8"),
+            ("--task_seed=1", "task_seed is 1, but the run to go on with had 0"),
+            ("--alignment=ridge", "alignment is 'ridge', but the run to go on with had 'identity'"),
+            ("--slots=4", "slots is 4, but the run to go on with had 8"),
+        ],
+    )
+    def test_what_makes_another_run_is_refused(self, run, capsys, flag, message):
+        before = (run / "system.json").read_bytes()
+        assert message in error_of(capsys, [f"--resume_from_checkpoint={run}", flag])
+        assert (run / "system.json").read_bytes() == before
+
+    def test_true_needs_a_folder(self, module_flags, capsys):
+        said = error_of(capsys, [*module_flags, "--resume_from_checkpoint=True"])
+        assert "resume_from_checkpoint is True without output_dir" in said
+
+    def test_false_means_no(self, module_flags, tmp_path, capsys):
+        flags = [*module_flags, "--max_steps=1", "--disable_final_eval", f"--output_dir={tmp_path / 'new'}"]
+        assert train.main([*flags, "--resume_from_checkpoint=False"]) == 0
+
+    def test_a_folder_without_a_run_is_refused(self, module_flags, tmp_path, capsys):
+        said = error_of(capsys, [*module_flags, f"--resume_from_checkpoint={tmp_path}"])
+        assert "it holds no checkpoint, nor a run" in said
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+class TestDamage:
+    @pytest.mark.parametrize("hurt", [cut, Path.unlink], ids=["cut", "gone"])
+    @pytest.mark.parametrize(
+        "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+    )
+    def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(self, run, whole, capsys, name, hurt):
+        hurt(run / "checkpoint-6" / name)
+        assert train.main([f"--resume_from_checkpoint={run}", "--disable_final_eval"]) == 0
+        said = capsys.readouterr().out
+        assert f"{run / 'checkpoint-6'} cannot be gone on from: {name} is " in said
+        assert f"going on from {run / 'checkpoint-4'}, step 4" in said
+        assert same(run, whole) and damage(run / "checkpoint-6") is None
+
+    @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+    def test_a_changed_byte_is_found(self, run, name):
+        flip(run / "checkpoint-6" / name)
+        assert damage(run / "checkpoint-6") == f"{name} is damaged"
+
+    def test_a_damaged_checkpoint_asked_for_by_name_is_refused(self, run, capsys):
+        cut(run / "checkpoint-6" / "optimizer.pt")
+        said = error_of(capsys, [f"--resume_from_checkpoint={run / 'checkpoint-6'}"])
+        assert "checkpoint-6': optimizer.pt is damaged; allowed: a complete checkpoint" in said
+
+    @pytest.mark.parametrize("how", ["resume", "again"])
+    def test_a_folder_whose_first_checkpoint_was_being_written(self, module_flags, whole, tmp_path, capsys, how):
+        run = tmp_path / "run"
+        shutil.copytree(whole / "checkpoint-2", run / STAGING / "checkpoint-2")
+        cut(run / STAGING / "checkpoint-2" / "optimizer.pt")
+        shutil.copy(whole / "system.json", run)
+        shutil.copy(whole / "prompts.yaml", run)
+        if how == "resume":
+            assert train.main([f"--resume_from_checkpoint={run}"]) == 0
+            assert f"{run} has no checkpoint yet: from the beginning" in capsys.readouterr().out
+        else:
+            assert train.main([*module_flags, f"--output_dir={run}"]) == 0
+        assert same(run, whole) and not (run / STAGING).exists()
+
+    def test_the_best_and_the_latest_checkpoints_stay(self, tmp_path):
+        def left(limit, best):
+            for step in (2, 4, 6, 10):
+                (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+            rotate(tmp_path, limit, best)
+            return sorted(int(p.name[11:]) for p in checkpoints(tmp_path))
+
+        assert left(None, None) == left(0, 2) == [2, 4, 6, 10]
+        assert left(2, None) == [6, 10] and left(1, None) == [10]
+        assert left(2, 4) == [4, 10] and left(1, 4) == [4, 10] and left(1, 10) == [10] and left(3, 2) == [2, 6, 10]
+
+
+class TestOneWriter:
+    def test_a_second_training_is_refused(self, run, capsys):
+        with locked(run):
+            said = error_of(capsys, [f"--resume_from_checkpoint={run}"])
+        assert f"{run} is being written by another process; allowed: one at a time" in said
+        assert train.main([f"--resume_from_checkpoint={run}", "--disable_final_eval"]) == 0
+
+    def test_a_second_fresh_training_is_refused(self, module_flags, tmp_path, capsys):
+        run = tmp_path / "run"
+        with locked(run):
+            assert "being written by another process" in error_of(capsys, [*module_flags, f"--output_dir={run}"])
+
+    def test_a_second_evaluation_is_refused(self, whole, tmp_path, capsys):
+        with locked(tmp_path / "out"):
+            argv = [f"--run={whole}", f"--output_dir={tmp_path / 'out'}", "--variants=matched", "--disable_tqdm"]
+            assert "being written by another process" in error_of(capsys, argv, evaluate)
+
+    def test_a_training_where_methods_are_compared_is_refused(self, module_flags, tmp_path, capsys):
+        run = tmp_path / "table"
+        with locked(run):
+            argv = [*module_flags[:-1], f"--run={run}", "--methods=single", "--disable_tqdm"]
+            argv = [word for word in argv if not word.startswith("--per_device_eval")]
+            assert "being written by another process" in error_of(capsys, argv, evaluate)
+
+
+@pytest.fixture
+def own_files(base, tmp_path, monkeypatch):
+    """A run on files that are named by their places in a working folder: model, items, prompts and agents."""
+    home = tmp_path / "home"
+    home.mkdir()
+    shutil.copytree(base, home / "model")
+    facts = [{"note": f"box {i} holds {i * 7 % 10}", "ask": f"box {i}?", "reply": str(i * 7 % 10)} for i in range(40)]
+    (home / "items.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    (home / "prompts.yaml").write_text(
+        "roles:\n  reader: {user: 'Note: {note}.'}\n  writer: {user: '{question}'}\n"
+        "  single: {user: '{note} {question}'}\n"
+    )
+    (home / "team.yaml").write_text(
+        "name: team\nhandover: latent\nagents:\n  - {name: reader}\n  - {name: writer, receives: [reader]}\n"
+    )
+    monkeypatch.chdir(home)
+    flags = [
+        "--model=model", "--task=items.jsonl", "--fields=ask,reply", "--prompts=prompts.yaml", "--topology=team.yaml",
+        "--latent_steps=1", "--max_steps=2", "--save_steps=1", "--per_device_train_batch_size=4", "--eval_size=4",
+        "--gradient_accumulation_steps=1", "--max_new_tokens=2", "--temperature=0", "--disable_tqdm=True",
+        "--per_device_eval_batch_size=4", "--output_dir=run",
+    ]  # fmt: skip
+    assert train.main(flags) == 0
+    return home
+
+
+class TestOnItsOwn:
+    def test_it_works_from_anywhere_and_after_a_move(self, own_files, tmp_path, monkeypatch, capsys):
+        moved = tmp_path / "elsewhere" / "run"
+        moved.parent.mkdir()
+        shutil.move(own_files / "run", moved)
+        for name in ("prompts.yaml", "team.yaml"):
+            (own_files / name).unlink()
+        monkeypatch.chdir(tmp_path)
+        assert evaluate.main([f"--run={moved}", "--disable_tqdm"]) == 0
+        assert [r["answer"] for r in answers(moved)] == [r["answer"] for r in answers(moved / "eval")]
+        assert chat.main([f"--run={moved}", "--no_inspection", "--once", "note=box 1 holds 7", "question=box 1?"]) == 0
+        (moved / "summary.json").unlink()
+        assert train.main([f"--resume_from_checkpoint={moved}", "--disable_final_eval"]) == 0
+        argv = [f"--run={moved}", "--methods=diffmas,single", "--controls=matched", "--batch_size=4", "--disable_tqdm"]
+        assert evaluate.main(argv) == 0
+        assert not list((moved / "methods").glob("training")), "the run's own adapter is the method it is"
+
+    def test_items_that_are_gone_can_be_given_anew(self, own_files, tmp_path, capsys):
+        (own_files / "items.jsonl").rename(tmp_path / "facts.jsonl")
+        assert "no such file" in error_of(capsys, ["--run=run", "--disable_tqdm"], evaluate)
+        assert evaluate.main(["--run=run", f"--task={tmp_path / 'facts.jsonl'}", "--disable_tqdm"]) == 0
+        assert "held-out items are not those" not in capsys.readouterr().out
+        again = ["--resume_from_checkpoint=run", f"--task={tmp_path / 'facts.jsonl'}", "--disable_final_eval"]
+        assert train.main(again) == 0
+
+    def test_items_that_have_changed_are_named(self, own_files, capsys):
+        items = (own_files / "items.jsonl").read_text()
+        (own_files / "items.jsonl").write_text(items.replace("box 39 holds", "box 39 has"))
+        assert evaluate.main(["--run=run", "--variants=matched", "--disable_tqdm"]) == 0
+        assert "the held-out items are not those of run's own evaluation" in capsys.readouterr().out
+        said = error_of(capsys, ["--resume_from_checkpoint=run"])
+        assert "the items (eval) are not those that the run to go on with was trained on" in said
+        (own_files / "items.jsonl").write_text(items.replace("box 3 holds", "box 3 has"))
+        assert "the items (train) are not those" in error_of(capsys, ["--resume_from_checkpoint=run"])
+
+    def test_prompts_given_anew_have_to_be_the_same(self, own_files, tmp_path, capsys):
+        other = tmp_path / "other.yaml"
+        other.write_text((own_files / "prompts.yaml").read_text().replace("Note:", "Memo:"))
+        said = error_of(capsys, ["--resume_from_checkpoint=run", f"--prompts={other}"])
+        assert "the prompts (reader) are not those" in said
+
+    @pytest.mark.parametrize("model", ["./nothere", "nothere/a/b", "/nowhere/model", "runs/mine", "nobody/has-this"])
+    def test_a_model_that_is_not_there_is_an_error_at_once(self, module_flags, tmp_path, monkeypatch, capsys, model):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        began = time.monotonic()
+        said = error_of(capsys, [*module_flags, f"--model={model}"])
+        assert f"model is {model!r}: no such folder" in said and time.monotonic() - began < 10
+        assert not list((tmp_path / "runs").iterdir())
