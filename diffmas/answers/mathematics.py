@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from diffmas.answers import expressions, final, numbers
+from diffmas.answers import expressions, final, numbers, reasoning
 from diffmas.answers.verifier import Verifier
 
 _STATED = re.compile(
     r"(?i)\b(?:final\s+answer|answer)(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?P<answer>[^\n]+)"
 )
 _END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
+# What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
+_REMARK = re.compile(
+    r"\s+\((?=[^()]*[^\W\d_]{2}|[^()A-Za-z]*\))|\*\*\s|:\s|\s+[—–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
+)
 # Not "$5 and $6".
 _MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
@@ -77,6 +81,7 @@ def require(golds: Iterable[str], task: str) -> None:
 
 
 def _final(text: str) -> str | None:
+    text = reasoning.removed(text)
     if (found := final.boxed(text)) is not None:
         return found
     _, mark, tail = text.rpartition("####")
@@ -88,7 +93,14 @@ def _final(text: str) -> str | None:
         if maths := _MATHS.findall(sentence):
             return next(part for part in maths[-1] if part)
         sentence = sentence.strip(" *")
-        if numbers.parse(sentence) is not None:
-            return sentence
+        for head in (sentence, *_heads(sentence)):
+            if numbers.parse(head) is not None:
+                return head
         return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
     return numbers.last(text)
+
+
+def _heads(sentence: str) -> Iterator[str]:
+    """What stands before each remark."""
+    for remark in _REMARK.finditer(sentence[: numbers.LONGEST]):
+        yield sentence[: remark.start()].strip(" *")
