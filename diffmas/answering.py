@@ -10,6 +10,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.answers import reasoning
 from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
 from diffmas.methods.base import TraceChannel

@@ -84,7 +84,7 @@ class HarnessModel(LM):
         return results
 
     def generate_until(self, requests: Sequence[Any], **options) -> list[str]:
-        """Per (context, settings): the answer, cut before the first of the strings `until`, without reasoning blocks."""
+        """Per (context, settings): the answer, cut before the first of the strings `until`, less its reasoning."""
         results = []
         rows = [request.args for request in requests]
         for _, same in itertools.groupby(rows, key=lambda row: repr(row[1])):

@@ -14,9 +14,10 @@ from diffmas.sandbox import Limits, Result, best_mode, run
 LIMITS = Limits(seconds=20.0, cpu_seconds=20)
 
 _FENCE = re.compile(
-    r"[ \t]*(?P<marker>(?:[-*+]|[0-9]{1,3}[.)])[ \t]+)?(?P<fence>`{3,}|~{3,})[ \t]*(?:\{[ \t]*\.?)?(?P<language>[\w+.-]*)"
+    r"[ \t]*(?P<marker>(?:[-*+]|[0-9]{1,3}[.)])[ \t]+)?"
+    r"(?P<fence>`{3,}|~{3,})[ \t]*(?:\{[ \t]*\.?)?(?P<language>[\w+.-]*)"
 )
-_PYTHON = re.compile(r"(?:python|py)?[\d.]*|i?python|pycon")
+_PYTHON = re.compile(r"(?:python|py)?[\d.]*|ipython")
 
 
 def program(text: str, entry_point: str | None = None) -> str | None:

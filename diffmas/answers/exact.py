@@ -14,6 +14,6 @@ def extract(text: str) -> str | None:
 
 
 def check(text: str, item: Mapping[str, Any]) -> bool:
-    """Whether `text`, or the final answer in it, is the item's `gold` (or `answer`) to the letter, but for spaces around."""
+    """Whether `text`, or the final answer in it, is just the item's `gold` (or `answer`) (spaces around it aside)."""
     gold = str(item.get("gold", item["answer"])).strip()
     return gold in (reasoning.removed(text).strip(), extract(text))

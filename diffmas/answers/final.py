@@ -16,18 +16,23 @@ _BLANK = re.compile(
 
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
 _STATED = re.compile(
-    r"(?i)\b(?:answer|result|conclusion)\b[*_]{0,3}(?:\s+(?:is|was|would be|must be|should be)\b(?:\s*:)?|\s*[:=])[*_]{0,3}\s*"
-    r"(?P<answer>[^\n]+)"
+    r"(?i)\b(?:answer|result|conclusion)\b[*_]{0,3}(?:\s+(?:is|was|would be|must be|should be)\b(?:\s*:)?|\s*[:=])"
+    r"[*_]{0,3}\s*(?=[^\n])"
 )
 _NEGATED = re.compile(
     r"(?i)(?:\b(?:not|never|no|neither|nor|cannot|if|whether|wrong|incorrect|false|unlikely|doubt\w*|guess\w*)\b|n['’]t\b)"
 )
-_VERDICT = re.compile(r"(?im)(?:^|(?<=[.!?]\s))[*_\"']{0,3}(yes|no|true|false)\b[*_\"']{0,3}(?:[,.;:!]|\s*$|\s+[—–-]\s)")
+_VERDICT = re.compile(
+    r"(?im)(?:^|(?<=[.!?]\s))[*_\"']{0,3}(yes|no|true|false)\b[*_\"']{0,3}(?:[,.;:!]|\s*$|\s+[—–-]\s)"
+)
 _BOLD = re.compile(r"(?i)(?:\b(?:is|are|was|were|be)\b|[:=])\s*\*\*(?P<answer>[^*\n]+)\*\*[.!]?$")
-_IS = re.compile(r"(?i)^(?:[^.!?]{0,200}[.!]\s+)?[^.!?:]{0,200}?\b(?:is|are|was|were)(?:\s*:)?\s+(?P<answer>[^.!?:]{1,100})[.!]?$")
+_IS = re.compile(
+    r"(?i)^(?:[^.!?]{0,200}[.!]\s+)?[^.!?:]{0,200}?\b(?:is|are|was|were)(?:\s*:)?\s+(?P<answer>(?:[^.!?:]|(?<=[A-Z])\.){1,100}?)[.!]?$"
+)
 # What ends a stated answer: a sentence, or a remark on it.
 _BEHIND = re.compile(
-    r"(?<![A-Z])(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr))(?<!\bMrs)[.!?;](?:\s+|$)|,?\s+(?:because|since|instead of|rather than)\b|,\s+(?:not|as|so|which|who)\b|\s+\((?=[^()]*[^\W\d_]{2})[^()]*\)[.!]?$|\s+[—–]\s"
+    r"(?<![A-Z])(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr))(?<!\bMrs)[.!?;](?:\s+|$)|,?\s+(?:because|since|instead of|rather than)\b"
+    r"|,\s+(?:not|as|so|which|who)\b|\s+\((?=[^()]*[^\W\d_]{2})[^()]*\)[.!]?$|\s+[—–]\s"
 )
 
 
@@ -58,7 +63,7 @@ def words(text: str) -> str | None:
     if mark:
         return tail.strip().partition("\n")[0].strip() or None
     if stated := [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]:
-        return _sentence(stated[-1]["answer"]) or None
+        return _sentence(text[stated[-1].end() :].partition("\n")[0]) or None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return None

@@ -14,13 +14,11 @@ from typing import Any
 from diffmas.answers import expressions, final, numbers, reasoning
 from diffmas.answers.verifier import Verifier
 
-_STATED = re.compile(
-    r"(?i)\b(?:final\s+answer|answer)(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?P<answer>[^\n]+)"
-)
+_STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?=[^\n])")
 _END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
 # What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
 _REMARK = re.compile(
-    r"\s+\((?=[^()]*[^\W\d_]{2}|[^()A-Za-z]*\))|\*\*\s|:\s|\s+[—–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
+    r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
 # Not "$5 and $6".
 _MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
@@ -87,9 +85,8 @@ def _final(text: str) -> str | None:
     _, mark, tail = text.rpartition("####")
     if mark:
         return tail.strip().splitlines()[0].strip() if tail.strip() else None
-    stated = [m["answer"] for m in _STATED.finditer(text)]
-    if stated:
-        sentence = _END.split(stated[-1], maxsplit=1)[0]
+    if stated := [m.end() for m in _STATED.finditer(text)]:
+        sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
         if maths := _MATHS.findall(sentence):
             return next(part for part in maths[-1] if part)
         sentence = sentence.strip(" *")

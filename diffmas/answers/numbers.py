@@ -13,7 +13,9 @@ _POWER = (
     r"|\s?(?:\*|×|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?(?:\{\s*(?P<power1>[-+]?[0-9]{1,3})\s*\}|(?P<power2>[-+]?[0-9]{1,3})))"
 )
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?\s?(?P<digits>{DIGITS}){_POWER}?")
-_SLASH = re.compile(rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?(?P<above>{DIGITS})\s?/\s?(?P<below>{DIGITS})")
+_SLASH = re.compile(
+    rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?(?P<above>{DIGITS})\s?/\s?(?P<below>{DIGITS})"
+)
 _FRAC = re.compile(
     rf"(?P<sign>[-+]?)(?P<whole>[0-9]+)?\s?\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>{DIGITS})\s*\}}"
     r"|(?P<above1>[0-9])\s*(?P<below1>[0-9]))"

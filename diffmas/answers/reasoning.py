@@ -23,7 +23,7 @@ _TAGS = [
 ]
 _OPENED = re.compile(rf"(?:{'|'.join(opening for opening, _ in _BLOCKS)})\s*$", re.IGNORECASE)
 _MARKS = re.compile(r"<\|channel\|>final\b[^<]{0,80}<\|message\|>|<\|return\|>")
-_QUOTES = ("\"", "'", "`")
+_QUOTES = ('"', "'", "`")
 
 
 def removed(text: str) -> str:

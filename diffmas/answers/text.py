@@ -33,7 +33,7 @@ def is_number(gold: str) -> bool:
 
 
 def fold(text: str) -> str:
-    """NFKC, lower case, one kind of dash and quote, no article in front, no space inside brackets, nothing around it."""
+    """NFKC, lower case, one kind of dash and quote, no article, no punctuation around it, no space next to brackets."""
     text = unicodedata.normalize("NFKC", final.unwrapped(text)).translate(_SAME).casefold()
     text = re.sub(r"\s+", " ", re.sub(r"\s*([,()\[\]{}])\s*", r"\1", text).replace(",", ", "))
     bare = text.strip(" .,;:!?\"'`")
