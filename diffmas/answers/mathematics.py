@@ -18,7 +18,8 @@ _STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s
 _END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
 # What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
 _REMARK = re.compile(
-    r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
+    r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
+    r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
 # Not "$5 and $6".
 _MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
@@ -41,7 +42,10 @@ def extract(text: str) -> str | None:
 
 def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether the final answer of `text` equals the item's `gold` (or `answer`) mathematically."""
-    gold, found = str(item.get("gold", item["answer"])), _final(text)
+    gold, text = str(item.get("gold", item["answer"])), reasoning.removed(text)
+    found = _final(text)
+    if numbers.parse(gold) is None and _repeats(text, gold):
+        return True
     if found is None:
         return False
     if normal(found) == normal(gold):
@@ -51,6 +55,12 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
         value, right = numbers.parse(found.rpartition("=")[2]), numbers.parse(gold)
         return value is not None and value == right
     return _verifier(gold, found)
+
+
+def _repeats(text: str, gold: str) -> bool:
+    """Whether a text, or the final answer in it, is written like a right answer that is no number, as in "12:30"."""
+    said = (text, final.words(text) or "")
+    return any(s.strip() and len(s) <= numbers.LONGEST and normal(s) == normal(gold) for s in said)
 
 
 def normal(answer: str) -> str:

@@ -36,5 +36,5 @@ def fold(text: str) -> str:
     """NFKC, lower case, one kind of dash and quote, no article, no punctuation around it, no space next to brackets."""
     text = unicodedata.normalize("NFKC", final.unwrapped(text)).translate(_SAME).casefold()
     text = re.sub(r"\s+", " ", re.sub(r"\s*([,()\[\]{}])\s*", r"\1", text).replace(",", ", "))
-    bare = text.strip(" .,;:!?\"'`")
+    bare = text.strip(" .,;:!?\"'`。、")
     return re.sub(r"^(?:an?|the) (?=\S)", "", bare) or text.strip()

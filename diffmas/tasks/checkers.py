@@ -109,7 +109,9 @@ def _programs(items: Sequence[Item], run: bool) -> list[bool]:
 
 
 def _letter(item: Item) -> str:
-    return str(item["gold"]).strip().strip("()").upper()
+    """The right answer, "(b)" as "B"."""
+    gold = str(item["gold"]).strip()
+    return lone[1].upper() if (lone := re.fullmatch(r"\(?([A-Za-z])\)?", gold)) else gold
 
 
 def _with_options(item: dict[str, Any], count: int) -> dict[str, Any]:

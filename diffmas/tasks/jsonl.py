@@ -51,7 +51,7 @@ def load(args: base.TaskArguments) -> base.Task:
     """
     train, evaluation = items(args.task, args.eval_file, args.fields, args.eval_size)
     name = Path(args.task).name.partition(".jsonl")[0]
-    checker = checkers.load(args.checker or checkers.chosen([*train, *evaluation]))
+    checker = checkers.load(checkers.chosen([*train, *evaluation]) if args.checker is None else args.checker)
     if args.checker is None:
         _announce(args.task, checker.name)
     if checker.name == "mathematics":

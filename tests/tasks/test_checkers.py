@@ -1,4 +1,4 @@
-"""Checkers of `.jsonl` tasks: chosen from the right answers, asked for by name, and each passed by every right answer."""
+"""Checkers of `.jsonl` tasks: chosen from the right answers or asked for, and passed by every right answer."""
 
 import json
 
@@ -73,8 +73,8 @@ def test_a_kind_that_was_asked_for_is_not_announced(load, capsys):
 @pytest.mark.parametrize(
     ("golds", "checker", "number", "gold"),
     [
-        (["Paris", "Rome"], "choice", 1, "Paris"), (["A", "12:30"], "mathematics", 2, "12:30"),
-        (["I cannot.", PROGRAM], "code", 1, "I cannot."), (["A", "2024-01-05"], "mathematics", 2, "2024-01-05"),
+        (["Paris", "Rome"], "choice", 1, "Paris"), (["5", "about 5, or 6"], "mathematics", 2, "about 5, or 6"),
+        (["I cannot.", PROGRAM], "code", 1, "I cannot."), 
         (["A", "Paris"], "choice", 2, "Paris"),
     ],
 )  # fmt: skip
