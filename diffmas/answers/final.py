@@ -20,7 +20,7 @@ _STATED = re.compile(
     r"[*_]{0,3}\s*(?=[^\n])"
 )
 _NEGATED = re.compile(
-    r"(?i)(?:\b(?:not|never|no|neither|nor|cannot|if|whether|wrong|incorrect|false|unlikely|doubt\w*|guess\w*)\b|n['’]t\b)"
+    r"(?i)(?:\b(?:not|never|no|neither|nor|cannot|if|whether|wrong|incorrect|false|unlikely|common|possible|doubt\w*|guess\w*)\b|n['’]t\b)"
 )
 _VERDICT = re.compile(
     r"(?im)(?:^|(?<=[.!?]\s))[*_\"']{0,3}(yes|no|true|false)\b[*_\"']{0,3}(?:[,.;:!]|\s*$|\s+[—–-]\s)"
@@ -63,7 +63,7 @@ def words(text: str) -> str | None:
     if mark:
         return tail.strip().partition("\n")[0].strip() or None
     if stated := [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]:
-        return _sentence(text[stated[-1].end() :].partition("\n")[0]) or None
+        return _sentence(text[stated[-1].end() :].partition("\n")[0])
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return None
@@ -73,21 +73,26 @@ def words(text: str) -> str | None:
     last = lines[-1]
     said = _BOLD.search(last) or _IS.search(last)
     if said and not _NEGATED.search(last[: said.start("answer")]):
-        return said["answer"].strip()
+        return _sentence(said["answer"])
     return last
 
 
 def _clause(text: str, end: int) -> str:
     """What stands before `end` in the same sentence."""
-    return re.split(r"[.!?;\n]", text[max(0, end - 80) : end])[-1]
+    return re.split(r"[.!?;\n]|,\s+(?:so|thus|hence|therefore)\b", text[max(0, end - 80) : end])[-1]
 
 
-def _sentence(text: str) -> str:
-    """The first sentence of a stated answer, without bold type and remarks: "**Paris**, because …" is Paris."""
+def _sentence(text: str) -> str | None:
+    """The first sentence of a stated answer, without bold type and remarks: "**Paris**, because …" is Paris.
+
+    None where it asks, or says nothing.
+    """
     text = text.strip()
+    if re.match(r"[^.!?\n]*\?", text):
+        return None
     if bold := re.match(r"\*\*([^*\n]+)\*\*", text):
-        return bold[1].strip()
-    return _BEHIND.split(text, maxsplit=1)[0].strip(" *")
+        return bold[1].strip() or None
+    return _BEHIND.split(text, maxsplit=1)[0].strip(" *") or None
 
 
 def _closing(text: str) -> dict[int, int]:

@@ -21,6 +21,8 @@ _REMARK = re.compile(
     r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
     r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
+# These settle on nothing.
+_SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
 # Not "$5 and $6".
 _MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
@@ -97,6 +99,8 @@ def _final(text: str) -> str | None:
         return tail.strip().splitlines()[0].strip() if tail.strip() else None
     if stated := [m.end() for m in _STATED.finditer(text)]:
         sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
+        if _SEVERAL.search(sentence):
+            return sentence.strip(" *.")
         if maths := _MATHS.findall(sentence):
             return next(part for part in maths[-1] if part)
         sentence = sentence.strip(" *")

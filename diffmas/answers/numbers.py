@@ -32,6 +32,7 @@ _LOOSE = (
     (re.compile(r"\\[,;!: ]|~|\\quad"), " "),
     (re.compile(r"\\(?=[$%])|\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?"), ""),
 )
+_CURRENCY = re.compile(r"[€£¥₹]|\\(?:euro|pounds)(?![a-zA-Z])")
 # Thousands apart by the spaces made for it.
 _SPACED = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 # A sign behind a word or a bracket is an operator: "5-10" ends on 10.
@@ -46,6 +47,7 @@ def parse(text: str) -> Fraction | None:
     if len(text) > LONGEST:
         return None
     text = _SPACED.sub(",", text.strip().rstrip(".").strip()).replace("\u2212", "-").replace("{,}", ",")
+    text = _CURRENCY.sub("$", re.sub(r"^(?:\\approx|≈)\s*", "", text))
     for pattern, replacement in _LOOSE:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip("$%").strip()
