@@ -71,7 +71,7 @@ def _option(words: str, options: Sequence[str]) -> str | None:
 def _settled(text: str) -> tuple[str | None, str | None]:
     """The letter and the words of the final answer, either of which can be missing."""
     text = unicodedata.normalize("NFKC", reasoning.removed(text))
-    if (boxed := final.boxed(text)) is not None:
+    if (boxed := final.marked(text)) is not None:
         return _labelled(final.unwrapped(boxed))
     for pattern in _STATED:
         for match in reversed(list(pattern.finditer(text))):

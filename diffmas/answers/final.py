@@ -49,16 +49,21 @@ def boxed(text: str) -> str | None:
     return None
 
 
+def marked(text: str) -> str | None:
+    """What is :func:`boxed`, or else what the last `<answer>…</answer>` holds; None where there is neither."""
+    if (found := boxed(text)) is None and (tagged := _TAGGED.findall(text)):
+        return tagged[-1].strip()
+    return found
+
+
 def words(text: str) -> str | None:
     """The final answer of a text whose answer may be any words; None where there is none.
 
     Boxed, between `<answer>` tags, behind `####`, stated ("the answer is …", "Answer: …"), a yes or no that the text
     begins with, or what the last line says or puts in bold behind "is".
     """
-    if (found := boxed(text)) is not None:
+    if (found := marked(text)) is not None:
         return unwrapped(found) or None
-    if tagged := _TAGGED.findall(text):
-        return tagged[-1].strip() or None
     _, mark, tail = text.rpartition("####")
     if mark:
         return tail.strip().partition("\n")[0].strip() or None
@@ -70,7 +75,7 @@ def words(text: str) -> str | None:
     verdicts = {m[1].casefold() for m in _VERDICT.finditer(text)}
     if (first := _VERDICT.match(text.strip())) and (len(lines) == 1 or len(lines[-1].split()) > 5):
         return first[1] if len(verdicts) == 1 else None
-    last = lines[-1]
+    last = re.sub(r"^(?:[-*+>]|#{1,6})\s+", "", lines[-1])
     said = _BOLD.search(last) or _IS.search(last)
     if said and not _NEGATED.search(last[: said.start("answer")]):
         return _sentence(said["answer"])

@@ -26,6 +26,8 @@ _SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
 # Not "$5 and $6".
 _MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
+# Times, ratios and dates are no sums: 12:30 is not 12/30.
+_TIME = re.compile(r"[0-9]+(?::[0-9]+)+(?:\s*[AaPp]\.?[Mm]\.?)?|[0-9]+([-/.])[0-9]+\1[0-9]+")
 _SIMPLER = (
     (re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -78,7 +80,7 @@ def normal(answer: str) -> str:
 def needs_verifier(gold: str) -> bool:
     """Whether an exact comparison cannot decide on predictions for this right answer."""
     gold = final.unwrapped(gold)
-    return numbers.parse(gold) is None and not _WORDS.fullmatch(gold)
+    return numbers.parse(gold) is None and not (_WORDS.fullmatch(gold) or _TIME.fullmatch(gold))
 
 
 def require(golds: Iterable[str], task: str) -> None:
@@ -92,11 +94,12 @@ def require(golds: Iterable[str], task: str) -> None:
 
 def _final(text: str) -> str | None:
     text = reasoning.removed(text)
-    if (found := final.boxed(text)) is not None:
+    if (found := final.marked(text)) is not None:
         return found
     _, mark, tail = text.rpartition("####")
     if mark:
-        return tail.strip().splitlines()[0].strip() if tail.strip() else None
+        line = tail.strip().partition("\n")[0].strip()
+        return next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), line or None)
     if stated := [m.end() for m in _STATED.finditer(text)]:
         sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
         if _SEVERAL.search(sentence):
