@@ -10,6 +10,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.answers import reasoning
 from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
 from diffmas.methods.base import TraceChannel
@@ -82,8 +83,8 @@ def answer(
             prompt=prompts[row],
             answer=completion.text,
             gold=gold(items[row]),
-            extracted=task.extract(completion.text),
-            correct=task.check(completion.text, items[row]),
+            extracted=task.extract(reasoning.continued(prompts[row], completion.text)),
+            correct=task.check(reasoning.continued(prompts[row], completion.text), items[row]),
             tokens=len(completion.logprobs),
             message_tokens=reading.message_tokens[row],
             latent_steps=reading.latent_steps,

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from diffmas.answering import evaluating
+from diffmas.answers import reasoning
 from diffmas.data import pack
 from diffmas.generation import Decoding
 from diffmas.prompts import Prompts
@@ -83,7 +84,7 @@ class HarnessModel(LM):
         return results
 
     def generate_until(self, requests: Sequence[Any], **options) -> list[str]:
-        """Per (context, settings): the answer, cut before the first of the strings `until`."""
+        """Per (context, settings): the answer, cut before the first of the strings `until`, less its reasoning."""
         results = []
         rows = [request.args for request in requests]
         for _, same in itertools.groupby(rows, key=lambda row: repr(row[1])):
@@ -96,7 +97,7 @@ class HarnessModel(LM):
                     answers = self.system.generate(
                         ids, lengths, self.tokenizer, self._settings(batch[0][1]), seeds=list(seeds)
                     )
-                results += [samples[0].text for samples in answers]
+                results += [reasoning.removed(samples[0].text) for samples in answers]
         return results
 
     def _settings(self, given: dict[str, Any]) -> Decoding:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffmas.answers import final
+from diffmas.answers import final, reasoning
 
-LETTERS = "ABCDEFGH"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _OPEN = r"[\s$*_\"'`(\[]{0,9}(?:\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{)?[\s*(\[]{0,9}"
 _CLOSE = r"(?=[)\]}*_\"'`$.,:;!?\s]|$)"
-_LETTER = rf"{_OPEN}(?P<letter>[A-Ha-h]){_CLOSE}"
+_LETTER = rf"{_OPEN}(?P<letter>[A-Za-j]){_CLOSE}"
 _STATED = [
     # "the correct answer is (B)", "Answer: B", "option: C", "my choice would be D"
     re.compile(
@@ -23,7 +23,7 @@ _STATED = [
     ),
     # "option B is correct", "(C) is the right answer"
     re.compile(
-        r"(?<![\w'])(?:(?i:option|choice|answer)\s+)?[(\[*]{0,5}(?P<letter>[A-H])[)\]*]{0,5}"
+        r"(?<![\w'])(?:(?i:option|choice|answer)\s+)?[(\[*]{0,5}(?P<letter>[A-Z])[)\]*]{0,5}"
         r"\s+(?i:is\s+(?:clearly\s+)?(?:the\s+)?(?:only\s+)?(?:best\s+|most\s+)?(?:correct|right|answer|best))\b"
     ),
     # "I choose D", "go with (A)", "so it is B"
@@ -32,16 +32,16 @@ _STATED = [
         rf"(?:\s+(?:option|choice|answer|letter))?)\s*{_LETTER}"
     ),
 ]
-# Behind a letter that is an answer, "a" and "A" also start phrases: "the answer is a mixture".
+# "a", "A" and "I" may be words where they are no answer: "the answer is a mixture".
 _GOES_ON = re.compile(
     r"[)\]}*_\"'`$]*(?:\s*$|\s*[.,:;!?)]|\s*\n|\s+(?:because|since|as|for|due|which|so|and\s+not|not|rather)\b|\s+[—–(-])"
 )
 _SEVERAL = re.compile(
-    r"[)\]}*_\"'`$]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*[A-H]\b[)\]*$.]*(?!\w)"
+    r"[)\]}*_\"'`$]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*(?!I['’]|I\s+[a-z])[A-Z]\b[)\]*$.]*(?!\w)"
 )
 _NEGATED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bneither|\bwrong|\bincorrect|\beliminate[sd]?)\W*(?:\w+\W+){0,2}$")
-_ALONE = re.compile(r"[\s$*_#\"'`>(\[-]*(?:\\text\s*\{)?(?P<letter>[A-Ha-h])[)\]}*_\"'`$.:!\s]*")
-_LISTED = re.compile(r"[\s*_\"'`>-]*[(\[]?(?P<letter>[A-H])(?:[)\]:]|\.(?!\w))[)\]*]*\s*(?P<text>\S.*)")
+_ALONE = re.compile(r"[\s$*_#\"'`>(\[-]*(?:\\text\s*\{)?(?P<letter>[A-Za-j])[)\]}*_\"'`$.:!\s]*")
+_LISTED = re.compile(r"[\s*_\"'`>-]*[(\[]?(?P<letter>[A-Z])(?:[)\]:]|\.(?!\w))[)\]*]*\s*(?P<text>\S.*)")
 
 
 def extract(text: str) -> str | None:
@@ -54,15 +54,15 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether `text` settles on the letter `item["gold"]`, or repeats that one of the options `item["options"]`."""
     letter, words = _settled(text)
     if letter is None and words is None:
-        lines = [line for line in text.strip().splitlines() if line.strip()]
+        lines = [line for line in reasoning.removed(text).strip().splitlines() if line.strip()]
         words = lines[-1] if lines else None
-    if words is not None and (named := _option(words, item["options"])):
+    if words is not None and (named := _option(words, item.get("options") or ())):
         # "A) Rome", where Rome is option B, settles on nothing.
         letter = named if letter in (None, named) else None
     return letter == item["gold"]
 
 
-def _option(words: str, options: list[str]) -> str | None:
+def _option(words: str, options: Sequence[str]) -> str | None:
     wanted, plain = _plain(words), [_plain(option) for option in options]
     named = [LETTERS[i] for i, option in enumerate(plain) if option and option == wanted]
     return named[0] if len(named) == 1 else None
@@ -70,8 +70,8 @@ def _option(words: str, options: list[str]) -> str | None:
 
 def _settled(text: str) -> tuple[str | None, str | None]:
     """The letter and the words of the final answer, either of which can be missing."""
-    text = unicodedata.normalize("NFKC", text)
-    if (boxed := final.boxed(text)) is not None:
+    text = unicodedata.normalize("NFKC", reasoning.removed(text))
+    if (boxed := final.marked(text)) is not None:
         return _labelled(final.unwrapped(boxed))
     for pattern in _STATED:
         for match in reversed(list(pattern.finditer(text))):
@@ -80,7 +80,7 @@ def _settled(text: str) -> tuple[str | None, str | None]:
             rest = text[match.end("letter") :]
             if _SEVERAL.match(rest):
                 return None, ""
-            if match["letter"] in "aA" and pattern is not _STATED[1] and not _GOES_ON.match(rest):
+            if match["letter"] in "aAI" and pattern is not _STATED[1] and not _GOES_ON.match(rest):
                 continue
             if match["letter"].islower() and not _GOES_ON.match(rest):
                 continue
@@ -103,7 +103,7 @@ def _settled(text: str) -> tuple[str | None, str | None]:
 def _labelled(answer: str) -> tuple[str | None, str | None]:
     """Letter and words of "B", "(b)", "B) Rome", "B. Rome", "option B"; words alone of anything else."""
     answer = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", answer).strip(" $*")
-    answer = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+(?=\W?[a-h]\b)", "", answer)
+    answer = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+(?=\W?[a-j]\b)", "", answer)
     if alone := _ALONE.fullmatch(answer):
         return alone["letter"].upper(), None
     if listed := _LISTED.fullmatch(answer):

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
+from diffmas.answers import reasoning
 from diffmas.sandbox import Limits, Result, best_mode, run
 
 LIMITS = Limits(seconds=20.0, cpu_seconds=20)
 
-_FENCE = re.compile(r"[ \t]*(?P<fence>`{3,}|~{3,})[ \t]*(?P<language>[\w+.-]*)")
+_FENCE = re.compile(
+    r"[ \t]*(?P<marker>(?:[-*+]|[0-9]{1,3}[.)])[ \t]+)?"
+    r"(?P<fence>`{3,}|~{3,})[ \t]*(?:\{[ \t]*\.?)?(?P<language>[\w+.-]*)"
+)
+_PYTHON = re.compile(r"(?:python|py)?[\d.]*|ipython")
 
 
 def program(text: str, entry_point: str | None = None) -> str | None:
@@ -19,7 +25,8 @@ def program(text: str, entry_point: str | None = None) -> str | None:
 
     A text without a fence is code itself, if it compiles. None where there is no code.
     """
-    blocks = [block for language, block in _fenced(text) if language in ("", "python", "python3", "py")]
+    text = reasoning.removed(text)
+    blocks = [_dedented(block) for language, block in _fenced(text) if _PYTHON.fullmatch(language)]
     if not blocks:
         return text if "```" not in text and text.strip() and _tree(text) is not None else None
     if entry_point is not None:
@@ -38,12 +45,17 @@ def _fenced(text: str) -> list[tuple[str, str]]:
         if opened is None:
             if fence:
                 opened, lines = fence, []
-        elif fence and fence["fence"].startswith(opened["fence"]) and not fence["language"]:
+        elif fence and fence["fence"].startswith(opened["fence"]) and not (fence["language"] or fence["marker"]):
             blocks.append((opened["language"].lower(), "".join(lines)))
             opened = None
         else:
             lines.append(line)
     return blocks if opened is None else [*blocks, (opened["language"].lower(), "".join(lines))]
+
+
+def _dedented(block: str) -> str:
+    """Without the indentation that all lines share, as in a list item; a blank line has none."""
+    return textwrap.dedent(block) if block[:1].isspace() and block.strip() else block
 
 
 def extract(text: str) -> str | None:

@@ -8,20 +8,96 @@ _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}$\\]+))
 _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mathit|boldsymbol|mbox|bf)\s*\{(.*)\}", re.DOTALL
 )
+# "(put the final answer inside \boxed{})"
+_BLANK = re.compile(
+    r"(?:[\s._…~]|\\[,;!: ]|\\(?:[lc]?dots|q?quad)(?![a-z])|\{\})*"
+    r"|(?:\\text\s*\{\s*)?(?i:(?:your |the )?(?:final )?answer)\s*\}?"
+)
+
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL | re.IGNORECASE)
+_STATED = re.compile(
+    r"(?i)\b(?:answer|result|conclusion)\b[*_]{0,3}(?:\s+(?:is|was|would be|must be|should be)\b(?:\s*:)?|\s*[:=])"
+    r"[*_]{0,3}\s*(?=[^\n])"
+)
+_NEGATED = re.compile(
+    r"(?i)(?:\b(?:not|never|no|neither|nor|cannot|if|whether|wrong|incorrect|false|unlikely|common|possible|doubt\w*|guess\w*)\b|n['’]t\b)"
+)
+_VERDICT = re.compile(
+    r"(?im)(?:^|(?<=[.!?]\s))[*_\"']{0,3}(yes|no|true|false)\b[*_\"']{0,3}(?:[,.;:!]|\s*$|\s+[—–-]\s)"
+)
+_BOLD = re.compile(r"(?i)(?:\b(?:is|are|was|were|be)\b|[:=])\s*\*\*(?P<answer>[^*\n]+)\*\*[.!]?$")
+_IS = re.compile(
+    r"(?i)^(?:[^.!?]{0,200}[.!]\s+)?[^.!?:]{0,200}?\b(?:is|are|was|were)(?:\s*:)?\s+(?P<answer>(?:[^.!?:]|(?<=[A-Z])\.){1,100}?)[.!]?$"
+)
+# What ends a stated answer: a sentence, or a remark on it.
+_BEHIND = re.compile(
+    r"(?<![A-Z])(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr))(?<!\bMrs)[.!?;](?:\s+|$)|,?\s+(?:because|since|instead of|rather than)\b"
+    r"|,\s+(?:not|as|so|which|who)\b|\s+\((?=[^()]*[^\W\d_]{2})[^()]*\)[.!]?$|\s+[—–]\s"
+)
 
 
 def boxed(text: str) -> str | None:
-    """What the last complete `\\boxed{…}` holds; None where there is none."""
+    """What the last complete `\\boxed{…}` holds that is not left blank; None where there is none."""
     matches = {match.end(): match for match in _BOXED.finditer(text)}
     if not matches:
         return None
     closed = _closing(text)
     for end, match in reversed(matches.items()):
-        if match["bare"]:
-            return match["bare"].rstrip(".,;")
-        if end - 1 in closed:
-            return text[end : closed[end - 1]].strip()
+        found = match["bare"].rstrip(".,;") if match["bare"] else text[end : closed.get(end - 1, end)].strip()
+        if not _BLANK.fullmatch(found):
+            return found
     return None
+
+
+def marked(text: str) -> str | None:
+    """What is :func:`boxed`, or else what the last `<answer>…</answer>` holds; None where there is neither."""
+    if (found := boxed(text)) is None and (tagged := _TAGGED.findall(text)):
+        return tagged[-1].strip()
+    return found
+
+
+def words(text: str) -> str | None:
+    """The final answer of a text whose answer may be any words; None where there is none.
+
+    Boxed, between `<answer>` tags, behind `####`, stated ("the answer is …", "Answer: …"), a yes or no that the text
+    begins with, or what the last line says or puts in bold behind "is".
+    """
+    if (found := marked(text)) is not None:
+        return unwrapped(found) or None
+    _, mark, tail = text.rpartition("####")
+    if mark:
+        return tail.strip().partition("\n")[0].strip() or None
+    if stated := [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]:
+        return _sentence(text[stated[-1].end() :].partition("\n")[0])
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return None
+    verdicts = {m[1].casefold() for m in _VERDICT.finditer(text)}
+    if (first := _VERDICT.match(text.strip())) and (len(lines) == 1 or len(lines[-1].split()) > 5):
+        return first[1] if len(verdicts) == 1 else None
+    last = re.sub(r"^(?:[-*+>]|#{1,6})\s+", "", lines[-1])
+    said = _BOLD.search(last) or _IS.search(last)
+    if said and not _NEGATED.search(last[: said.start("answer")]):
+        return _sentence(said["answer"])
+    return last
+
+
+def _clause(text: str, end: int) -> str:
+    """What stands before `end` in the same sentence."""
+    return re.split(r"[.!?;\n]|,\s+(?:so|thus|hence|therefore)\b", text[max(0, end - 80) : end])[-1]
+
+
+def _sentence(text: str) -> str | None:
+    """The first sentence of a stated answer, without bold type and remarks: "**Paris**, because …" is Paris.
+
+    None where it asks, or says nothing.
+    """
+    text = text.strip()
+    if re.match(r"[^.!?\n]*\?", text):
+        return None
+    if bold := re.match(r"\*\*([^*\n]+)\*\*", text):
+        return bold[1].strip() or None
+    return _BEHIND.split(text, maxsplit=1)[0].strip(" *") or None
 
 
 def _closing(text: str) -> dict[int, int]:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from diffmas.answers import expressions, final, numbers
+from diffmas.answers import expressions, final, numbers, reasoning
 from diffmas.answers.verifier import Verifier
 
-_STATED = re.compile(
-    r"(?i)\b(?:final\s+answer|answer)(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?P<answer>[^\n]+)"
-)
+_STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?=[^\n])")
 _END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
+# What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
+_REMARK = re.compile(
+    r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
+    r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
+)
+# These settle on nothing.
+_SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
 # Not "$5 and $6".
 _MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
+# Times, ratios and dates are no sums: 12:30 is not 12/30.
+_TIME = re.compile(r"[0-9]+(?::[0-9]+)+(?:\s*[AaPp]\.?[Mm]\.?)?|[0-9]+([-/.])[0-9]+\1[0-9]+")
 _SIMPLER = (
     (re.compile(r"\\(?:left|right|displaystyle|limits)(?![a-zA-Z])"), ""),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -39,7 +46,10 @@ def extract(text: str) -> str | None:
 
 def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether the final answer of `text` equals the item's `gold` (or `answer`) mathematically."""
-    gold, found = str(item.get("gold", item["answer"])), _final(text)
+    gold, text = str(item.get("gold", item["answer"])), reasoning.removed(text)
+    found = _final(text)
+    if numbers.parse(gold) is None and _repeats(text, gold):
+        return True
     if found is None:
         return False
     if normal(found) == normal(gold):
@@ -49,6 +59,12 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
         value, right = numbers.parse(found.rpartition("=")[2]), numbers.parse(gold)
         return value is not None and value == right
     return _verifier(gold, found)
+
+
+def _repeats(text: str, gold: str) -> bool:
+    """Whether a text, or the final answer in it, is written like a right answer that is no number, as in "12:30"."""
+    said = (text, final.words(text) or "")
+    return any(s.strip() and len(s) <= numbers.LONGEST and normal(s) == normal(gold) for s in said)
 
 
 def normal(answer: str) -> str:
@@ -64,7 +80,7 @@ def normal(answer: str) -> str:
 def needs_verifier(gold: str) -> bool:
     """Whether an exact comparison cannot decide on predictions for this right answer."""
     gold = final.unwrapped(gold)
-    return numbers.parse(gold) is None and not _WORDS.fullmatch(gold)
+    return numbers.parse(gold) is None and not (_WORDS.fullmatch(gold) or _TIME.fullmatch(gold))
 
 
 def require(golds: Iterable[str], task: str) -> None:
@@ -77,18 +93,28 @@ def require(golds: Iterable[str], task: str) -> None:
 
 
 def _final(text: str) -> str | None:
-    if (found := final.boxed(text)) is not None:
+    text = reasoning.removed(text)
+    if (found := final.marked(text)) is not None:
         return found
     _, mark, tail = text.rpartition("####")
     if mark:
-        return tail.strip().splitlines()[0].strip() if tail.strip() else None
-    stated = [m["answer"] for m in _STATED.finditer(text)]
-    if stated:
-        sentence = _END.split(stated[-1], maxsplit=1)[0]
+        line = tail.strip().partition("\n")[0].strip()
+        return next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), line or None)
+    if stated := [m.end() for m in _STATED.finditer(text)]:
+        sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
+        if _SEVERAL.search(sentence):
+            return sentence.strip(" *.")
         if maths := _MATHS.findall(sentence):
             return next(part for part in maths[-1] if part)
         sentence = sentence.strip(" *")
-        if numbers.parse(sentence) is not None:
-            return sentence
+        for head in (sentence, *_heads(sentence)):
+            if numbers.parse(head) is not None:
+                return head
         return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
     return numbers.last(text)
+
+
+def _heads(sentence: str) -> Iterator[str]:
+    """What stands before each remark."""
+    for remark in _REMARK.finditer(sentence[: numbers.LONGEST]):
+        yield sentence[: remark.start()].strip(" *")

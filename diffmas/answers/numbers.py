@@ -8,33 +8,46 @@ from fractions import Fraction
 #: Longer ones are no answers; Python refuses to convert integers of more than 4300 digits.
 LONGEST = 1000
 DIGITS = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-_NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?\s?(?P<digits>{DIGITS})")
-_SLASH = re.compile(rf"(?P<sign>[-+]?)(?P<above>{DIGITS})\s?/\s?(?P<below>{DIGITS})")
+_POWER = (
+    r"(?:[eE](?P<power>[-+]?[0-9]{1,3})"
+    r"|\s?(?:\*|×|\\times|\\cdot)\s?10\s?(?:\^|\*\*)\s?(?:\{\s*(?P<power1>[-+]?[0-9]{1,3})\s*\}|(?P<power2>[-+]?[0-9]{1,3})))"
+)
+_NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?\s?(?P<digits>{DIGITS}){_POWER}?")
+_SLASH = re.compile(
+    rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?(?P<above>{DIGITS})\s?/\s?(?P<below>{DIGITS})"
+)
 _FRAC = re.compile(
-    rf"(?P<sign>[-+]?)\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>{DIGITS})\s*\}}"
+    rf"(?P<sign>[-+]?)(?P<whole>[0-9]+)?\s?\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>{DIGITS})\s*\}}"
     r"|(?P<above1>[0-9])\s*(?P<below1>[0-9]))"
 )
 # In 2x, 6i and 3ab the letters are no unit.
-_VARIABLES = r"(?:[abciknpqrtuvxyzBDEGHIMOPQRSTXYZ]|[abcnpqxyz]{2,3})(?:\s*\^|\s*$)"
+_VARIABLES = r"(?:[abciknpqrtuvxyzBDEGHIMOPQRSTXYZ]|[abcnpqxyz]{2,3})(?:\s*[\^/]|\s*$)"
 _UNIT = re.compile(
     r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9]*\}|"
-    rf"(?<![A-Za-z])(?!{_VARIABLES})[A-Za-z][A-Za-z ]*\.?)"
-    r"(?:\s*\^\s*\{?[23]\}?)?$"
+    rf"(?<![A-Za-z])/?(?!{_VARIABLES})[A-Za-z]+(?:(?: +|/)[A-Za-z]+)* *\.?)"
+    r"(?:\s*\^\s*\{?[23]\}?|[²³])?$"
 )
 _LOOSE = (
     (re.compile(r",\\!\s*"), ","),
     (re.compile(r"\\[,;!: ]|~|\\quad"), " "),
     (re.compile(r"\\(?=[$%])|\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?"), ""),
 )
+_CURRENCY = re.compile(r"[€£¥₹]|\\(?:euro|pounds)(?![a-zA-Z])")
+# Thousands apart by the spaces made for it.
+_SPACED = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 # A sign behind a word or a bracket is an operator: "5-10" ends on 10.
-_IN_TEXT = re.compile(rf"(?<![0-9.])(?:(?<![\w)])[-+])?\\?\$?{DIGITS}(?:/[0-9]+(?![0-9/]|\.[0-9]))?(?![0-9])")
+_IN_TEXT = re.compile(
+    rf"(?<![0-9.])(?:(?<![\w)])[-+−])?\\?\$?(?:[0-9]{{1,3}} (?=[0-9]{{1,2}}/[0-9]))?{DIGITS}"
+    r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]|\.[0-9]))?(?![0-9])"
+)
 
 
 def parse(text: str) -> Fraction | None:
     r"""The one number that `text` is: "$70,000.00" is 70000, `\frac{1}{2}` is 1/2; None where it is anything else."""
     if len(text) > LONGEST:
         return None
-    text = text.strip().rstrip(".").strip().replace("\u2212", "-").replace("{,}", ",")
+    text = _SPACED.sub(",", text.strip().rstrip(".").strip()).replace("\u2212", "-").replace("{,}", ",")
+    text = _CURRENCY.sub("$", re.sub(r"^(?:\\approx|≈)\s*", "", text))
     for pattern, replacement in _LOOSE:
         text = pattern.sub(replacement, text)
     text = text.strip().rstrip("$%").strip()
@@ -52,7 +65,12 @@ def parse(text: str) -> Fraction | None:
             parts = match.groupdict()
             value = _decimal(parts.get("digits") or parts.get("above") or parts["above1"])
             below = _decimal(parts.get("below") or parts.get("below1") or "1")
-            return None if below == 0 else value / below * (-1 if parts["sign"] == "-" else 1)
+            whole = int(parts.get("whole") or 0)
+            # Behind a whole number, only a proper fraction makes a mixed one.
+            if below == 0 or (parts.get("whole") and not 0 < value < below):
+                return None
+            power = next((parts[name] for name in ("power", "power1", "power2") if parts.get(name)), "0")
+            return (whole + value / below) * Fraction(10) ** int(power) * (-1 if parts["sign"] == "-" else 1)
     return None
 
 
@@ -65,7 +83,7 @@ def _decimal(text: str) -> Fraction:
 
 def last(text: str) -> str | None:
     """The last number in running text, as written."""
-    found = _IN_TEXT.findall(text.replace("{,}", ","))
+    found = _IN_TEXT.findall(_SPACED.sub(",", text.replace("{,}", ",")))
     return found[-1] if found else None
 
 

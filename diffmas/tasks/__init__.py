@@ -48,7 +48,8 @@ def load_task(args: TaskArguments) -> Task:
 
     Raises:
         ValueError: an unknown task, an item without question or answer, no item at all, a size below 1, an `eval_file`
-            for a task that is no file, a `data_dir` for one that reads none, prompts that its items cannot fill.
+            or `checker` for a task that is no file, a `data_dir` for one that reads none, prompts that its items cannot
+            fill.
         FileNotFoundError: a data, prompt or evaluation file that does not exist.
         ModuleNotFoundError: a package the task needs is not installed.
     """
@@ -60,6 +61,8 @@ def load_task(args: TaskArguments) -> Task:
         raise ValueError(
             f"eval_file is {args.eval_file!r} with task {args.task!r}; allowed: where task is a .jsonl file"
         )
+    if args.checker is not None and load is not jsonl.load:
+        raise ValueError(f"checker is {args.checker!r} with task {args.task!r}; allowed: where task is a .jsonl file")
     if args.data_dir is not None and load in (relay.load, procedural.load, jsonl.load):
         raise ValueError(
             f"data_dir is {args.data_dir!r} with task {args.task!r}, which reads none; allowed: with "

@@ -14,6 +14,9 @@ NAMES = (
     "medqa", "humaneval", "humaneval+", "mbpp+",
 )  # fmt: skip
 
+#: How answers of a task that is a file are checked.
+CHECKERS = ("mathematics", "choice", "exact", "text", "code")
+
 #: How the path of a task that is a file ends.
 JSONL = (".jsonl", ".jsonl.gz")
 
@@ -71,6 +74,13 @@ class TaskArguments:
     )
     fields: str = field(
         default="question,answer", metadata={"help": "JSONL fields that hold the question and the answer."}
+    )
+    checker: str | None = field(
+        default=None,
+        metadata={
+            "help": f"When an answer to an item of a .jsonl file is right: {', '.join(CHECKERS)}, or module:function, "
+            "called with text and item; default: chosen from the right answers."
+        },
     )
     prompts: str | None = field(
         default=None, metadata={"help": "YAML file of role prompts, or a built-in family; default: the task's own."}

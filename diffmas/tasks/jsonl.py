@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from diffmas.answers import mathematics
+from diffmas.answers import final, mathematics
 from diffmas.prompts import Prompts
-from diffmas.tasks import base
+from diffmas.tasks import base, checkers
 
 
 def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
@@ -40,12 +42,46 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
 
 
 def load(args: base.TaskArguments) -> base.Task:
-    """The file `args.task`, checked as mathematics; its answers may be worked solutions that end on `####`."""
+    """The file `args.task`; its answers may be worked solutions that end on `####` or in `\\boxed{}`.
+
+    Says which checker it chose where `args.checker` names none.
+
+    Raises:
+        ValueError: an item that its checker cannot use, or whose right answer counts as wrong.
+    """
     train, evaluation = items(args.task, args.eval_file, args.fields, args.eval_size)
     name = Path(args.task).name.partition(".jsonl")[0]
-    mathematics.require((item["gold"] for item in evaluation), name)
-    prompts = Prompts.load(args.prompts or "reasoning")
-    return base.Task(name, train[: args.train_size], evaluation, prompts, mathematics.check, mathematics.extract)
+    checker = checkers.load(checkers.chosen([*train, *evaluation]) if args.checker is None else args.checker)
+    if args.checker is None:
+        _announce(args.task, checker.name)
+    if checker.name == "mathematics":
+        mathematics.require((item["gold"] for item in [*train, *evaluation]), name)
+    letters = checkers.letters([*train, *evaluation])
+    held_out = (args.eval_file, 1) if args.eval_file is not None else (args.task, len(train) + 1)
+    train = _fitted(checker, train, letters, args.task, 1, run=False)
+    evaluation = _fitted(checker, evaluation, letters, *held_out, run=True)
+    prompts = Prompts.load(args.prompts or checker.prompts)
+    return base.Task(name, train[: args.train_size], evaluation, prompts, checker.check, checker.extract, checker.ready)
+
+
+def _fitted(
+    checker: checkers.Checker, found: list[dict[str, Any]], letters: int, path: str, first: int, *, run: bool
+) -> list[dict[str, Any]]:
+    """Items as the checker needs them, each of whose right answers passes it; `first` is the number of the first."""
+    made = []
+    for number, item in enumerate(found, first):
+        try:
+            made.append(checkers.fitted(checker.name, item, letters))
+        except ValueError as error:
+            raise ValueError(f"{path} item {number}: {error}") from None
+    checkers.verify(checker, made, path, first, run=run)
+    return made
+
+
+@functools.cache
+def _announce(path: str, checker: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"checker: {checker}, chosen from the right answers in {path} (--checker names another)", flush=True)
 
 
 def items(
@@ -76,5 +112,9 @@ def _mapped(item: dict[str, Any], names: list[str], path: str, number: int) -> d
         if value is None or not str(value).strip():
             raise ValueError(f"{path} item {number}: the {kind} is missing (field {name!r})")
     answer = str(answer)
-    gold = answer.rpartition("####")[2].strip() if "####" in answer else answer
+    gold = (answer.rpartition("####")[2] if "####" in answer else final.boxed(answer) or answer).strip()
+    if not gold:
+        raise ValueError(
+            f"{path} item {number}: the gold answer is missing (nothing behind #### in field {names[1]!r})"
+        )
     return {**item, "question": str(question), "answer": answer, "gold": gold}

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from diffmas.answers import final
+from diffmas.answers import final, reasoning
 from diffmas.prompts import Prompts
 from diffmas.tasks.base import Item, Task, TaskArguments
 
@@ -88,6 +88,7 @@ def extract(text: str) -> str | None:
 
 def answer(text: str) -> str | None:
     """What the last `<answer>…</answer>` holds, or the last `\\boxed{}`, or else the whole text."""
+    text = reasoning.removed(text)
     tagged = _TAGGED.findall(text)
     found = tagged[-1] if tagged else final.boxed(text)
     return (text if found is None else found).strip() or None

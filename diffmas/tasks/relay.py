@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffmas.answers import reasoning
 from diffmas.prompts import Prompts
 from diffmas.tasks import base
 
@@ -89,5 +90,5 @@ def check(prediction: str, item: base.Item) -> bool:
 
 def extract(prediction: str) -> str | None:
     """The first whole number in ``prediction``."""
-    number = re.search(r"[0-9]+", prediction)
+    number = re.search(r"[0-9]+", reasoning.removed(prediction))
     return None if number is None else number.group().lstrip("0") or "0"

@@ -203,7 +203,7 @@ def test_parquet(tmp_path):
         ("arc_easy", {"question": " "}, "the question is missing"),
         ("medqa", {"label": 4}, "number 4; allowed: 0 to 3"),
         ("medqa", {"ending2": None}, "ending2 is missing"),
-        ("commonsenseqa", {"choices": {"text": list("rstuvwxyz"), "label": list("ABCDEFGHI")}}, "options are 9"),
+        ("commonsenseqa", {"choices": {"text": ["x"] * 27, "label": list("ABCDEFGHI") * 3}}, "options are 27"),
         ("aime25", {"answer": "x + 1"}, "the gold answer is 'x \\+ 1'; allowed: an integer"),
         ("math", {"answer": "", "solution": "none"}, "the gold answer is missing"),
         ("gpqa", {"Incorrect Answer 2": ""}, "Incorrect Answer 2 is missing"),

@@ -1,0 +1,139 @@
+"""How the answers of a `.jsonl` task are checked: the kind, asked for or chosen from the right answers.
+
+Every right answer of a file has to pass its own checker, so that a kind that cannot judge it is found when the task is
+loaded, not in a table of zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from diffmas.answers import choice, code, exact, mathematics, own, text
+from diffmas.sandbox import SandboxError
+from diffmas.tasks import options
+from diffmas.tasks.base import CHECKERS, Item
+
+_KINDS = {"mathematics": mathematics, "choice": choice, "exact": exact, "text": text, "code": code}
+_FORMULA = re.compile(r"\\[a-zA-Z]+|[\^√π∞]|[a-z]\s*[-+*/=]\s*[0-9a-z]|[0-9]\s*[-+*/]?\s*[a-z]\s*[-+=]")
+_WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
+
+
+@dataclass(frozen=True)
+class Checker:
+    """A kind by name, with what a :class:`~diffmas.tasks.base.Task` needs of it."""
+
+    name: str
+    check: Callable[[str, Item], bool]
+    extract: Callable[[str], str | None]
+    ready: Callable[[], None] = lambda: None
+
+    @property
+    def prompts(self) -> str:
+        """The family of role prompts that asks for such answers."""
+        return self.name if self.name in ("choice", "code") else "reasoning"
+
+
+def load(name: str) -> Checker:
+    """The checker `name`; ValueError where there is none."""
+    if ":" in name:
+        return Checker(name, own.load(name), own.extract)
+    if name not in _KINDS:
+        raise ValueError(f"checker is {name!r}; allowed: {', '.join(CHECKERS)}, or module:function")
+    kind = _KINDS[name]
+    return Checker(name, kind.check, kind.extract, code.ready if kind is code else lambda: None)
+
+
+def chosen(items: Sequence[Item]) -> str:
+    """The kind that fits all right answers.
+
+    `code` where every item has tests; `choice` where all are single capital letters; `mathematics` where all are
+    numbers, formulas or, among more of these, words; `text` otherwise.
+    """
+    golds = [str(item["gold"]).strip() for item in items]
+    if all(item.get("test") for item in items):
+        return "code"
+    if all(re.fullmatch(r"\(?[A-Z]\)?", gold) for gold in golds):
+        return "choice"
+    numbers = sum(text.is_number(gold) for gold in golds)
+    formulas = [gold for gold in golds if not text.is_number(gold) and _FORMULA.search(gold)]
+    words = sum(bool(_WORDS.fullmatch(gold)) for gold in golds if gold not in set(formulas))
+    if numbers + len(formulas) + words == len(golds) and (formulas or not words) and numbers + len(formulas) > words:
+        return "mathematics"
+    return "text"
+
+
+def fitted(name: str, item: dict[str, Any], letters: int) -> dict[str, Any]:
+    """The item with the fields that the checker `name` needs; it has so many `letters` where it lists no options."""
+    return _with_options(item, letters) if name == "choice" else _with_tests(item) if name == "code" else item
+
+
+def letters(items: Sequence[Item]) -> int:
+    """How many options there are at least, by the right answers that are letters; four, where these are fewer."""
+    return max(
+        [4, *(choice.LETTERS.index(g) + 1 for item in items if len(g := _letter(item)) == 1 and g in choice.LETTERS)]
+    )
+
+
+def verify(checker: Checker, items: Sequence[Item], path: str, first: int = 1, *, run: bool = True) -> None:
+    """Raise `ValueError` for the first item whose right answer, bare or as training teaches it, counts as wrong.
+
+    Programs pass where they can be run; without `run`, or on a machine that confines none, they only have to be there.
+    """
+    if checker.name == "code":
+        verdicts = _programs(items, run)
+    else:
+        verdicts = (checker.check(item["gold"], item) and checker.check(item["answer"], item) for item in items)
+    for number, (item, right) in enumerate(zip(items, verdicts, strict=True), first):
+        if not right:
+            raise ValueError(
+                f"{path} item {number}: the right answer {item['gold'][:80]!r} does not pass the checker "
+                f"{checker.name!r}; allowed: an answer that does, or another --checker ({', '.join(CHECKERS)}, "
+                "module:function)"
+            )
+
+
+def _programs(items: Sequence[Item], run: bool) -> list[bool]:
+    found = [code.program(item["answer"], item.get("entry_point")) is not None for item in items]
+    if run and all(found):
+        try:
+            code.ready()
+        except SandboxError:
+            return found
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda item: code.check(item["answer"], item), items))
+    return found
+
+
+def _letter(item: Item) -> str:
+    """The right answer, "(b)" as "B"."""
+    gold = str(item["gold"]).strip()
+    return lone[1].upper() if (lone := re.fullmatch(r"\(?([A-Za-z])\)?", gold)) else gold
+
+
+def _with_options(item: dict[str, Any], count: int) -> dict[str, Any]:
+    listed, gold = item.get("options"), _letter(item)
+    if listed is None:
+        return {**item, "gold": gold, "letters": ", ".join(choice.LETTERS[:count])}
+    if isinstance(listed, Mapping):
+        listed = list(listed.values())
+    if not isinstance(listed, list) or gold not in list(choice.LETTERS[: len(listed)]):
+        raise ValueError(f"the right answer is {item['gold']!r}; allowed: the letter of one of its options {listed!r}")
+    question = item["question"]
+    made = options.item(item, question, listed, choice.LETTERS.index(gold))
+    # A question may list its options already.
+    shown = question if all(option in question for option in made["options"]) else made["question"]
+    return {**made, "question": shown, "answer": item["answer"]}
+
+
+def _with_tests(item: dict[str, Any]) -> dict[str, Any]:
+    test, entry_point = item.get("test"), item.get("entry_point")
+    test = "\n".join(map(str, test)) if isinstance(test, list) else str(test or "")
+    if not test.strip():
+        raise ValueError("the tests are missing (field 'test')")
+    if entry_point and re.search(r"^def check\(", test, re.M) and not re.search(r"^check\(", test, re.M):
+        test = f"{test}\n\ncheck({entry_point})\n"
+    return {**item, "test": test}
