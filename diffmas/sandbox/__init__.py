@@ -52,7 +52,8 @@ class Limits:
 
     Args:
         seconds: wall-clock time. cpu_seconds: processor time of each of its processes.
-        memory_bytes: address space of each of its processes, and memory in use of all together. processes: processes and threads at once.
+        memory_bytes: address space of each of its processes, and memory in use of all together.
+        processes: processes and threads at once.
         disk_bytes: all its files together (one file, without a mount namespace). open_files: at once.
         output_bytes: what it prints, standard output and error together; a program that prints more is ended.
     """

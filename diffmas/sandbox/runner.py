@@ -1,7 +1,13 @@
 """Runs the program on file 3, part after part, and then serves its judge: requests on file 4, answers on file 5.
 
-It is put behind `wire.py`, in one source. Nothing in this process is safe from the program, and nothing here decides.
+Its source comes with that of `wire.py`. Nothing in this process is safe from the program, and nothing here decides.
 """
+
+import os
+import sys
+import types
+
+import wire
 
 
 def main(packages):
@@ -14,10 +20,10 @@ def main(packages):
 
     def serve(operation, number, args, kwargs):
         if operation == "names":
-            return names(module.__dict__, *args)
-        return OPERATIONS[operation](peer.held[number], *args, **kwargs)
+            return wire.names(module.__dict__, *args)
+        return wire.OPERATIONS[operation](peer.held[number], *args, **kwargs)
 
-    peer = Peer(4, 5, serve)
+    peer = wire.Peer(4, 5, serve)
     leave = os._exit
     try:
         for source in parts:

@@ -11,7 +11,7 @@ import sys
 
 import isolation
 
-#: By processor: the kernel's name of its system calls and their numbers. The numbers from 424 on are the same everywhere.
+#: By processor: the kernel's name of its system calls and their numbers. The numbers from 424 on are shared.
 _SOCKETS = {"x86_64": (0xC000003E, (41, 53)), "aarch64": (0xC00000B7, (198, 199))}
 #: Reaching into other processes, and memory that belongs to none: ptrace, kcmp, process_vm_readv, process_vm_writev,
 #: shmget, memfd_create; then io_uring (which opens sockets without socket(2)), pidfd_getfd and memfd_secret.

@@ -26,8 +26,13 @@ import isolation
 import judge
 import memory
 import seccomp
+import wire
 
-RUNNER = "".join(Path(__file__).with_name(name).read_text() for name in ("wire.py", "runner.py"))
+RUNNER = (
+    "import sys, types\nsys.modules['wire'] = types.ModuleType('wire')\n"
+    f"exec({Path(wire.__file__).read_text()!r}, sys.modules['wire'].__dict__)\n"
+    + Path(__file__).with_name("runner.py").read_text()
+)
 SETUP_FAILED = b"setup: "
 #: How long the second of judge and program may take to end after the first, and between two looks at the memory.
 _LAST_SECONDS, _MEMORY_SECONDS = 0.5, 0.05

@@ -7,6 +7,7 @@ other side holds a :class:`Remote`. Standard library alone; the program's side i
 import base64
 import builtins
 import collections
+import contextlib
 import datetime
 import decimal
 import fractions
@@ -20,6 +21,7 @@ import types
 
 #: Longest frame that is read.
 FRAME_BYTES = 64 << 20
+_QUESTION = {"ask", "of", "args", "kwargs"}
 _MUTABLE = (list, dict, set, bytearray, collections.deque)
 _DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\d*[A-Za-zμ]+\])?")
 _NAMED = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
@@ -129,8 +131,7 @@ class Peer:
             if "error" in frame:
                 raise self._exception(frame["error"])
             if "changed" in frame:
-                changed = [self.decode(v) for v in frame["changed"]]
-                for old, new in zip([*args, *kwargs.values()], changed, strict=True):
+                for old, new in zip([*args, *kwargs.values()], self.decode(frame["changed"]), strict=False):
                     _merge(old, new)
             return self.decode(frame["value"])
 
@@ -156,10 +157,8 @@ class Peer:
 
     def flush(self):
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(BaseException):
                 stream.flush()
-            except BaseException:
-                pass
 
     def send(self, frame):
         _write(self.write, _pack(frame))
@@ -176,8 +175,8 @@ class Peer:
         if len(data) < size:
             return None
         frame = json.loads(data)
-        if type(frame) is not dict:
-            raise Broken("a frame that is not an object")
+        if type(frame) is not dict or not ("value" in frame or "error" in frame or _QUESTION <= set(frame)):
+            raise Broken("a frame that is neither a question nor an answer")
         return frame
 
     def encode(self, value):
@@ -322,7 +321,7 @@ def _merge(old, new):
     if type(old) is not type(new):
         return new
     if isinstance(old, tuple):
-        merged = [_merge(a, b) for a, b in zip(old, new)]
+        merged = [_merge(a, b) for a, b in zip(old, new, strict=False)]
         return old if all(map(operator.is_, merged, old)) and len(old) == len(new) else new
     if isinstance(old, (list, collections.deque)):
         merged = [*map(_merge, old, new), *list(new)[len(old) :]]

@@ -37,7 +37,8 @@ ATTACKS = {
     "it writes what it reads": "import os\nfor fd in range(3, 64):\n    try: os.set_blocking(fd, False)\n"
     "    except OSError: continue\n    try: data = os.read(fd, 9999)\n    except OSError: data = b'x'\n"
     "    for other in range(3, 64):\n        try: os.write(other, data)\n        except OSError: pass\nos._exit(0)",
-    "the old token": "import os\nt = None\ndef f(x):\n    os.set_blocking(4, False)\n    try: os.write(5, os.read(4, 64))\n    except OSError: pass\n"
+    "the old token": "import os\ndef f(x):\n    os.set_blocking(4, False)\n"
+    "    try: os.write(5, os.read(4, 64))\n    except OSError: pass\n"
     "    os._exit(0)",
     "a verdict on every descriptor": "import os\nfor fd in range(3, 64):\n"
     "    try: os.write(fd, b'[\"passed\", \"\"]')\n    except OSError: pass\nos._exit(0)",
@@ -45,7 +46,8 @@ ATTACKS = {
     "compile replaced": "import builtins\nbuiltins.compile = lambda *a, **k: compile('', '', 'exec')\n" + WRONG,
     "exec and compile replaced": "import builtins, types\nold = compile\n"
     "builtins.compile = lambda *a, **k: old('', 'a', 'exec')\nbuiltins.exec = lambda *a: None\n" + WRONG,
-    "frames": "import sys\nframe = sys._getframe()\nwhile frame:\n    for name, value in list(frame.f_locals.items()):\n"
+    "frames": "import sys\nframe = sys._getframe()\nwhile frame:\n"
+    "    for name, value in list(frame.f_locals.items()):\n"
     "        if isinstance(value, list) and name in ('parts', 'tests', 'sources'): value[:] = ['', '']\n"
     "    frame = frame.f_back\n" + WRONG,
     "garbage": "import gc\nfor value in gc.get_objects():\n"
@@ -88,7 +90,8 @@ ATTACKS = {
     "    args = property(lambda s: 1 / 0)\ndef f(x): raise E",
     "StopIteration": "def f(x): raise StopIteration(2)",
     "GeneratorExit": "def f(x): raise GeneratorExit",
-    "module replaced": "import sys\nsys.modules['tests'] = sys.modules['program']\nsys.modules[__name__] = None\n" + WRONG,
+    "module replaced": "import sys\nsys.modules['tests'] = sys.modules['program']\nsys.modules[__name__] = None\n"
+    + WRONG,
     "its name is missing": "del f\nx = 1",
     "bad attributes": "class A:\n    def __getattribute__(self, name): raise SystemExit(0)\ndef f(x): return A()",
     "its stack": "import sys\nsys.setrecursionlimit(5)\n" + WRONG,
@@ -115,10 +118,12 @@ def frame(content):
 FORGED = {
     "all answers beforehand": frame({"value": 1}) * 9, "no frame": b"x" * 99, "a long one": b"\xff\xff\xff\xff",
     "cut short": frame({"value": 2})[:-3], "not JSON": frame(b"{"), "a number": frame(b"7"), "empty": frame(b"{}"),
-    "an unknown tag": frame({"value": {"pickle": "gASVAAAAAAAAAA=="}}), "no such object": frame({"value": {"yours": 5}}),
+    "an unknown tag": frame({"value": {"pickle": "gASVAAAAAAAAAA=="}}),
+    "no such object": frame({"value": {"yours": 5}}),
     "deep": frame(b'{"value": ' + b"[" * 99_999 + b"]" * 99_999 + b"}"),
     "an array of objects": frame({"value": {"array": ["|O8", [1], "AAAAAAAAAAA=", 0]}}),
     "an unhashable key": frame({"value": {"set": [[1]]}}), "a long number": frame(b'{"value": ' + b"9" * 9999 + b"}"),
+    "neither value nor error": frame({"values": 2}),
     "a question": frame({"ask": "get", "of": 0, "args": ["__globals__"], "kwargs": {}}) * 2,
     "eval as an exception": frame({"error": ["E", "eval", ["1"], ""]}),
     "an exception from elsewhere": frame({"error": ["E", "__import__", ["os"], ""]}),
@@ -129,11 +134,9 @@ FORGED = {
 @pytest.mark.parametrize("caught", [False, True])
 def test_forged_answers(name, caught, confinement):
     program = f"import os\ndef f(x):\n    os.write(5, {FORGED[name]!r} if x else b'')\n    return 2"
-    if len(program) > 100_000:
-        program = f"import os\ndef f(x):\n    os.write(5, {frame(b'{}')!r}[:4])\n    os.write(5, b'{{' * 9)\n    return 2"
     # A test that expects an exception does not take a broken connection for one.
     tests = "try:\n    f(1)\nexcept Exception:\n    pass\n" if caught else "assert f(1) == 2\n"
-    result = sandbox.run(program, Limits(seconds=2), tests=tests + "assert f(0) == 2\nassert f(2) == 3")
+    result = sandbox.run(program, Limits(seconds=2), tests=tests + "assert f(0) == 2")
     assert not result.passed and result.reason in ("exception", "exit", "timeout"), result
 
 
@@ -233,6 +236,8 @@ def f(x):
     time.sleep(0.2)
     return {value}
 """
+
+
 def test_killing_the_judge_does_not_pass(mode):
     result = sandbox.run(KILLS.format(pids=SIBLINGS, value=7), tests="assert f(1) == 2", mode=mode)
     assert not result.passed and result.reason in ("exception", "signal"), result
@@ -248,7 +253,8 @@ FAMILIES = [name for name in ("AF_INET", "AF_INET6", "AF_NETLINK", "AF_PACKET", 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="no filter for this processor")
 def test_sockets_of_other_families_are_refused(mode):
     program = "import socket\ndef f(family, kind, pair):\n    try: (socket.socketpair if pair else socket.socket)("
-    program += "getattr(socket, family), getattr(socket, kind))\n    except OSError as e: return e.errno\n    return 0\n"
+    program += "getattr(socket, family), getattr(socket, kind))\n"
+    program += "    except OSError as e: return e.errno\n    return 0\n"
     program += "def g():\n    import ctypes\n    libc = ctypes.CDLL(None, use_errno=True)\n"
     program += "    return [(libc.syscall(n, 8, 0, 0, 0), ctypes.get_errno())[1] for n in (425, 426, 427)]"
     tests = f"for family in {FAMILIES}:\n    for kind in ('SOCK_STREAM', 'SOCK_DGRAM', 'SOCK_RAW'):\n"
@@ -318,8 +324,10 @@ def test_files_do_not_reach_the_judge(mode):
 
 def test_functions_of_tests_show_nothing_of_them(confinement):
     """A test's function can be called; neither its globals nor its frames are to be had through it."""
-    program = "def f(g):\n    got = []\n    for name in ('__globals__', '__code__', '__closure__', 'gi_frame', '__self__'):\n"
-    program += "        try: got.append(getattr(g, name) and name)\n        except AttributeError: pass\n    return got, g(2)"
+    program = "def f(g):\n    got = []\n    "
+    program += "for name in ('__globals__', '__code__', '__closure__', 'gi_frame', '__self__'):\n"
+    program += "        try: got.append(getattr(g, name) and name)\n        except AttributeError: pass\n"
+    program += "    return got, g(2)"
     result = sandbox.run(program, tests="secret = 5\nassert f(lambda x: x * 3) == ([], 6)")
     assert result.passed, result
 
