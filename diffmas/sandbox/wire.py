@@ -18,6 +18,7 @@ import re
 import sys
 import traceback
 import types
+from _thread import RLock
 
 #: Longest frame that is read.
 FRAME_BYTES = 64 << 20
@@ -113,10 +114,15 @@ class Peer:
     def __init__(self, read, write, serve):
         self.read, self.write, self.serve = read, write, serve
         self.held, self.numbers = {}, {}
+        # Threads of a program may call a test's function; what that asks in turn is served by the same thread.
+        self.lock = RLock()
 
     def request(self, operation, number, args=(), kwargs=None):
         """The answer to one request; requests of the other side are served meanwhile."""
-        kwargs = kwargs or {}
+        with self.lock:
+            return self._request(operation, number, args, kwargs or {})
+
+    def _request(self, operation, number, args, kwargs):
         self.send({
             "ask": operation, "of": number, "args": [self.encode(a) for a in args],
             "kwargs": {str(k): self.encode(v) for k, v in kwargs.items()},
@@ -153,7 +159,8 @@ class Peer:
         except BaseException as error:
             data = _pack({"error": self._error(error)})
         self.flush()
-        _write(self.write, data)
+        with self.lock:
+            _write(self.write, data)
 
     def flush(self):
         for stream in (sys.stdout, sys.stderr):
@@ -175,7 +182,7 @@ class Peer:
         if len(data) < size:
             return None
         frame = json.loads(data)
-        if type(frame) is not dict or not ("value" in frame or "error" in frame or _QUESTION <= set(frame)):
+        if type(frame) is not dict or not ("value" in frame or "error" in frame or set(frame) >= _QUESTION):
             raise Broken("a frame that is neither a question nor an answer")
         return frame
 
@@ -222,9 +229,12 @@ class Peer:
         return number
 
     def decode(self, data):
+        return self._decode(data)
+
+    def _decode(self, data):
         kind = type(data)
         if kind is list:
-            return [self.decode(v) for v in data]
+            return [self._decode(v) for v in data]
         if kind is not dict:
             return data
         if "mine" in data:
@@ -234,14 +244,14 @@ class Peer:
             return self.held[content]
         if tag == "array":
             return self._decode_array(*content)
-        return _BUILD[tag]([self.decode(v) for v in content] if type(content) is list else content)
+        return _BUILD[tag]([self._decode(v) for v in content] if type(content) is list else content)
 
     def _decode_array(self, dtype, shape, data, scalar):
         import numpy
 
         if dtype == "O":
             array = numpy.empty(len(data), object)
-            array[:] = [self.decode(v) for v in data]
+            array[:] = [self._decode(v) for v in data]
         elif _DTYPE.fullmatch(dtype):
             array = numpy.frombuffer(base64.b64decode(data), dtype).copy()
         else:

@@ -103,7 +103,6 @@ ATTACKS = {
 def test_no_attack_counts_as_passing(name, confinement):
     result = code.execute(f"```python\n{ATTACKS[name]}\n```", ITEM, Limits(seconds=8))
     assert not result.passed and result.reason in ("exception", "exit"), result
-    assert result.seconds < 5
 
 
 def test_the_tests_of_the_attacks_can_be_passed(confinement):
@@ -303,7 +302,8 @@ def test_memory_that_belongs_to_no_process(call, confinement):
     ],
 )  # fmt: skip
 def test_calls_that_use_too_much(program, reasons, confinement):
-    result = sandbox.run(program, Limits(seconds=1.5), tests="assert f(1) == 2")
+    limits = Limits(seconds=1.5 if "timeout" in reasons else 10)
+    result = sandbox.run(program, limits, tests="assert f(1) == 2")
     assert not result.passed and result.reason in reasons, result
 
 

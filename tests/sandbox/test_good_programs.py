@@ -167,6 +167,11 @@ CALLS = [
     ("import math\ndef f(x): return x", "assert math.isclose(f(0.1 + 0.2), 0.3)", "assert math.isclose(f(1), 2)"),
     ("from collections import Counter\ndef f(x): return Counter(x)", "assert f('aa') == Counter('aa')",
      "assert f('a') == Counter('b')"),
+    ("from concurrent.futures import ThreadPoolExecutor as E\ndef f(g):\n"
+     "    with E(8) as e: return list(e.map(g, range(100)))",
+     "assert f(lambda x: x * 2) == [2 * x for x in range(100)]", "assert f(lambda x: x) == [0]"),
+    ("def f(n):\n    x = []\n    for _ in range(n): x = [x]\n    return x",
+     "x, n = f(300), 0\nwhile x: x, n = x[0], n + 1\nassert n == 300", "assert f(3) == [[[]]]"),
     ("def string(x): return x + 1\nf = string", "assert f(1) == 2", "assert f(1) == 1"),
     ("LIMIT = 3\ndef f(): return LIMIT", "assert f() == LIMIT == 3", "assert LIMIT == 4"),
     ("def f(x):\n    print('said', x)\n    return input", "import numpy as np\nassert callable(f(1))",
