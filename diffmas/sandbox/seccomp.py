@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
-import socket
+import os
 import struct
 import sys
 
@@ -20,11 +19,11 @@ _REFUSED_EVERYWHERE = (425, 426, 427, 438, 447)
 _SECCOMP, _FILTER = 22, 2
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
-_X32 = 0x40000000
+_X32, _AF_UNIX = 0x40000000, 1
 
 
 def available() -> bool:
-    return sys.platform == "linux" and platform.machine() in _SOCKETS and sys.maxsize > 1 << 32
+    return sys.platform == "linux" and os.uname().machine in _SOCKETS and sys.maxsize > 1 << 32
 
 
 def install() -> None:
@@ -34,7 +33,7 @@ def install() -> None:
     """
     if not available():
         return
-    code = program(platform.machine())
+    code = program(os.uname().machine)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))
     pointer = ctypes.create_string_buffer(header, len(header))
@@ -49,7 +48,7 @@ def program(machine: str) -> bytes:
         (_LOAD, 0, 0, 4), (_EQUAL, 0, "missing", architecture), (_LOAD, 0, 0, 0), (_AT_LEAST, "missing", 0, _X32),
         *((_EQUAL, "refuse", 0, number) for number in refused),
         (_EQUAL, 1, 0, sockets[0]), (_EQUAL, 0, "allow", sockets[1]),
-        (_LOAD, 0, 0, 16), (_EQUAL, "allow", "refuse", socket.AF_UNIX),
+        (_LOAD, 0, 0, 16), (_EQUAL, "allow", "refuse", _AF_UNIX),
     ]  # fmt: skip
     places = {name: len(lines) + i for i, name in enumerate(("allow", "refuse", "missing"))}
     lines += [
