@@ -89,10 +89,10 @@ def ready() -> None:
 
 
 def execute(text: str, item: Mapping[str, Any], limits: Limits = LIMITS) -> Result | None:
-    """Run the program in `text` and then `item["test"]` in the sandbox; None where there is no program.
+    """Run the program in `text` in the sandbox and judge it by `item["test"]`; None where there is no program.
 
-    Where the item has a `context` (the imports and helpers a completion starts from), it goes first; what the
-    program defines wins.
+    Where the item has a `context` (the imports and helpers a completion starts from), it goes before both, and tests
+    use its helpers, whatever the program makes of them. Both may import numpy.
 
     Raises:
         SandboxError: programs cannot be confined on this machine.
@@ -100,9 +100,10 @@ def execute(text: str, item: Mapping[str, Any], limits: Limits = LIMITS) -> Resu
     code = program(text, item.get("entry_point"))
     if code is None:
         return None
-    tests = item["test"]
-    packages = ["numpy"] if re.search(r"^\s*(?:import|from)\s+numpy\b", code + "\n" + tests, re.M) else []
-    return run([item.get("context", ""), code, tests], limits, packages=packages)
+    return run(
+        code, limits, tests=item["test"], context=item.get("context", ""), entry_point=item.get("entry_point"),
+        packages=["numpy"],
+    )  # fmt: skip
 
 
 def _tree(code: str) -> ast.Module | None:

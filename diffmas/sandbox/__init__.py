@@ -5,14 +5,15 @@ What confines a program, strongest first:
 - ``root`` (root with CAP_SYS_ADMIN) and ``user`` (unprivileged user namespaces): process ids, mounts, network and IPC
   of its own; it sees Python, the system's libraries and an empty folder, all else is not there.
 - ``uid`` (root without namespaces, as in a plain container): an unprivileged user id of its own. It reads what every
-  user may read, writes where every user may write, and reaches the network.
+  user may read and writes where every user may write.
 - ``none``: resource limits alone. A program may signal and change whatever its user may. Only if asked for.
 
 All of them limit time, memory, processes, files and output, start from an empty environment, and end every process a
-program leaves behind. On other systems than Linux there is ``none`` only, and ``uid`` for root.
+program leaves behind. On Linux (x86-64, AArch64) no program opens a socket but of the family AF_UNIX. On other systems
+than Linux there is ``none`` only, and ``uid`` for root.
 
-A program and its tests share an interpreter, as in the published harnesses: leaving early does not count as passing,
-but code written to deceive its own tests from within can.
+Tests run in a process of their own, which never runs the program's code: they call the program, and what comes back is
+built anew from plain values. A program can neither see, stop nor answer for its tests.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ SUPERVISOR = Path(__file__).with_name("supervisor.py")
 MODES = {
     "root": "pid, mount, network and ipc namespaces, user id of its own, resource limits",
     "user": "user, pid, mount, network and ipc namespaces, resource limits",
-    "uid": "user id of its own, resource limits; no namespaces: the network and world-writable folders are open",
-    "none": "resource limits alone; signals, files and the network are open",
+    "uid": "user id of its own, resource limits; no namespaces: world-writable folders are open",
+    "none": "resource limits alone; signals and files are open",
 }
 _GRACE_SECONDS = 30
 
@@ -51,7 +52,8 @@ class Limits:
 
     Args:
         seconds: wall-clock time. cpu_seconds: processor time of each of its processes.
-        memory_bytes: address space of each of its processes. processes: processes and threads at once.
+        memory_bytes: address space of each of its processes, and memory in use of all together.
+        processes: processes and threads at once.
         disk_bytes: all its files together (one file, without a mount namespace). open_files: at once.
         output_bytes: what it prints, standard output and error together; a program that prints more is ended.
     """
@@ -75,8 +77,8 @@ class Result:
     """How a program ended.
 
     Args:
-        passed: it ran to its last line, and left with exit code 0 within its limits.
-        reason: "passed", "exception", "exit" (it left before its last line), "signal", "timeout", "memory", "output".
+        passed: it ran to its last line, and its tests ran to theirs, within its limits.
+        reason: "passed", "exception", "exit" (it left before the end), "signal", "timeout", "memory", "output".
         detail: the exception's name, the exit code, the signal; empty otherwise.
         output: what it printed, standard output and error, up to the limit.
         seconds: wall-clock time.
@@ -91,12 +93,26 @@ class Result:
     isolation: str
 
 
-def run(program: str, limits: Limits | None = None, *, packages: Sequence[str] = (), mode: str | None = None) -> Result:
-    """Run `program`, Python source with its tests at the end. May be called from several threads.
+def run(
+    program: str | Sequence[str],
+    limits: Limits | None = None,
+    *,
+    tests: str = "",
+    context: str = "",
+    entry_point: str | None = None,
+    packages: Sequence[str] = (),
+    mode: str | None = None,
+) -> Result:
+    """Run `program`, Python source, and then its tests. May be called from several threads.
 
     Args:
         program: one source, or several that run one after the other in the same module, so that what the first one
-            leaves open (a string, a bracket, a block) cannot swallow the next.
+            leaves open (a string, a bracket, a block) cannot swallow the next. What it asserts of itself is its own
+            word: code that is not trusted is judged by `tests`.
+        tests: Python source that runs in another process. A name it does not define stands for the program's:
+            calls go to the program and plain values come back (:mod:`diffmas.sandbox.wire`).
+        context: source that goes before both program and tests; tests use its names but for `entry_point`.
+        entry_point: a name that is always the program's.
         packages: top-level packages of this environment, which the program may import besides the standard library.
         mode: one of :data:`MODES`; default: the strongest this machine allows, never "none".
 
@@ -113,11 +129,15 @@ def run(program: str, limits: Limits | None = None, *, packages: Sequence[str] =
     with _folder(mode) as folder:
         outcome = _supervise(
             {
-                "parts": [program] if isinstance(program, str) else list(program),
+                "parts": [context, *([program] if isinstance(program, str) else program)],
+                "tests": tests,
+                "context": context,
+                "entry_point": entry_point,
                 "mode": mode,
                 "folder": folder,
                 "python": os.path.realpath(sys.executable),
                 "packages": list(dict.fromkeys(os.path.dirname(paths[0]) for paths in locations)),
+                "base": os.path.realpath(sys.base_prefix),
                 "visible": [os.path.realpath(sys.base_prefix), *(path for paths in locations for path in paths)],
                 "limits": asdict(limits),
             },
@@ -126,7 +146,7 @@ def run(program: str, limits: Limits | None = None, *, packages: Sequence[str] =
     if "error" in outcome:
         raise SandboxError(f"mode {mode} does not work on this machine: {outcome['error']}")
     reason, detail = _reason(outcome)
-    return Result(outcome["passed"], reason, detail, outcome["output"], outcome["seconds"], MODES[mode])
+    return Result(reason == "passed", reason, detail, outcome["output"], outcome["seconds"], MODES[mode])
 
 
 def run_many(
@@ -202,13 +222,19 @@ def _supervise(request: dict, timeout: float) -> dict:
 
 
 def _reason(outcome: dict) -> tuple[str, str]:
-    ended, status, report = outcome["ended"], outcome["status"], outcome["report"]
-    if outcome["passed"]:
-        return "passed", ""
-    if ended != "exit":
-        return ended, ""
-    if report := report.partition("\n")[0]:
-        return ("memory" if report == "MemoryError" else "exception"), report
+    if outcome["ended"] != "exit":
+        return outcome["ended"], ""
+    # Only the judge writes a verdict; without one, whoever of the two ended before it says why.
+    reason, detail = outcome["verdict"] or ("gone", "")
+    if reason != "gone":
+        return ("memory", "MemoryError") if detail == "MemoryError" else (reason, detail)
+    statuses = outcome["statuses"]
+    if "program" in statuses and (outcome["verdict"] or "judge" not in statuses):
+        status = statuses["program"]
+    elif outcome["verdict"]:
+        return "exit", "it has closed its connection"
+    else:
+        status = statuses.get("judge", -9)
     if status < 0:
         # Signal 24 is SIGXCPU; the processor-time limit sends it.
         return ("timeout", "processor time") if status == -24 else ("signal", str(-status))

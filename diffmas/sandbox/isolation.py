@@ -19,7 +19,8 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
-_PDEATHSIG, _DUMPABLE, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 36, 38
+_PDEATHSIG, _DUMPABLE, _CAPABILITY_DROP, _SUBREAPER, _NO_NEW_PRIVS = 1, 4, 24, 36, 38
+_PTRACE = 19
 _MOUNT_SETATTR = 442
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -31,11 +32,11 @@ def _call(name: str, *args) -> None:
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def prctl(option: int, value: int) -> None:
+def prctl(option: int, value: int, more: int = 0) -> None:
     """Linux's prctl(2); nothing elsewhere."""
     if LINUX:
         zero = ctypes.c_ulong(0)
-        _call("prctl", option, ctypes.c_ulong(value), zero, zero, zero)
+        _call("prctl", option, ctypes.c_ulong(value), ctypes.c_ulong(more), zero, zero)
 
 
 def die_with_parent(number: int) -> None:
@@ -47,24 +48,54 @@ def adopt_orphans() -> None:
     prctl(_SUBREAPER, 1)
 
 
-def enter_namespaces(unprivileged: int | None, *, user: bool) -> None:
-    """Unshare mounts, network, IPC and host name now, process ids for children.
+def enter_namespaces(unprivileged: int | None, *, user: bool) -> int | None:
+    """Unshare mounts, network, IPC and host name now, process ids for children. Returns the user to become, if any.
 
-    With `user`, by way of a user namespace: without root, or, as root, after becoming the user `unprivileged`.
+    With `user`, by way of a user namespace. As root, that one has root, who alone may read a Python below root's home,
+    and the user `unprivileged`, who is to run programs.
     """
-    if user and unprivileged is not None:
-        with contextlib.suppress(OSError):  # root of a namespace that has no other users
-            become(unprivileged)
-            prctl(_DUMPABLE, 1)  # otherwise its own /proc files are not its own
+    kinds = _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET
+    if not user:
+        _call("unshare", kinds)
+        return unprivileged
     uid, gid = os.geteuid(), os.getegid()
-    _call("unshare", _NEWNS | _NEWUTS | _NEWIPC | _NEWPID | _NEWNET | (_NEWUSER if user else 0))
-    if user:
-        for name, line in (
-            ("setgroups", "deny"),
-            ("uid_map", f"{INNER_ID} {uid} 1"),
-            ("gid_map", f"{INNER_ID} {gid} 1"),
-        ):
-            Path("/proc/self", name).write_text(line)
+    helper, start = _map_ids(os.getpid(), f"0 0 1\n{INNER_ID} {unprivileged} 1") if unprivileged is not None else (0, 0)
+    try:
+        _call("unshare", kinds | _NEWUSER)
+    finally:
+        if helper:
+            os.close(start)
+            mapped = os.waitpid(helper, 0)[1] == 0
+    if helper and mapped:
+        return INNER_ID
+    for name, line in (("setgroups", "deny"), ("uid_map", f"{INNER_ID} {uid} 1"), ("gid_map", f"{INNER_ID} {gid} 1")):
+        Path("/proc/self", name).write_text(line)
+    return None
+
+
+def _map_ids(pid: int, lines: str) -> tuple[int, int]:
+    """A child that stays outside and, once the descriptor is closed, gives the user namespace of `pid` its ids.
+
+    It fails for root of a namespace that has no other users.
+    """
+    waits, start = os.pipe()
+    helper = os.fork()
+    if helper == 0:
+        try:
+            os.close(start)
+            os.read(waits, 1)
+            for name in ("uid_map", "gid_map"):
+                Path(f"/proc/{pid}/{name}").write_text(lines)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(waits)
+    return helper, start
+
+
+def new_process_ids() -> None:
+    """Children of this process get process ids of their own, and see no others."""
+    _call("unshare", _NEWPID)
 
 
 def enter_root(root: str, visible: list[str], disk_bytes: int) -> None:
@@ -73,8 +104,14 @@ def enter_root(root: str, visible: list[str], disk_bytes: int) -> None:
     _mount("tmpfs", root, "tmpfs", _NOSUID | _NODEV, "size=4m,mode=755")
     for path in _outermost([*SYSTEM, *DEVICES, *visible]):
         _show(path, root)
-    os.mkdir(root + "/box")
-    _mount("tmpfs", root + "/box", "tmpfs", _NOSUID | _NODEV, f"size={disk_bytes},mode=777")
+    # One file system, so that one limit holds for both.
+    os.mkdir(root + "/files")
+    _mount("tmpfs", root + "/files", "tmpfs", _NOSUID | _NODEV, f"size={disk_bytes},mode=755")
+    for source, target in (("/files/box", "/box"), ("/files/shm", "/dev/shm")):
+        for path in (source, target):
+            os.mkdir(root + path)
+        os.chmod(root + source, 0o777)
+        _mount(root + source, root + target, None, _BIND)
     _mount("none", root, None, _REMOUNT | _RDONLY | _NOSUID | _NODEV)
     os.chroot(root)
     os.chdir("/box")
@@ -148,8 +185,20 @@ def become(uid: int) -> None:
 
 
 def give_up_privileges() -> None:
-    """Executing a set-user-id program gains nothing from here on."""
+    """Executing a set-user-id program gains nothing from here on, nor does a root reach into other processes."""
     prctl(_NO_NEW_PRIVS, 1)
+    with contextlib.suppress(OSError):  # only who has capabilities can drop one
+        prctl(_CAPABILITY_DROP, _PTRACE)
+
+
+def keep_private() -> None:
+    """Other processes of the same user cannot read this one's memory and descriptors."""
+    prctl(_DUMPABLE, 0)
+
+
+def private(path: str) -> bool:
+    """Whether a folder above `path` keeps other users out."""
+    return any(not os.stat(above).st_mode & 1 for above in Path(path).parents)
 
 
 def kill_all_of(uid: int) -> None:
@@ -162,13 +211,3 @@ def kill_all_of(uid: int) -> None:
         finally:
             os._exit(0)
     os.waitpid(child, 0)
-
-
-def children() -> list[int]:
-    """Process ids whose parent is this process, where `/proc` tells."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry.parent.name))
-    return found
