@@ -1,5 +1,8 @@
 """Kernels and autograd for attention through key/value traces shared between language-model agents."""
 
+import diffmas_ops.threads  # noqa: F401  (before anything that imports torch)
+
+# isort: split
 from diffmas_ops.cached_attention.api import cached_attention
 from diffmas_ops.few_rows_matmul.api import few_rows_matmul
 from diffmas_ops.kv_concat.api import Rotary, Segment, kv_concat

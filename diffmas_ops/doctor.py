@@ -9,13 +9,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from diffmas_ops import backends, library
+from diffmas_ops import backends, library, threads
+
+_THREADS = {
+    "own": "threads of their own (DIFFMAS_THREADS=openmp for OpenMP's)",
+    "openmp": "OpenMP's threads, which slow a busy machine down: import diffmas before torch",
+}
 
 
 def main() -> None:
     """Print the libraries, then per device, dtype and operator the choice of `auto` and why others are off."""
     console = Console()
     console.print(f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads")
+    console.print(f"compiled operators run on {_THREADS[threads.CHOSEN]}")
     libraries = Table("library", "built", "loaded", title="Compiled libraries", title_justify="left")
     for name in ("cpu", "cuda"):
         built = Path(library.__file__).with_name(f"libdiffmas_{name}.so").is_file()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from diffmas_ops import threads
+
 
 def _load(name: str) -> str | None:
     path = Path(__file__).parent / f"libdiffmas_{name}.so"
@@ -51,5 +53,6 @@ def has_kernel(function: str, device: str) -> bool:
 
 
 if failure("cpu") is None:
+    torch.ops.diffmas.use_own_threads(threads.CHOSEN == "own")
     # The operators are defined now; their fake implementations can be registered.
     importlib.import_module("diffmas_ops.fake")

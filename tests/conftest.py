@@ -7,6 +7,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; said before torch reads it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import diffmas_ops  # noqa: F401  (before torch; see diffmas_ops.threads)
+
+# isort: split
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

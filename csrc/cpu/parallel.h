@@ -15,9 +15,13 @@ namespace diffmas {
 /// Work (elements moved or multiplied) that is worth waking another thread for.
 constexpr int64_t WORK_PER_THREAD = 1 << 17;
 
-/// Runs task(i) for 0 <= i < count on torch's threads. Every thread begins with a stretch of its own, since neighbouring
-/// tasks tend to read neighbouring memory, and helps others when it is done: tasks may differ in cost. Results must not
-/// depend on which thread runs a task. `work`: all tasks' together.
+/// Calls run(task, own) for 0 <= own < threads, the calling thread's with 0. Threads that are not there by the time the
+/// calling one has returned from its own call are not waited for: whatever runs has to do the others' work.
+void on_threads(int64_t threads, void (*run)(const void* task, int64_t own), const void* task);
+
+/// Runs task(i) for 0 <= i < count on as many threads as torch has. Every thread begins with a stretch of its own, since
+/// neighbouring tasks tend to read neighbouring memory, and helps others when it is done: tasks may differ in cost.
+/// Results must not depend on which thread runs a task. `work`: all tasks' together.
 template <class Task>
 void parallel_tasks(int64_t count, int64_t work, const Task& task) {
   const int64_t useful = std::min(count, work / WORK_PER_THREAD);
@@ -35,12 +39,14 @@ void parallel_tasks(int64_t count, int64_t work, const Task& task) {
     stretches[t].next = t * count / threads;
     stretches[t].end = (t + 1) * count / threads;
   }
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+  const auto run = [&](int64_t own) {
     for (int64_t t = 0; t < threads; ++t) {
       Stretch& stretch = stretches[(own + t) % threads];
       for (int64_t i = stretch.next++; i < stretch.end; i = stretch.next++) task(i);
     }
-  });
+  };
+  using Run = decltype(run);
+  on_threads(threads, [](const void* f, int64_t own) { (*static_cast<const Run*>(f))(own); }, &run);
 }
 
 /// Uninitialised memory, aligned for every instruction set's vectors.
