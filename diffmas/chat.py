@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -119,6 +119,7 @@ def load(args: ChatArguments) -> Chat:
         run = load_run(args.run)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
         prompts = Prompts.load(args.prompts) if args.prompts else load_task(run.task).prompts
+        prompts = replace(prompts, date=run.task.date)
     else:
         topology = load_topology(args.topology or ("sequential" if args.model else "relay"))
         model, tokenizer = load_base(SystemArguments(model=args.model))
