@@ -31,7 +31,7 @@ class ControlTokens:
         # The longest first, as tokenizers match them.
         longest = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
-        self._copies: dict[str, Tokenizer] = {}
+        self._copies: dict[str, tuple[Tokenizer, dict[int, int]]] = {}
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> ControlTokens:
@@ -63,19 +63,19 @@ class ControlTokens:
         if mark in re.sub(f"{control}|{spelled}", "", text):
             raise ValueError("a prompt takes the control tokens that an item spells apart; allowed: items without any")
         text = re.sub(spelled, lambda found: self._names[int(found[1])], text)
-        copy = self._copy(mark)
+        copy, meant = self._copy(mark)
         encoding = copy.encode(text, add_special_tokens=add_special_tokens)
-        meant = {copy.token_to_id(f"{mark}c{i}{mark}"): i for i in self._names}
-        added = encoding.special_tokens_mask
-        for token, by_tokenizer in zip(encoding.ids, added, strict=True):
-            if token in self._names and not by_tokenizer:
+        ids = []
+        for token, added in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
+            if not added and token not in meant and token in self._names:
                 raise ValueError(
                     f"the tokenizer cannot read {self._names[token]!r} as text; allowed: items that do not spell it"
                 )
-        return [meant.get(token, token) for token in encoding.ids]
+            ids.append(token if added else meant.get(token, token))
+        return ids
 
-    def _copy(self, mark: str) -> Tokenizer:
-        """The tokenizer with its special tokens under the names `encode` gives them."""
+    def _copy(self, mark: str) -> tuple[Tokenizer, dict[int, int]]:
+        """The tokenizer with its special tokens under the names `encode` gives them, and what its added ones mean."""
         if mark not in self._copies:
             if not self._tokenizer.is_fast:
                 raise ValueError(
@@ -86,9 +86,12 @@ class ControlTokens:
             for token in description["added_tokens"]:
                 if token["id"] in self._names:
                     token["content"] = f"{mark}c{token['id']}{mark}"
-            copy = self._copies[mark] = Tokenizer.from_str(json.dumps(description))
+            copy = Tokenizer.from_str(json.dumps(description))
             copy.no_truncation()
             copy.no_padding()
+            # A token under another name can get another number.
+            meant = {copy.token_to_id(token["content"]): token["id"] for token in description["added_tokens"]}
+            self._copies[mark] = copy, meant
         return self._copies[mark]
 
 
