@@ -81,7 +81,7 @@ BAD = [
     # In one item of many, to train on or to evaluate on.
     (dict(items=[*PRIVATE[:4], SHARED, *PRIVATE]), "training item 5: prompts", "user of role a names the field 'hint'"),
     (dict(items=[*PRIVATE, SHARED]), "evaluation item 3: prompts", "user of role a names the field 'hint'"),
-    (dict(items=[PRIVATE[0] | {"hint": None}, *PRIVATE]), "training item 1", "role a names the field 'hint', which is null"),
+    (dict(items=[PRIVATE[0] | {"hint": None}, *PRIVATE]), "training item 1", "names the field 'hint', which is null"),
     (dict(prompts="roles: {a: {user: x}}"), "role is 'b', which has none; allowed: a", ""),
     (dict(prompts=PROMPTS.replace("{hint}", "{hint.text}")), "training", ""),
     (dict(topology=TWO.replace("b,", "b, role: judge,")), "role is 'judge', which has none; allowed: a, b", ""),
