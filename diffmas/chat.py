@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -122,6 +122,7 @@ def load(args: ChatArguments) -> Chat:
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
         family = args.prompts or run.task.prompts
         prompts = Prompts.load(family) if family else load_task(run.task).prompts
+        prompts = replace(prompts, date=run.task.date)
     else:
         topology = load_topology(args.topology or ("sequential" if args.model else "relay"))
         model, tokenizer = load_base(SystemArguments(model=args.model))

@@ -17,6 +17,8 @@ from diffmas.generation import Decoding
 from diffmas.lock import locked
 from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
+from diffmas.needs import ONE_ITEM, check_prompts, method_left_out, method_roles
+from diffmas.prompts.dates import print_date, today
 from diffmas.records import Record, RecordFile, write_atomically
 from diffmas.report import SUMMARY_FILE
 from diffmas.runs import SYSTEM_FILE, build_system, load_weights
@@ -105,11 +107,21 @@ class Comparison:
         self.folder, self.methods, self.seeds, self.controls = Path(folder), methods, seeds, controls
         self.options, self.adapters, self.show_progress = options, dict(adapters or {}), show_progress
         self.narrate = narrate
+        # Tasks whose date has been told.
+        self._told: set[str] = set()
         self.settings = {name: Settings(f, prog) for name, f in flags.items()}
+        self._pin_dates()
         self.tasks = {name: load_task(settings.task) for name, settings in self.settings.items()}
         for name, task in self.tasks.items():
             if len(task.eval) == 0:
                 raise ValueError(f"the evaluation set of {name} is empty; allowed: at least one item")
+            for method in methods:
+                if (reason := method_left_out(method, task, self.settings[name].topology)) is not None:
+                    raise ValueError(f"method {method.name} does not apply to {name}: {reason}")
+                roles = method_roles(method, self.settings[name].topology)
+                check_prompts(task, roles, training=method.trained)
+            if len(task.eval) == 1 and any("mismatched" in method.controls for method in methods):
+                print(f"{name}: no method is answered with another row's trace ({ONE_ITEM})", flush=True)
             task.ready()
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -145,7 +157,7 @@ class Comparison:
         # Records carry the name the task was asked for by, which two files of the same stem do not share.
         task = replace(task, name=name)
         loaded = None
-        for control in (c for c in self._controls(method) if seed in self._seeds(name, method, c)):
+        for control in (c for c in self._controls(name, method) if seed in self._seeds(name, method, c)):
             began, done = time.perf_counter(), len(file.records)
             for indices in batches(len(task.eval), self.options.batch_size):
                 wanted = {(name, method.name, control, seed, i, s) for i in indices for s in range(decoding.samples)}
@@ -171,6 +183,9 @@ class Comparison:
         if method.trained:
             folder = self.adapters.get((name, method.name, seed)) or self._train(name, method, seed, topology)
         system, tokenizer = build_system(self._system_args(method, settings), topology)
+        if name not in self._told:
+            print_date(tokenizer, settings.task.date)
+            self._told.add(name)
         if method.trained:
             load_weights(system, folder)
         if torch.cuda.is_available():
@@ -214,8 +229,19 @@ class Comparison:
             args = replace(args, alignment=args.alignment_initial)
         return args
 
-    def _controls(self, method: Method) -> list[str]:
-        return [control for control in method.controls if control in self.controls]
+    def _controls(self, name: str, method: Method) -> list[str]:
+        others = len(self.tasks[name].eval) > 1
+        return [c for c in method.controls if c in self.controls and (others or c != "mismatched")]
+
+    def _pin_dates(self) -> None:
+        """Where no date is given: that which the folder keeps for the task, or today's."""
+        path = self.folder / SETTINGS_FILE
+        tasks = json.loads(path.read_text()).get("tasks", {}) if path.is_file() else {}
+        for name, settings in self.settings.items():
+            if settings.task.date is None:
+                date = tasks.get(name, {}).get("task", {}).get("date") or today()
+                settings.flags.append(f"--date={date}")
+                settings.task = replace(settings.task, date=date)
 
     def _seeds(self, name: str, method: Method, control: str) -> Sequence[int]:
         """All seeds, or the first where every other one would repeat its answers: no training, greedy, no noise."""
@@ -247,7 +273,7 @@ class Comparison:
         total = done = 0
         for name, task in self.tasks.items():
             for method in self.methods:
-                cells = [(c, s) for c in self._controls(method) for s in self._seeds(name, method, c)]
+                cells = [(c, s) for c in self._controls(name, method) for s in self._seeds(name, method, c)]
                 total += len(cells) * len(task.eval) * self.options.samples
                 done += sum(1 for k in file.keys if (k[0], k[1]) == (name, method.name) and (k[2], k[3]) in cells)
         with progress_bar(self.show_progress) as progress:

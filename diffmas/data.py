@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.prompts import Prompts
+from diffmas.prompts.control_tokens import encode_texts
 from diffmas.topology import Topology
 
 
@@ -16,7 +17,7 @@ class Collator:
     """Packs items into the arguments of :meth:`MultiAgentSystem.forward`.
 
     Token tensors are int64 `[tokens]`, one per agent for prompts; lengths are Python integers, so that planning a
-    batch never waits for a device. Answers end with the tokenizer's end-of-sequence token.
+    batch never waits for a device. Answers end with the tokenizer's end-of-sequence token; one that they spell is text.
 
     Raises:
         ValueError: an agent's role without a prompt, or a tokenizer without an end-of-sequence token.
@@ -31,7 +32,7 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.encode_prompts(items)
-        answers = self.tokenizer([item["answer"] for item in items], add_special_tokens=False)["input_ids"]
+        answers = encode_texts(self.tokenizer, [item["answer"] for item in items])
         batch["answer_ids"], batch["answer_lengths"] = pack([a + [self.tokenizer.eos_token_id] for a in answers])
         return batch
 

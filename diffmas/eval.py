@@ -27,6 +27,8 @@ from diffmas.launch import check_alone, join
 from diffmas.lock import locked
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods import METHODS, Method, choose_methods
+from diffmas.needs import check_prompts, method_left_out, print_left_out, roles_of, variants_left_out
+from diffmas.prompts.dates import print_date
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, anchored, describe, load_run, read_description
 from diffmas.tasks import Task, TaskArguments, load_task
@@ -52,7 +54,9 @@ class EvalArguments:
         default=None, metadata={"help": "Where results go; default: RUN/eval, with --methods RUN/methods or a new RUN."}
     )
     task: str | None = field(default=None, metadata={"help": "The task's .jsonl file, where it has moved."})
-    variants: str = field(default=",".join(VARIANTS), metadata={"help": f"Any of {', '.join(VARIANTS)}."})
+    variants: str | None = field(
+        default=None, metadata={"help": f"Any of {', '.join(VARIANTS)}; default: all that say something about the run."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of the noise control."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
@@ -96,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: EvalArguments) -> int:
     started = time.perf_counter()
-    variants = [v.strip() for v in args.variants.split(",")]
+    variants = [v.strip() for v in args.variants.split(",")] if args.variants else list(VARIANTS)
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise ValueError(f"variants has {unknown}; allowed: {', '.join(VARIANTS)}")
     # Under torchrun, this joins the other processes.
@@ -111,11 +115,20 @@ def _evaluate(args: EvalArguments) -> int:
     decoding = Decoding(**{**run.decoding, **given, "seed": args.seed})
     run.system.to(device)
     task = _load_held_out(task_args, run.task.eval_size)
+    check_prompts(task, roles_of(run.system.topology), training=False)
+    left_out = {v: why for v, why in variants_left_out(task, run.system.topology).items() if v in variants}
+    for variant, reason in left_out.items():
+        if args.variants:
+            raise ValueError(f"variants has {variant!r}: {reason}; allowed: {', '.join(VARIANTS.keys() - left_out)}")
     task.ready()
     if args.eval_size is None and run.data.get("eval", same := fingerprint(task.eval)) != same and process() == 0:
         print(f"the held-out items are not those of {args.run}'s own evaluation")
     evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
     first = process() == 0
+    if first:
+        print_date(run.tokenizer, task_args.date)
+        print_left_out(left_out)
+    variants = [variant for variant in variants if variant not in left_out]
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
     peak = max(gathered([peak_memory_mb()]))
     if not first:
@@ -130,6 +143,7 @@ def _write(folder, args, run, task, task_args, decoding, accuracies, records, st
     summary = {
         **accuracy_fields(accuracies),
         "eval_items": len(task.eval),
+        "left_out": left_out,
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mb": round(peak),
         "evaluation": asdict(decoding),
@@ -181,6 +195,8 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
             print(f"{run} was trained with {other}: its adapter is not taken for {trained}")
         else:
             adapters[name, trained, own_seed] = run
+    if args.methods == "all":
+        methods = _applicable(methods, [Settings(f, PROGRAM) for f in by_task.values()])
     comparison = Comparison(
         folder, by_task, methods, seeds, controls,
         Options(args.samples, args.batch_size, args.max_message_tokens),
@@ -200,11 +216,26 @@ def _same_task(a: str, b: str) -> bool:
     return anchored(TaskArguments(task=a)).task == anchored(TaskArguments(task=b)).task
 
 
+def _applicable(methods: Sequence[Method], settings: Sequence[Settings]) -> list[Method]:
+    """Those methods that apply to every task; the others are named."""
+    tasks = [(load_task(s.task), s.topology) for s in settings]
+    kept = []
+    for method in methods:
+        reasons = (method_left_out(method, task, topology) for task, topology in tasks)
+        if (reason := next(filter(None, reasons), None)) is None:
+            kept.append(method)
+        else:
+            print(f"method {method.name} is left out: {reason}", flush=True)
+    return kept
+
+
 def _method_of(description: dict[str, Any]) -> str:
     """The method a run of `diffmas.train` is."""
     topology = Topology.from_dict(description["topology"])
-    if topology.name in ("single", "stitch"):
-        return {"single": "single+sft", "stitch": "stitch+train"}[topology.name]
+    if len(topology.agents) == 1:
+        return "single+sft"
+    if topology.name == "stitch":
+        return "stitch+train"
     return "diffmas+detach" if description["system"]["detach_trace"] else "diffmas"
 
 

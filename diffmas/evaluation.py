@@ -15,7 +15,7 @@ from diffmas.methods.base import TraceChannel
 from diffmas.records import Record
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Item, Task
-from diffmas.topology import TOPOLOGIES
+from diffmas.topology import alone
 
 #: What an evaluation measures, in the order it is reported; the key is the suffix of `accuracy` in summaries.
 VARIANTS = {
@@ -68,7 +68,7 @@ class Evaluator:
         with root_unsharded(self.system):
             system = self.system
             if variant == "single":
-                system = _on_same_model(system, topology=TOPOLOGIES["single"])
+                system = _on_same_model(system, topology=alone(system.topology))
             elif variant == "training_free":
                 system = _on_same_model(system, alignment=system.alignment.initial)
             with evaluating(system, adapter=variant in CONTROLS):
@@ -92,7 +92,7 @@ class Evaluator:
 
 
 def evaluate_all(
-    evaluator: Evaluator, variants: Sequence[str] = tuple(VARIANTS), *, show_progress: bool = True
+    evaluator: Evaluator, variants: Sequence[str], *, show_progress: bool = True
 ) -> tuple[dict[str, float], list[Record]]:
     """Accuracy by variant and all records, with a progress bar on the terminal."""
     items = evaluator.task.eval

@@ -58,7 +58,8 @@ class HarnessModel(LM):
         loaded = load_run(run)
         self.system, self.tokenizer = loaded.system, loaded.tokenizer
         self.system.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.prompts = Prompts.load(prompts or loaded.task.prompts or "reasoning")
+        own = Prompts.load(prompts or loaded.task.prompts or "reasoning")
+        self.prompts = replace(own, date=loaded.task.date)
         self.size, self.adapter = int(batch_size), adapter
         self.decoding = Decoding(max_new_tokens=max_new_tokens, temperature=0)
 

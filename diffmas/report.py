@@ -66,7 +66,8 @@ def write_report(folder: str | Path) -> Path:
     body = [heading(f"{summary['task']['task']}: what the trace carries", 1)]
     if rows := _accuracies(summary):
         body += [table(["", "accuracy"], [(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
-        body.append(note(f"{summary['eval_items']} held-out items."))
+        missing = [f"Not evaluated: {VARIANTS[v]} ({reason})." for v, reason in summary.get("left_out", {}).items()]
+        body.append(note(" ".join([f"{summary['eval_items']} held-out items.", *missing])))
     if any("loss" in entry for entry in metrics):
         body += [heading("Training"), svg(_curves, metrics)]
     if (folder / PROFILE_FILE).is_file():

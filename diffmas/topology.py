@@ -162,6 +162,11 @@ TOPOLOGIES = {
 }
 
 
+def alone(topology: Topology) -> Topology:
+    """The one agent that a team is compared with; of a topology of one agent, that agent itself."""
+    return topology if len(topology.agents) == 1 else TOPOLOGIES["single"]
+
+
 def load_topology(name_or_path: str, handover: str | None = None) -> Topology:
     """A built-in topology by name, or one from a YAML file; `handover` overrides the topology's own.
 

@@ -9,7 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,16 @@ from diffmas.distributed import (
     processes,
     settle_sharding,
 )
-from diffmas.evaluation import Evaluator, evaluate_all
+from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.generation import Decoding
 from diffmas.liger import check_liger, fuse_liger
 from diffmas.lock import locked
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.model_source import check_source
+from diffmas.needs import check_prompts, print_left_out, roles_of, variants_left_out
 from diffmas.precision import check_base, settle_precision
 from diffmas.profiling import ProfileStep
+from diffmas.prompts.dates import print_date, today
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.resuming import check_same, checkpoint_of, given_settings, run_folder
 from diffmas.runs import (
@@ -54,7 +56,7 @@ from diffmas.runs import (
 )
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
-from diffmas.topology import Topology
+from diffmas.topology import Topology, load_topology
 from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 from diffmas.training_arguments import check_batches
 
@@ -129,15 +131,23 @@ def _train(
     if args.use_liger_kernel:
         check_liger(args.device, args.liger_kernel_config)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
+    task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
+    topology = topology or load_topology(system_args.topology, system_args.handover)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
         raise ValueError("the training set is empty; allowed: at least one item")
     check_batches(args, len(task.train))
+    check_prompts(task, roles_of(topology), training=True)
+    left_out = {} if args.disable_final_eval else variants_left_out(task, topology)
+    if process() == 0:
+        print_left_out(left_out)
     if not args.disable_final_eval or args.eval_strategy != "no":
         task.ready()
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology)
     check_base(system.language_model.dtype)
+    if process() == 0:
+        print_date(tokenizer, task_args.date)
     if args.use_liger_kernel:
         fuse_liger(system.model, args.device, args.liger_kernel_config)
         # Done: the Trainer would look for a transformers model and find a system.
@@ -182,10 +192,11 @@ def _train(
     save_weights(system, folder)
     summary: dict[str, Any] = {}
     if not args.disable_final_eval:
-        accuracies, records = evaluate_all(evaluator, show_progress=first and not args.disable_tqdm)
+        variants = [variant for variant in VARIANTS if variant not in left_out]
+        accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
         if first:
             write_records(folder, records)
-        summary.update(accuracy_fields(accuracies), eval_items=len(task.eval))
+        summary.update(accuracy_fields(accuracies), eval_items=len(task.eval), left_out=left_out)
     peak = max(gathered([peak_memory_mb()]))
     if not first:
         return 0

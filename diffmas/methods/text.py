@@ -18,6 +18,7 @@ import torch
 from diffmas.data import pack
 from diffmas.methods.base import Method, Reading, TraceChannel
 from diffmas.methods.text_cache import TextCache, base_fingerprint, fingerprint
+from diffmas.prompts.dates import template_options
 from diffmas.topology import Agent, Topology
 
 TEXTS_FILE = "texts.sqlite"
@@ -49,7 +50,8 @@ class TextChannel(TraceChannel):
         """Keep texts for training in `folder`, by all that decides them; other runs on the same items share them."""
         self._kept = TextCache(folder / TEXTS_FILE)
         tokenizer = [self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())]
-        decided_by = [self.team.to_dict(), self.prompts.roles, asdict(self.decoding), tokenizer]
+        dated = [*template_options(self.tokenizer, self.prompts.date).values()]
+        decided_by = [self.team.to_dict(), self.prompts.roles, asdict(self.decoding), tokenizer, *dated]
         self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
         return self
 

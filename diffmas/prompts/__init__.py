@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.prompts.control_tokens import ControlTokens, unused_mark
+from diffmas.prompts.dates import template_options
 from diffmas.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parent
@@ -24,11 +27,12 @@ class Prompts:
     Templates are `str.format` strings over an item's fields; `system` is optional. The role "default", where
     there is one, serves every role without an entry of its own. Where agents talk in text, what earlier ones wrote is
     put before `user`, under their names; `text`, an optional template with a place `{messages}`, is used instead.
-    Errors name the `source`.
+    Errors name the `source`. `date` (2026-01-31) is what a chat template takes for today; None: the day it is.
     """
 
     roles: Mapping[str, Mapping[str, str]]
     source: str = "prompts"
+    date: str | None = None
 
     @classmethod
     def load(cls, path: str | Path) -> Prompts:
@@ -51,11 +55,15 @@ class Prompts:
                 _parse(template, f"{source}: {kind} of role {name}")
         return cls(roles, source)
 
-    def check(self, item: Mapping[str, Any]) -> None:
-        """Raise `ValueError` where a prompt cannot be filled with an item like this one."""
-        for name in self.roles:
-            self.messages(name, item)
-            self.messages(name, item, [(name, "text")])
+    def has(self, role: str) -> bool:
+        """Whether there is a prompt for `role`."""
+        return role in self.roles or "default" in self.roles
+
+    def check(self, role: str, item: Mapping[str, Any]) -> None:
+        """Raise `ValueError` where a prompt of `role` cannot be filled with `item`."""
+        self.messages(role, item)
+        if "text" in self._template(role):
+            self.messages(role, item, [(role, "text")])
 
     def fields(self, role: str) -> list[str]:
         """Fields of an item that the prompt of `role` names, in its order.
@@ -91,6 +99,7 @@ class Prompts:
             wrong = f"names the field {error}"
         except (ValueError, AttributeError, LookupError, TypeError) as error:
             wrong = f"cannot be filled ({error})"
+        role = role if role in self.roles else "default"
         raise ValueError(f"{self.source}: {kind} of role {role} {wrong}; allowed: {', '.join(item)}")
 
     def _template(self, role: str) -> Mapping[str, str]:
@@ -106,20 +115,43 @@ class Prompts:
         tokenizer: PreTrainedTokenizerBase,
         written: Sequence[Sequence[tuple[str, str]]] | None = None,
     ) -> list[list[int]]:
-        """Token ids of every item's prompt, ready for an answer to follow; `written`: per item, as in `messages`."""
+        """Token ids of every item's prompt, ready for an answer to follow; `written`: per item, as in `messages`.
+
+        Control tokens that an item or a `written` text spells are text; those in the role prompt are control tokens.
+        """
         written = [()] * len(items) if written is None else written
-        chats = [self.messages(role, item, texts) for item, texts in zip(items, written, strict=True)]
-        if tokenizer.chat_template:
-            texts = [tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in chats]
-        else:
-            texts = ["\n\n".join(m["content"] for m in chat) + "\n" for chat in chats]
-        return tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        control, add = ControlTokens.of(tokenizer), not tokenizer.chat_template
+        rows: list[list[int]] = [[]] * len(items)
+        plain: dict[int, str] = {}
+        for i, (item, texts) in enumerate(zip(items, written, strict=True)):
+            fillings = [item, [list(text) for text in texts]]
+            if not control.spelled_in(fillings):
+                plain[i] = self._render(self.messages(role, item, texts), tokenizer)
+                continue
+            mark = unused_mark([*fillings, tokenizer.chat_template, self._template(role)])
+            marked = [(name, control.marked(text, mark)) for name, text in texts]
+            text = self._render(self.messages(role, control.marked(item, mark), marked), tokenizer)
+            rows[i] = control.encode(text, mark, add_special_tokens=add)
+        if plain:
+            encoded = tokenizer([*plain.values()], add_special_tokens=add)["input_ids"]
+            for i, ids in zip(plain, encoded, strict=True):
+                rows[i] = ids
+        return rows
+
+    def _render(self, chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
+        """The chat as the tokenizer's template writes it, or its contents alone where there is no template."""
+        if not tokenizer.chat_template:
+            return "\n\n".join(message["content"] for message in chat) + "\n"
+        options = template_options(tokenizer, self.date)
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
 
 
 def _parse(template: str, what: str) -> list[str]:
     """The fields a template names; ValueError where its braces do not match."""
     try:
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name]
+        named = [name for _, name, _, _ in string.Formatter().parse(template) if name]
     except ValueError as error:
         allowed = "{field} for a field, {{ and }} for braces"
         raise ValueError(f"{what} is {template!r} ({error}); allowed: {allowed}") from None
+    # Of `{steps[0]}` and `{author.name}`, what an item has to hold.
+    return [re.split(r"[.\[]", name)[0] for name in named]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from diffmas.prompts.dates import parse_date
 from diffmas.tasks import (
     aime,
     arc,
@@ -47,15 +48,16 @@ def load_task(args: TaskArguments) -> Task:
     """The task that `args` describes. Items to train on may be read only when they are first looked at.
 
     Raises:
-        ValueError: an unknown task, an item without question or answer, no item at all, a size below 1, an `eval_file`
-            or `checker` for a task that is no file, a `data_dir` for one that reads none, prompts that its items cannot
-            fill.
+        ValueError: an unknown task, an item without question or answer, no item at all, a size below 1, a `date` that
+            is none, an `eval_file` or `checker` for a task that is no file, a `data_dir` for one that reads none.
         FileNotFoundError: a data, prompt or evaluation file that does not exist.
         ModuleNotFoundError: a package the task needs is not installed.
     """
     for name in ("train_size", "eval_size"):
         if (size := getattr(args, name)) is not None and size < 1:
             raise ValueError(f"{name} is {size}; allowed: integers ≥ 1")
+    if args.date is not None:
+        parse_date(args.date)
     load = _loader(args.task)
     if args.eval_file is not None and load is not jsonl.load:
         raise ValueError(
@@ -69,8 +71,7 @@ def load_task(args: TaskArguments) -> Task:
             f"{', '.join(name for name, reads in LOADERS.items() if reads is not relay.load)}"
         )
     task = load(args)
-    if len(task.eval):
-        task.prompts.check(task.eval[0])
+    task = replace(task, prompts=replace(task.prompts, date=args.date))
     if args.eval_size is None or len(task.eval) <= args.eval_size:
         return task
     return replace(task, eval=task.eval[: args.eval_size])

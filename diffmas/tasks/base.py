@@ -85,6 +85,10 @@ class TaskArguments:
     prompts: str | None = field(
         default=None, metadata={"help": "YAML file of role prompts, or a built-in family; default: the task's own."}
     )
+    date: str | None = field(
+        default=None,
+        metadata={"help": "What a chat template takes for today, e.g. 2026-01-31; default: the day a run was begun."},
+    )
     train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
     slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})

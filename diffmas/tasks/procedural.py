@@ -51,6 +51,9 @@ def load(args: TaskArguments) -> Task:
 class Drawn(Sequence):
     """Items to train on, generated when they are looked at; item i depends on the data set and i alone."""
 
+    #: With the same fields each.
+    drawn = True
+
     def __init__(self, dataset: Any, size: int | None = None):
         self._dataset, self._size = dataset, len(dataset) if size is None else size
 

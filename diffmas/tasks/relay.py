@@ -49,6 +49,9 @@ class Relay(Sequence):
     different evidences) that the splits could not be kept apart.
     """
 
+    #: Made when looked at, with the same fields each.
+    drawn = True
+
     def __init__(self, split: str = "train", *, size: int = 1024, slots: int = 8, values: int = 16, seed: int = 0):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
