@@ -1,6 +1,11 @@
 """Multi-agent systems of language models that communicate through key/value traces and are trained through them."""
 
-from diffmas.system import MultiAgentSystem, TrajectoryOutput
-from diffmas.topology import Agent, Topology, TopologyError, load_topology
+from diffmas.interrupts import leave_on_interrupt
+
+# Before the imports that take seconds.
+leave_on_interrupt()
+
+from diffmas.system import MultiAgentSystem, TrajectoryOutput  # noqa: E402
+from diffmas.topology import Agent, Topology, TopologyError, load_topology  # noqa: E402
 
 __all__ = ["Agent", "MultiAgentSystem", "Topology", "TopologyError", "TrajectoryOutput", "load_topology"]

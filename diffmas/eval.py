@@ -18,22 +18,26 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from diffmas.arguments import ERRORS, Parser
+from diffmas.arguments import Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings, changes
 from diffmas.comparison_report import print_comparison, write_comparison_report
 from diffmas.controls import CONTROLS
 from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
+from diffmas.failures import run_program
 from diffmas.generation import Decoding
+from diffmas.interrupts import raise_on_interrupt
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods import METHODS, Method, choose_methods
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run
+from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run, read_description
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.topology import Topology
 from diffmas.yaml_file import read_yaml
 
 PROGRAM = "python -m diffmas.eval"
+#: What takes less memory where it is smaller.
+LOWER = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
@@ -79,16 +83,17 @@ class EvalArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table, write records, summary and report. Returns the process's exit status."""
+    raise_on_interrupt()
     parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown and args.methods is None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
+
+    def work() -> int:
         _check_used(args)
         return _evaluate(args) if args.methods is None else _compare(args, unknown)
-    except ERRORS as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+
+    return run_program(PROGRAM, work, lower=LOWER)
 
 
 def _evaluate(args: EvalArguments) -> int:
@@ -137,7 +142,7 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     controls = [c.strip() for c in args.controls.split(",")]
     if unknown := [c for c in controls if c not in CONTROLS]:
         raise ValueError(f"controls has {unknown}; allowed: {', '.join(CONTROLS)}")
-    description = json.loads((run / SYSTEM_FILE).read_text()) if (run / SYSTEM_FILE).is_file() else {}
+    description = read_description(run) if (run / SYSTEM_FILE).is_file() else {}
     own_seed = description.get("training", {}).get("seed", 0)
     seeds = [own_seed] if args.seeds is None else integers("seeds", args.seeds)
     parts = [dict(description.get(part, {})) for part in ("system", "task", "decoding", "training")]

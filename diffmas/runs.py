@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
+from diffmas.failures import reading, writing
 from diffmas.loss import LOSSES
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments
@@ -90,7 +91,11 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
     """
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
-    source = args.model or EMBEDDED_PATH
+    with reading(f"model {args.model or 'embedded base'}"):
+        return _load_base(args, args.model or EMBEDDED_PATH)
+
+
+def _load_base(args: SystemArguments, source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.quantization != "none":
         return _load_quantized(args, source, torch.bfloat16 if dtype == "auto" else dtype)
@@ -162,11 +167,13 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     trained = None
     if is_sharded(system):
         trained = {n: whole(p.detach()).cpu() for n, p in system.model.named_parameters() if p.requires_grad}
-    system.model.save_pretrained(folder, state_dict=trained, is_main_process=first)
+    with writing(folder / ADAPTER_FILE):
+        system.model.save_pretrained(folder, state_dict=trained, is_main_process=first)
     if system.alignment.kind == "learned":
         weight = whole(system.alignment.weight.detach())
         if first:
-            save_file({"weight": weight.cpu().contiguous()}, folder / ALIGNMENT_FILE)
+            with writing(folder / ALIGNMENT_FILE):
+                save_file({"weight": weight.cpu().contiguous()}, folder / ALIGNMENT_FILE)
 
 
 def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
@@ -174,14 +181,19 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
+    with reading(str(folder / ADAPTER_FILE)):
+        _load_adapter(system, folder)
+    if system.alignment.kind == "learned":
+        _load_alignment(system, folder)
+
+
+def _load_adapter(system: MultiAgentSystem, folder: Path) -> None:
     if is_sharded(system):
         adapter = {n.replace(".default", ""): p for n, p in system.model.named_parameters() if p.requires_grad}
         for name, value in load_file(folder / ADAPTER_FILE).items():
             _copy(value, adapter[name])
     else:
         system.model.load_adapter(str(folder), "default", is_trainable=True)
-    if system.alignment.kind == "learned":
-        _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
 
 
 @torch.no_grad()
@@ -216,24 +228,46 @@ def load_run(folder: str | Path) -> Run:
     """The system a run's folder describes, with its trained weights.
 
     Raises:
-        FileNotFoundError: a folder without `system.json` or without an adapter.
+        FileNotFoundError: a folder without `system.json` or without an adapter. ValueError: one that cannot be read.
     """
     folder = Path(folder)
-    if not (folder / SYSTEM_FILE).is_file():
-        raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
-    description = json.loads((folder / SYSTEM_FILE).read_text())
-    args = _known(SystemArguments, description["system"])
+    description = read_description(folder)
+    args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
     model, tokenizer = load_base(args)
-    system = _assemble(
-        PeftModel.from_pretrained(model, str(folder), is_trainable=True),
-        Topology.from_dict(description["topology"]),
-        args,
-    )
+    with reading(f"the adapter of run {folder}"):
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    system = _assemble(adapted, Topology.from_dict(description["topology"]), args)
     if system.alignment.kind == "learned":
-        _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
-    return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"])
+        _load_alignment(system, folder)
+    return Run(system, tokenizer, args, task, description["decoding"])
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What `system.json` of a run's folder says.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is no JSON, or not what :func:`describe` writes.
+    """
+    path = Path(folder, SYSTEM_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
+    with reading(str(path)):
+        found = json.loads(path.read_text(encoding="utf-8"))
+    parts = ("system", "topology", "task", "decoding")
+    if not isinstance(found, dict) or (missing := [p for p in parts if not isinstance(found.get(p), dict)]):
+        what = f"no {', '.join(missing)}" if isinstance(found, dict) else f"{type(found).__name__} in it"
+        raise ValueError(f"{path} has {what}; allowed: the file that diffmas.train wrote")
+    return found
+
+
+def _load_alignment(system: MultiAgentSystem, folder: Path) -> None:
+    path = folder / ALIGNMENT_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"run {folder} has no {ALIGNMENT_FILE}, which a learned alignment is kept in")
+    with reading(str(path)):
+        _copy(load_file(path)["weight"], system.alignment.weight)
 
 
 def _known(kind: type, values: dict[str, Any]) -> Any:

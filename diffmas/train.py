@@ -16,7 +16,7 @@ from rich.console import Console
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from diffmas.arguments import ERRORS, DecodingArguments, Parser, TrainArguments, parse
+from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.data import Collator
 from diffmas.distributed import (
@@ -24,12 +24,13 @@ from diffmas.distributed import (
     decided_by_first,
     gathered,
     is_sharded,
-    process,
     processes,
     settle_sharding,
 )
 from diffmas.evaluation import Evaluator, evaluate_all
+from diffmas.failures import run_program
 from diffmas.generation import Decoding
+from diffmas.interrupts import raise_on_interrupt
 from diffmas.liger import fuse_liger
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.precision import check_base, settle_precision
@@ -43,6 +44,8 @@ from diffmas.topology import Topology
 from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 
 PROGRAM = "python -m diffmas.train"
+#: What takes less memory where it is smaller.
+LOWER = "--per_device_train_batch_size, --latent_steps, --max_new_tokens, --lora_rank; or --checkpointing all"
 EVAL_DURING_TRAINING = 256
 #: Of the training arguments, besides the seed, what decides which weights come out.
 WEIGHT_SETTINGS = (
@@ -58,13 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
     # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    arguments = parse_arguments(argv)
-    try:
-        return train(*arguments)
-    except ERRORS as error:
-        where = f" in process {process()}" if process() else ""
-        print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
-        return 2
+    raise_on_interrupt()
+    return run_program(PROGRAM, lambda: train(*parse_arguments(argv)), lower=LOWER)
 
 
 def parse_arguments(

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from diffmas.batching import ItemLengths, LengthGrouped
 from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
+from diffmas.failures import out_of_memory, writing
 from diffmas.records import write_atomically
 from diffmas.runs import load_weights, save_weights
 
@@ -65,7 +66,9 @@ class SystemTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         try:
             return super().training_step(model, inputs, num_items_in_batch)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             rows = len(inputs["answer_lengths"])
             raise torch.OutOfMemoryError(
                 f"a micro-batch of {rows} rows does not fit into memory; try --auto_batch, --checkpointing auto, or a "
@@ -99,6 +102,10 @@ class SystemTrainer(Trainer):
         save_weights(self.accelerator.unwrap_model(self.model), folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with writing(Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)

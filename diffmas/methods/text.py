@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffmas.data import pack
+from diffmas.failures import filling_template
 from diffmas.methods.base import Method, Reading, TraceChannel
 from diffmas.methods.text_cache import TextCache, base_fingerprint, fingerprint
 from diffmas.topology import Agent, Topology
@@ -91,7 +92,8 @@ class TextChannel(TraceChannel):
 
     def _prompts(self, agent: Agent, items, texts: dict[str, list[str]]):
         written = [[(n, texts[n][i]) for n in self.team.ancestors(agent.name)] for i in range(len(items))]
-        return pack(self.prompts.encode(agent.role, items, self.tokenizer, written))
+        with filling_template(agent.role):
+            return pack(self.prompts.encode(agent.role, items, self.tokenizer, written))
 
     def _generate(self, ids, lengths, seeds):
         training = self.system.training
