@@ -17,6 +17,7 @@ from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.failures import reading, writing
 from diffmas.loss import LOSSES
+from diffmas.room import check_adapter
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments
 from diffmas.topology import Topology, load_topology
@@ -134,6 +135,7 @@ def build_system(
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
     model, tokenizer = load_base(args)
+    check_adapter(model, args.lora_rank, args.lora_targets)
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0

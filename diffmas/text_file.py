@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read_text(path: str | Path, argument: str) -> str:
@@ -17,24 +17,33 @@ def read_text(path: str | Path, argument: str) -> str:
         FileNotFoundError: no such file. IsADirectoryError: a folder.
         ValueError: bytes that are no UTF-8, or no gzip where that is what the name says.
     """
+    data, path = read_bytes(path, argument), Path(path)
+    try:
+        return decoded(gzip.decompress(data) if path.suffix == ".gz" else data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{argument}: {path} is not a whole gzip file ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path} is {error}") from None
+
+
+def read_bytes(path: str | Path, argument: str) -> bytes:
+    """All of a file; FileNotFoundError and IsADirectoryError name the argument."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{argument} is {str(path)!r}: a folder; allowed: a file")
     if not path.is_file():
         raise FileNotFoundError(f"{argument} is {str(path)!r}: no such file")
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{argument}: {path} is not a whole gzip file ({error})") from None
+    return path.read_bytes()
+
+
+def decoded(data: bytes) -> str:
+    """UTF-8 without a byte order mark; ValueError says what else it is, and where."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        kind = _MARKS.get(data[:2])
         line = data.count(b"\n", 0, error.start) + 1
-        found = f"it begins like {kind}" if kind else f"byte {data[error.start]:#04x} in line {line}"
-        raise ValueError(f"{argument}: {path} is not UTF-8 ({found}); allowed: UTF-8, with or without a mark") from None
+        found = "it begins like UTF-16" if data[:2] in _UTF16 else f"byte {data[error.start]:#04x} in line {line}"
+        raise ValueError(f"not UTF-8 ({found}); allowed: UTF-8, with or without a mark") from None
 
 
 def check_characters(value: Any, where: str) -> None:

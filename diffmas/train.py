@@ -33,7 +33,9 @@ from diffmas.generation import Decoding
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.liger import fuse_liger
 from diffmas.machine import machine, peak_memory_mb
+from diffmas.methods.base import TraceChannel
 from diffmas.precision import check_base, settle_precision
+from diffmas.preflight import check_evaluation, check_training_memory, check_training_positions, length_bound
 from diffmas.profiling import ProfileStep
 from diffmas.records import write_atomically
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
@@ -112,6 +114,13 @@ def train(
     description["training"] = {"seed": args.seed, **weight_settings(args)}
     collate = collator(system, task, tokenizer)
     lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
+    own_prompts = Collator(system.topology, task.prompts, tokenizer)
+    own_lengths = lengths if type(collate) in (Collator, TraceChannel) else ItemLengths(task.train, own_prompts)
+    bound = length_bound(own_prompts, task.train)
+    check_training_memory(system, args, 1 if args.auto_batch else args.per_device_train_batch_size, own_lengths, bound)
+    check_training_positions(system, own_lengths, bound)
+    if not args.disable_final_eval or args.eval_strategy != "no":
+        check_evaluation(system, own_prompts, task.eval, decoding, args.per_device_eval_batch_size)
     fitted: dict[str, Any] = {}
     if adapting:
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from diffmas.text_file import check_characters, read_text
+from diffmas.text_file import check_characters, decoded, read_bytes
 
 
 def read_yaml(path: str | Path, argument: str) -> Any:
@@ -16,9 +16,9 @@ def read_yaml(path: str | Path, argument: str) -> Any:
     Raises:
         FileNotFoundError: no such file. IsADirectoryError: a folder. ValueError: no UTF-8, or no YAML in it.
     """
-    text = read_text(path, argument)
+    data = read_bytes(path, argument)
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(decoded(data))
         check_characters(value, "the file")
         return value
     # Besides its own errors, PyYAML lets through those of what it builds, such as a day that no month has.

@@ -22,6 +22,8 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
         ValueError: no UTF-8, a line that is no JSON object or names a field twice, or no line at all.
     """
     path, items = Path(path), []
+    if not path.exists():
+        raise FileNotFoundError(f"{name}: no such file: {path}")
     for number, line in enumerate(io.StringIO(read_text(path, name)), 1):
         if not line.strip():
             continue
