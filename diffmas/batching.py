@@ -30,7 +30,7 @@ class ItemLengths:
         self._items, self._collator, self._show_progress = items, collator, show_progress
 
     @cached_property
-    def _rows(self) -> list[tuple[int, ...]]:
+    def rows(self) -> list[tuple[int, ...]]:
         """Per item, its prompts' lengths in the order of the topology's agents, and its answer's."""
         rows: list[tuple[int, ...]] = []
         starts = range(0, len(self._items), _CHUNK)
@@ -43,17 +43,12 @@ class ItemLengths:
     @cached_property
     def totals(self) -> list[int]:
         """Tokens of every item, all agents together."""
-        return [sum(row) for row in self._rows]
+        return [sum(row) for row in self.rows]
 
     @property
     def count(self) -> int:
         """Of the items."""
         return len(self._items)
-
-    @property
-    def rows(self) -> list[tuple[int, ...]]:
-        """Per item, its prompts' lengths in the order of the topology's agents, and its answer's."""
-        return self._rows
 
     def longest_item(self) -> tuple[int, int]:
         """Index and tokens of the longest item."""
@@ -62,8 +57,8 @@ class ItemLengths:
 
     def longest(self, count: int) -> tuple[list[list[int]], list[int]]:
         """Prompt lengths by agent and answer lengths of the `count` longest items."""
-        order = sorted(range(len(self._rows)), key=self.totals.__getitem__, reverse=True)[:count]
-        *prompts, answers = map(list, zip(*(self._rows[i] for i in order), strict=True))
+        order = sorted(range(len(self.rows)), key=self.totals.__getitem__, reverse=True)[:count]
+        *prompts, answers = map(list, zip(*(self.rows[i] for i in order), strict=True))
         return prompts, answers
 
 

@@ -19,6 +19,7 @@ from diffmas.generation import Decoding
 from diffmas.inspection import Inspection, inspect
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.prompts import Prompts
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs import SystemArguments, load_base, load_run
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments, load_task
@@ -69,12 +70,15 @@ class Chat:
         self, system: MultiAgentSystem, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, decoding: Decoding
     ):
         self.system, self.tokenizer, self.decoding = system, tokenizer, decoding
-        self._collator = Collator(system.topology, prompts, tokenizer)
+        self._prompts, self._collator = prompts, Collator(system.topology, prompts, tokenizer)
         self.fields = list(dict.fromkeys(f for a in system.topology.agents for f in prompts.fields(a.role)))
 
     def answer(self, item: dict[str, str]) -> Iterator[str]:
         """Pieces of the answer as they come; afterwards :meth:`inspect` looks at it."""
+        before = cut_summary(self._prompts)
         self._encoded = self._collator.encode_prompts([item])
+        if (cut := cut_summary(self._prompts)) != before:
+            print(f"({cut_line(cut)})", file=sys.stderr)
         for event in self.system.stream(**self._encoded, tokenizer=self.tokenizer, decoding=self.decoding):
             if event.text:
                 yield event.text

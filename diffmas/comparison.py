@@ -17,6 +17,7 @@ from diffmas.answering import answer, batches, evaluating, progress_bar
 from diffmas.generation import Decoding
 from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.records import Record, RecordFile, write_atomically
 from diffmas.report import SUMMARY_FILE
 from diffmas.runs import build_system, load_weights
@@ -126,6 +127,9 @@ class Comparison:
                     for method in self.methods:
                         for seed in self.seeds:
                             self._evaluate(file, name, task, method, seed, advance)
+            for name, cut in self._cut().items():
+                if line := cut_line(cut):
+                    print(f"{name}: {line}")
             return self.summarise(file.records)
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -133,11 +137,17 @@ class Comparison:
         names = list(dict.fromkeys([*(m.name for m in self.methods), *(r.method for r in records)]))
         summary = {
             **summarise(records, names),
+            **({"cut": self._cut()} if self._cut() else {}),
             "machine": machine(),
             "settings": json.loads((self.folder / SETTINGS_FILE).read_text()),
         }
         write_atomically(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         return summary
+
+    def _cut(self) -> dict[str, dict[str, int]]:
+        """By task, what was cut of its prompts since this comparison was begun."""
+        found = {name: cut_summary(task.prompts) for name, task in self.tasks.items()}
+        return {name: cut for name, cut in found.items() if cut}
 
     def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
         decoding = self._decoding(name)

@@ -29,6 +29,7 @@ from diffmas.generation import Decoding
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods import METHODS, Method, choose_methods
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, describe, load_run, read_description
 from diffmas.tasks import Task, TaskArguments, load_task
@@ -118,12 +119,16 @@ def _evaluate(args: EvalArguments) -> int:
     peak = max(gathered([peak_memory_mb()]))
     if not first:
         return 0
+    cut = cut_summary(task.prompts)
+    if line := cut_line(cut):
+        print(line)
     folder = Path(args.output_dir or Path(args.run, "eval"))
     folder.mkdir(parents=True, exist_ok=True)
     write_records(folder, records)
     summary = {
         **accuracy_fields(accuracies),
         "eval_items": len(task.eval),
+        **({"cut": cut} if cut else {}),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mb": round(peak),
         "evaluation": asdict(decoding),

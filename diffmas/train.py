@@ -37,6 +37,7 @@ from diffmas.methods.base import TraceChannel
 from diffmas.precision import check_base, settle_precision
 from diffmas.preflight import check_evaluation, check_training_memory, check_training_positions, length_bound
 from diffmas.profiling import ProfileStep
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.records import write_atomically
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
@@ -156,8 +157,11 @@ def train(
             write_records(folder, records)
         summary.update(accuracy_fields(accuracies), eval_items=len(task.eval))
     peak = max(gathered([peak_memory_mb()]))
+    cut = cut_summary(task.prompts)
     if not first:
         return 0
+    if line := cut_line(cut):
+        print(line)
     summary.update(
         seconds=round(time.perf_counter() - started, 1),
         peak_memory_mb=round(peak),
@@ -165,6 +169,7 @@ def train(
         parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
         machine=machine(),
         parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
+        **({"cut": cut} if cut else {}),
         **fitted,
         **description,
     )

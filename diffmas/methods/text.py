@@ -50,7 +50,8 @@ class TextChannel(TraceChannel):
         """Keep texts for training in `folder`, by all that decides them; other runs on the same items share them."""
         self._kept = TextCache(folder / TEXTS_FILE)
         tokenizer = [self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())]
-        decided_by = [self.team.to_dict(), self.prompts.roles, asdict(self.decoding), tokenizer]
+        longest = getattr(self.prompts, "max_tokens", None)
+        decided_by = [self.team.to_dict(), self.prompts.roles, longest, asdict(self.decoding), tokenizer]
         self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
         return self
 

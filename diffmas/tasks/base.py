@@ -75,6 +75,12 @@ class TaskArguments:
     prompts: str | None = field(
         default=None, metadata={"help": "YAML file of role prompts, or a built-in family; default: the task's own."}
     )
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt of an agent: the longest text filled into it is cut at its end; default: no limit."
+        },
+    )
     train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
     slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})
