@@ -1,9 +1,12 @@
 """Multi-agent systems of language models that communicate through key/value traces and are trained through them."""
 
-import diffmas_ops  # noqa: F401  (before anything else that imports torch; see diffmas_ops.threads)
+import diffmas_ops.threads  # noqa: F401  (before anything that imports torch)
+from diffmas.interrupts import leave_on_interrupt
 
-# isort: split
-from diffmas.system import MultiAgentSystem, TrajectoryOutput
-from diffmas.topology import Agent, Topology, TopologyError, load_topology
+# Before the imports that take seconds.
+leave_on_interrupt()
+
+from diffmas.system import MultiAgentSystem, TrajectoryOutput  # noqa: E402
+from diffmas.topology import Agent, Topology, TopologyError, load_topology  # noqa: E402
 
 __all__ = ["Agent", "MultiAgentSystem", "Topology", "TopologyError", "TrajectoryOutput", "load_topology"]

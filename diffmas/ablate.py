@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas.alignment import ALIGNMENTS
-from diffmas.arguments import ERRORS, Parser
+from diffmas.arguments import Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name
-from diffmas.eval import as_flags, integers
+from diffmas.eval import LOWER, as_flags, integers
+from diffmas.failures import run_program
+from diffmas.interrupts import raise_on_interrupt
 from diffmas.launch import check_alone
 from diffmas.methods.base import ALL_CONTROLS, Method
 from diffmas.page import heading, note, page, panels, svg, table
@@ -55,13 +57,10 @@ class AblateArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Sweep, print a table, write summary and report. Returns the process's exit status."""
+    raise_on_interrupt()
     parser = Parser(AblateArguments, prog=PROGRAM, description=__doc__)
     args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    try:
-        return _ablate(args, flags)
-    except ERRORS as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
+    return run_program(PROGRAM, lambda: _ablate(args, flags), lower=LOWER)
 
 
 def _ablate(args: AblateArguments, flags: list[str]) -> int:

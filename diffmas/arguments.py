@@ -13,15 +13,11 @@ from typing import Any, NoReturn, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 
 from diffmas.launch import check_processes, settle_processes
-from diffmas.not_finite import NotFiniteError
 from diffmas.resuming import own_settings, run_folder
-from diffmas.sandbox import SandboxError
 from diffmas.training_arguments import settle, settle_updates
 from diffmas.yaml_file import read_yaml
 
 PRESETS = Path(__file__).parent / "presets"
-#: What the programs report on a line, without a traceback.
-ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, NotFiniteError, SandboxError)
 
 
 @dataclass

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import psutil
 import torch
 from rich.progress import track
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -16,6 +15,7 @@ from diffmas.ceilings import measure_ceilings
 from diffmas.checkpointing import CHECKPOINTING
 from diffmas.costs import Plan, Shape, floor_seconds
 from diffmas.memory import MemoryModel, calibrate, plan_of
+from diffmas.room import available_bytes
 from diffmas.system import MultiAgentSystem
 
 #: Of the memory that is free, what is planned for; the rest is left to fragmentation and to others.
@@ -30,7 +30,7 @@ class ItemLengths:
         self._items, self._collator, self._show_progress = items, collator, show_progress
 
     @cached_property
-    def _rows(self) -> list[tuple[int, ...]]:
+    def rows(self) -> list[tuple[int, ...]]:
         """Per item, its prompts' lengths in the order of the topology's agents, and its answer's."""
         rows: list[tuple[int, ...]] = []
         starts = range(0, len(self._items), _CHUNK)
@@ -43,12 +43,22 @@ class ItemLengths:
     @cached_property
     def totals(self) -> list[int]:
         """Tokens of every item, all agents together."""
-        return [sum(row) for row in self._rows]
+        return [sum(row) for row in self.rows]
+
+    @property
+    def count(self) -> int:
+        """Of the items."""
+        return len(self._items)
+
+    def longest_item(self) -> tuple[int, int]:
+        """Index and tokens of the longest item."""
+        index = max(range(self.count), key=self.totals.__getitem__)
+        return index, self.totals[index]
 
     def longest(self, count: int) -> tuple[list[list[int]], list[int]]:
         """Prompt lengths by agent and answer lengths of the `count` longest items."""
-        order = sorted(range(len(self._rows)), key=self.totals.__getitem__, reverse=True)[:count]
-        *prompts, answers = map(list, zip(*(self._rows[i] for i in order), strict=True))
+        order = sorted(range(len(self.rows)), key=self.totals.__getitem__, reverse=True)[:count]
+        *prompts, answers = map(list, zip(*(self.rows[i] for i in order), strict=True))
         return prompts, answers
 
 
@@ -65,14 +75,6 @@ class LengthGrouped(LengthGroupedSampler):
     def __iter__(self):
         self.generator = torch.Generator().manual_seed(self._seed + self._epoch)
         return super().__iter__()
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that this process could still allocate on `device`."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return psutil.virtual_memory().available
 
 
 @dataclass(frozen=True)

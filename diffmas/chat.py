@@ -12,16 +12,23 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.arguments import ERRORS, Parser
+from diffmas.arguments import Parser
 from diffmas.data import Collator
+from diffmas.failures import run_program
 from diffmas.generation import Decoding
 from diffmas.inspection import Inspection, inspect
+from diffmas.interrupts import raise_on_interrupt
 from diffmas.launch import check_alone
 from diffmas.prompts import Prompts
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs import SystemArguments, load_base, load_run
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments, load_task
 from diffmas.topology import load_topology
+
+PROGRAM = "python -m diffmas.chat"
+#: What takes less memory where it is smaller.
+LOWER = "--latent_steps, --max_new_tokens, a shorter question"
 
 
 @dataclass
@@ -64,12 +71,15 @@ class Chat:
         self, system: MultiAgentSystem, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, decoding: Decoding
     ):
         self.system, self.tokenizer, self.decoding = system, tokenizer, decoding
-        self._collator = Collator(system.topology, prompts, tokenizer)
+        self._prompts, self._collator = prompts, Collator(system.topology, prompts, tokenizer)
         self.fields = list(dict.fromkeys(f for a in system.topology.agents for f in prompts.fields(a.role)))
 
     def answer(self, item: dict[str, str]) -> Iterator[str]:
         """Pieces of the answer as they come; afterwards :meth:`inspect` looks at it."""
+        before = cut_summary(self._prompts)
         self._encoded = self._collator.encode_prompts([item])
+        if (cut := cut_summary(self._prompts)) != before:
+            print(f"({cut_line(cut)})", file=sys.stderr)
         for event in self.system.stream(**self._encoded, tokenizer=self.tokenizer, decoding=self.decoding):
             if event.text:
                 yield event.text
@@ -82,30 +92,29 @@ class Chat:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask and answer until the end of the input. Returns the process's exit status."""
-    parser = Parser(ChatArguments, prog="python -m diffmas.chat", description=__doc__)
+    raise_on_interrupt()
+    parser = Parser(ChatArguments, prog=PROGRAM, description=__doc__)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return run_program(PROGRAM, lambda: _talk(args), lower=LOWER)
+
+
+def _talk(args: ChatArguments) -> int:
     console = Console(highlight=False)
-    try:
-        check_alone("chat")
-        chat = load(args)
-        if args.once is not None:
-            _show(chat, _item(args.once, chat.fields), console, args)
-            return 0
-        console.print(f"{_description(chat)}\nCtrl-D leaves.", markup=False)
-        while True:
-            item = _ask(chat.fields, console)
-            _show(chat, item, console, args)
-    except ERRORS as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except EOFError:
-        console.print()
+    check_alone("chat")
+    chat = load(args)
+    if args.once is not None:
+        _show(chat, _item(args.once, chat.fields), console, args)
         return 0
-    except KeyboardInterrupt:
-        console.print()
-        return 130
+    console.print(f"{_description(chat)}\nCtrl-D leaves.", markup=False)
+    while True:
+        try:
+            item = _ask(chat.fields, console)
+        except EOFError:
+            console.print()
+            return 0
+        _show(chat, item, console, args)
 
 
 def load(args: ChatArguments) -> Chat:

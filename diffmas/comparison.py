@@ -19,6 +19,7 @@ from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
 from diffmas.needs import ONE_ITEM, check_prompts, method_left_out, method_roles
 from diffmas.prompts.dates import print_date, today
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.records import Record, RecordFile, write_atomically
 from diffmas.report import SUMMARY_FILE
 from diffmas.runs import SYSTEM_FILE, build_system, load_weights
@@ -139,6 +140,9 @@ class Comparison:
                     for method in self.methods:
                         for seed in self.seeds:
                             self._evaluate(file, name, task, method, seed, advance)
+            for name, cut in self._cut().items():
+                if line := cut_line(cut):
+                    print(f"{name}: {line}")
             return self.summarise(file.records)
 
     def summarise(self, records: Sequence[Record]) -> dict[str, Any]:
@@ -146,11 +150,17 @@ class Comparison:
         names = list(dict.fromkeys([*(m.name for m in self.methods), *(r.method for r in records)]))
         summary = {
             **summarise(records, names),
+            **({"cut": self._cut()} if self._cut() else {}),
             "machine": machine(),
             "settings": json.loads((self.folder / SETTINGS_FILE).read_text()),
         }
         write_atomically(self.folder / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
         return summary
+
+    def _cut(self) -> dict[str, dict[str, int]]:
+        """By task, what was cut of its prompts since this comparison was begun."""
+        found = {name: cut_summary(task.prompts) for name, task in self.tasks.items()}
+        return {name: cut for name, cut in found.items() if cut}
 
     def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
         decoding = self._decoding(name)

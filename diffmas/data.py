@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.failures import filling_template
 from diffmas.prompts import Prompts
 from diffmas.prompts.control_tokens import encode_texts
 from diffmas.topology import Topology
@@ -38,7 +39,10 @@ class Collator:
 
     def encode_prompts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`prompt_ids` and `prompt_lengths` alone, for generation."""
-        packed = [pack(self.prompts.encode(a.role, items, self.tokenizer)) for a in self.topology.agents]
+        packed = []
+        for agent in self.topology.agents:
+            with filling_template(agent.role):
+                packed.append(pack(self.prompts.encode(agent.role, items, self.tokenizer)))
         return {"prompt_ids": [ids for ids, _ in packed], "prompt_lengths": [lengths for _, lengths in packed]}
 
 

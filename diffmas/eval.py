@@ -16,19 +16,22 @@ from typing import Any
 
 from transformers import set_seed
 
-from diffmas.arguments import ERRORS, Parser
+from diffmas.arguments import Parser
 from diffmas.comparison import Comparison, Interrupted, Options, Settings, changes
 from diffmas.comparison_report import print_comparison, write_comparison_report
 from diffmas.controls import CONTROLS
 from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
+from diffmas.failures import run_program
 from diffmas.generation import Decoding
+from diffmas.interrupts import raise_on_interrupt
 from diffmas.launch import check_alone, join
 from diffmas.lock import locked
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods import METHODS, Method, choose_methods
 from diffmas.needs import check_prompts, method_left_out, print_left_out, roles_of, variants_left_out
 from diffmas.prompts.dates import print_date
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, anchored, describe, load_run, read_description
 from diffmas.tasks import Task, TaskArguments, load_task
@@ -38,6 +41,8 @@ from diffmas.topology import Topology
 from diffmas.yaml_file import read_yaml
 
 PROGRAM = "python -m diffmas.eval"
+#: What takes less memory where it is smaller.
+LOWER = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
@@ -86,16 +91,17 @@ class EvalArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print a table, write records, summary and report. Returns the process's exit status."""
+    raise_on_interrupt()
     parser = Parser(EvalArguments, prog=PROGRAM, description=__doc__)
     args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown and args.methods is None:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
+
+    def work() -> int:
         _check_used(args)
         return _evaluate(args) if args.methods is None else _compare(args, unknown)
-    except ERRORS as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+
+    return run_program(PROGRAM, work, lower=LOWER)
 
 
 def _evaluate(args: EvalArguments) -> int:
@@ -133,25 +139,25 @@ def _evaluate(args: EvalArguments) -> int:
     peak = max(gathered([peak_memory_mb()]))
     if not first:
         return 0
-    folder = Path(args.output_dir or Path(args.run, "eval"))
-    with locked(folder):
-        return _write(folder, args, run, task, task_args, decoding, accuracies, records, started, peak)
-
-
-def _write(folder, args, run, task, task_args, decoding, accuracies, records, started, peak) -> int:
-    write_records(folder, records)
+    cut = cut_summary(task.prompts)
+    if line := cut_line(cut):
+        print(line)
     summary = {
         **accuracy_fields(accuracies),
         "eval_items": len(task.eval),
         "left_out": left_out,
+        **({"cut": cut} if cut else {}),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_mb": round(peak),
         "evaluation": asdict(decoding),
         "machine": machine(),
         **describe(run.system, run.args, task_args, run.decoding),
     }
-    write_summary(folder, summary)
-    report = write_report(folder)
+    folder = Path(args.output_dir or Path(args.run, "eval"))
+    with locked(folder):
+        write_records(folder, records)
+        write_summary(folder, summary)
+        report = write_report(folder)
     print_accuracies(summary)
     print(f"report: {report}")
     return 0

@@ -105,21 +105,25 @@ def plan_of(system: MultiAgentSystem, prompts: Sequence[Lengths], answers: Lengt
     return Plan.of(system.topology, system.latent_steps, prompts, answers, detach_trace=system.detach_trace)
 
 
+def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
+    """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
+    shape, dtype = Shape.of(system.language_model, autocast), autocast or system.language_model.dtype
+    return MemoryModel(
+        column=shape.column * shape.item,
+        accumulator=shape.column * shape.accumulator,
+        logit=shape.vocab * (dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize),
+        logit_chunk=chunk_tokens(shape.vocab, dtype),
+    )
+
+
 def calibrate(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
     """The memory model of `system` with its present checkpointing, from small trajectories.
 
     Leaves weights, gradients and the state of random numbers as they were. `autocast`: the dtype that training computes
     in, where it is not the model's own.
     """
-    shape, dtype = Shape.of(system.language_model, autocast), autocast or system.language_model.dtype
-    counted = dict(
-        column=shape.column * shape.item,
-        accumulator=shape.column * shape.accumulator,
-        logit=shape.vocab * (dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize),
-        logit_chunk=chunk_tokens(shape.vocab, dtype),
-    )
     samples = [_Sample.measure(system, rows, length, autocast) for rows, length in _SAMPLES]
-    bare = MemoryModel(**counted)
+    bare = counted(system, autocast)
     kept = torch.tensor([s.held - bare.saved(s.plan) for s in samples], dtype=torch.float64)
     features = torch.tensor([s.features for s in samples], dtype=torch.float64)
     if not features[0, 1]:

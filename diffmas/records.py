@@ -129,6 +129,8 @@ def _parse(content: bytes, path: Path) -> list[Record]:
 def write_atomically(path: str | Path, text: str) -> None:
     """Replace a file by one with `text`; a reader, or a kill at any moment, sees the old one or the new one."""
     path = Path(path)
+    if path.parent.exists() and not path.parent.is_dir():
+        raise NotADirectoryError(f"{path.parent} is a file; allowed: a folder")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
+from diffmas.failures import reading, writing
 from diffmas.loss import LOSSES
 from diffmas.model_source import check_source
 from diffmas.records import write_atomically
+from diffmas.room import check_adapter
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments
 from diffmas.tasks.base import JSONL
@@ -103,7 +105,11 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype is {args.dtype!r}; allowed: {', '.join(DTYPES)}")
     check_source(args.model)
-    source = args.model or EMBEDDED_PATH
+    with reading(f"model {args.model or 'embedded base'}"):
+        return _load_base(args, args.model or EMBEDDED_PATH)
+
+
+def _load_base(args: SystemArguments, source: str) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     if args.quantization != "none":
         return _load_quantized(args, source, torch.bfloat16 if dtype == "auto" else dtype)
@@ -142,6 +148,7 @@ def build_system(
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
     model, tokenizer = load_base(args)
+    check_adapter(model, args.lora_rank, args.lora_targets)
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0
@@ -182,9 +189,11 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     # Beside, and then renamed, the adapter last: where it is, all else is, and nothing is half written.
     beside = folder / ".weights"
     shutil.rmtree(beside, ignore_errors=True)
-    system.model.save_pretrained(beside, state_dict=trained)
+    with writing(folder / ADAPTER_FILE):
+        system.model.save_pretrained(beside, state_dict=trained)
     if weight is not None:
-        save_file({"weight": weight.cpu().contiguous()}, beside / ALIGNMENT_FILE)
+        with writing(folder / ALIGNMENT_FILE):
+            save_file({"weight": weight.cpu().contiguous()}, beside / ALIGNMENT_FILE)
     for path in sorted(beside.iterdir(), key=lambda path: path.name == ADAPTER_FILE):
         os.replace(path, folder / path.name)
     beside.rmdir()
@@ -195,14 +204,19 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     folder = Path(folder)
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
+    with reading(str(folder / ADAPTER_FILE)):
+        _load_adapter(system, folder)
+    if system.alignment.kind == "learned":
+        _load_alignment(system, folder)
+
+
+def _load_adapter(system: MultiAgentSystem, folder: Path) -> None:
     if is_sharded(system):
         adapter = {n.replace(".default", ""): p for n, p in system.model.named_parameters() if p.requires_grad}
         for name, value in load_file(folder / ADAPTER_FILE).items():
             _copy(value, adapter[name])
     else:
         system.model.load_adapter(str(folder), "default", is_trainable=True)
-    if system.alignment.kind == "learned":
-        _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
 
 
 @torch.no_grad()
@@ -263,12 +277,18 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     """What `system.json` holds, with the files of which the run has its own named by their place in its folder.
 
     Raises:
-        FileNotFoundError: a folder without `system.json`.
+        FileNotFoundError: there is none. ValueError: it is no JSON, or not what :func:`describe` writes.
     """
     folder = Path(folder)
-    if not (folder / SYSTEM_FILE).is_file():
+    path = folder / SYSTEM_FILE
+    if not path.is_file():
         raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
-    description = json.loads((folder / SYSTEM_FILE).read_text())
+    with reading(str(path)):
+        description = json.loads(path.read_text(encoding="utf-8"))
+    parts = ("system", "topology", "task", "decoding")
+    if not isinstance(description, dict) or (missing := [p for p in parts if not isinstance(description.get(p), dict)]):
+        what = f"no {', '.join(missing)}" if isinstance(description, dict) else f"{type(description).__name__} in it"
+        raise ValueError(f"{path} has {what}; allowed: the file that diffmas.train wrote")
     for part, name, file in OWN_FILES:
         if (folder / file).is_file():
             description[part][name] = str((folder / file).resolve())
@@ -292,23 +312,28 @@ def load_run(folder: str | Path) -> Run:
     """The system a run's folder describes, with its trained weights.
 
     Raises:
-        FileNotFoundError: a folder without `system.json` or without an adapter.
+        FileNotFoundError: a folder without `system.json` or without an adapter. ValueError: one that cannot be read.
     """
     folder = Path(folder)
     description = read_description(folder)
-    args = _known(SystemArguments, description["system"])
+    args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
     model, tokenizer = load_base(args)
-    system = _assemble(
-        PeftModel.from_pretrained(model, str(folder), is_trainable=True),
-        Topology.from_dict(description["topology"]),
-        args,
-    )
+    with reading(f"the adapter of run {folder}"):
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    system = _assemble(adapted, Topology.from_dict(description["topology"]), args)
     if system.alignment.kind == "learned":
-        _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
-    return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"],
-               description.get("data", {}))  # fmt: skip
+        _load_alignment(system, folder)
+    return Run(system, tokenizer, args, task, description["decoding"], description.get("data", {}))
+
+
+def _load_alignment(system: MultiAgentSystem, folder: Path) -> None:
+    path = folder / ALIGNMENT_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"run {folder} has no {ALIGNMENT_FILE}, which a learned alignment is kept in")
+    with reading(str(path)):
+        _copy(load_file(path)["weight"], system.alignment.weight)
 
 
 def _known(kind: type, values: dict[str, Any]) -> Any:

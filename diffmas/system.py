@@ -24,6 +24,7 @@ from diffmas.latent import LatentRun
 from diffmas.lora import fuse_lora
 from diffmas.loss import AnswerLoss, plain_loss
 from diffmas.norm import fuse_norms
+from diffmas.positions import check_positions
 from diffmas.sweeps import latent_run
 from diffmas.topology import Agent, Topology
 from diffmas_ops import Call, KVTrace, Segment, kv_concat
@@ -170,6 +171,8 @@ class MultiAgentSystem(nn.Module):
         lengths = prompt_lengths[-1]
         ids = _interleave(prompt_ids[-1], lengths, answer_ids, answer_lengths)
         totals = [p + a for p, a in zip(lengths, answer_lengths, strict=True)]
+        longest = max(before + more for before, more in zip(trace.host_lengths, totals, strict=True))
+        check_positions(self, longest, "a training batch")
         # The tokens that predict the answer's.
         predicting = [(p - 1, p - 1 + a) for p, a in zip(lengths, answer_lengths, strict=True)]
         states = self.read(trace, totals, input_ids=ids, outputs=predicting)

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from diffmas.arguments import ERRORS, DecodingArguments, Parser, TrainArguments, parse
+from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.checkpoints import clear_staging, step_of
 from diffmas.data import Collator
@@ -32,15 +32,20 @@ from diffmas.distributed import (
     settle_sharding,
 )
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
+from diffmas.failures import run_program
 from diffmas.generation import Decoding
+from diffmas.interrupts import raise_on_interrupt
 from diffmas.liger import check_liger, fuse_liger
 from diffmas.lock import locked
 from diffmas.machine import machine, peak_memory_mb
+from diffmas.methods.base import TraceChannel
 from diffmas.model_source import check_source
 from diffmas.needs import check_prompts, print_left_out, roles_of, variants_left_out
 from diffmas.precision import check_base, settle_precision
+from diffmas.preflight import check_evaluation, check_training_memory, check_training_positions, length_bound
 from diffmas.profiling import ProfileStep
 from diffmas.prompts.dates import print_date, today
+from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.resuming import check_same, checkpoint_of, given_settings, run_folder
 from diffmas.runs import (
@@ -61,6 +66,8 @@ from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 from diffmas.training_arguments import check_batches
 
 PROGRAM = "python -m diffmas.train"
+#: What takes less memory where it is smaller.
+LOWER = "--per_device_train_batch_size, --latent_steps, --max_new_tokens, --lora_rank; or --checkpointing all"
 EVAL_DURING_TRAINING = 256
 #: Of the training arguments, besides the seed, what decides which weights come out.
 WEIGHT_SETTINGS = (
@@ -76,12 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
     # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    try:
-        return train(*parse_arguments(argv))
-    except ERRORS as error:
-        where = f" in process {process()}" if process() else ""
-        print(f"{PROGRAM}: error{where}: {error}", file=sys.stderr)
-        return 2
+    raise_on_interrupt()
+    return run_program(PROGRAM, lambda: train(*parse_arguments(argv)), lower=LOWER)
 
 
 def parse_arguments(
@@ -158,6 +161,13 @@ def _train(
     description |= content(task)
     collate = collator(system, task, tokenizer)
     lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
+    own_prompts = Collator(system.topology, task.prompts, tokenizer)
+    own_lengths = lengths if type(collate) in (Collator, TraceChannel) else ItemLengths(task.train, own_prompts)
+    bound = length_bound(own_prompts, task.train)
+    check_training_memory(system, args, 1 if args.auto_batch else args.per_device_train_batch_size, own_lengths, bound)
+    check_training_positions(system, own_lengths, bound)
+    if not args.disable_final_eval or args.eval_strategy != "no":
+        check_evaluation(system, own_prompts, task.eval, decoding, args.per_device_eval_batch_size)
     fitted: dict[str, Any] = {}
     if adapting:
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
@@ -198,8 +208,11 @@ def _train(
             write_records(folder, records)
         summary.update(accuracy_fields(accuracies), eval_items=len(task.eval), left_out=left_out)
     peak = max(gathered([peak_memory_mb()]))
+    cut = cut_summary(task.prompts)
     if not first:
         return 0
+    if line := cut_line(cut):
+        print(line)
     summary.update(
         seconds=round(time.perf_counter() - started, 1),
         peak_memory_mb=round(peak),
@@ -208,6 +221,7 @@ def _train(
         parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
         machine=machine(),
         parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
+        **({"cut": cut} if cut else {}),
         **fitted,
         **{k: v for k, v in description.items() if k != "prompts"},
     )

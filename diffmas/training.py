@@ -27,6 +27,7 @@ from diffmas.checkpoints import (
 )
 from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
+from diffmas.failures import out_of_memory, writing
 from diffmas.not_finite import FiniteSteps
 from diffmas.records import write_atomically
 from diffmas.runs import load_weights, save_weights
@@ -81,7 +82,9 @@ class SystemTrainer(Trainer):
             loss = super().training_step(model, inputs, num_items_in_batch)
             self.finite.add(loss)
             return loss
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
             rows = len(inputs["answer_lengths"])
             raise torch.OutOfMemoryError(
                 f"a micro-batch of {rows} rows does not fit into memory; try --auto_batch, --checkpointing auto, or a "
@@ -149,7 +152,8 @@ class SystemTrainer(Trainer):
         staging = Path(run, STAGING)
         self._saving_to = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
+            with writing(checkpoint_path(run, step)):
+                super()._save_checkpoint(model, trial)
         finally:
             self._saving_to = None
         self.accelerator.wait_for_everyone()

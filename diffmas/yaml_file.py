@@ -7,18 +7,20 @@ from typing import Any
 
 import yaml
 
+from diffmas.text_file import check_characters, decoded, read_bytes
+
 
 def read_yaml(path: str | Path, argument: str) -> Any:
     """What the file holds, None where it is empty.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: no YAML in it.
+        FileNotFoundError: no such file. IsADirectoryError: a folder. ValueError: no UTF-8, or no YAML in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument} is {str(path)!r}: no such file")
+    data = read_bytes(path, argument)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        value = yaml.safe_load(decoded(data))
+        check_characters(value, "the file")
+        return value
     # Besides its own errors, PyYAML lets through those of what it builds, such as a day that no month has.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{argument} {path} is not valid YAML: {' '.join(str(error).split())}") from None

@@ -21,6 +21,8 @@ from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.generation.text import TextStream, cut, decode
 from diffmas.not_finite import NotFiniteError
+from diffmas.positions import check_positions, longest_row
+from diffmas.room import check_decoding
 
 if TYPE_CHECKING:
     from diffmas.system import Lengths, MultiAgentSystem
@@ -96,6 +98,9 @@ class Engine:
         self._seeds = [decoding.seed + row for row in range(rows)] if seeds is None else [index(s) for s in seeds]
         if len(self._seeds) != rows or min(self._seeds) < 0:
             raise ValueError(f"seeds is {self._seeds}; allowed: {rows} integers ≥ 0, one per row")
+        check_decoding(system, prompt_lengths, decoding, all_rows=control is not None)
+        longest = longest_row(system, prompt_lengths, [decoding.max_new_tokens] * rows)
+        check_positions(system, longest, "an answer of max_new_tokens")
         self._system, self._tokenizer, self._decoding = system, tokenizer, decoding
         self._control = control
         device = system.language_model.device

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from diffmas.data import pack
+from diffmas.failures import filling_template
 from diffmas.methods.base import Method, Reading, TraceChannel
 from diffmas.methods.text_cache import TextCache, base_fingerprint, fingerprint
 from diffmas.prompts.dates import template_options
@@ -51,7 +52,8 @@ class TextChannel(TraceChannel):
         self._kept = TextCache(folder / TEXTS_FILE)
         tokenizer = [self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())]
         dated = [*template_options(self.tokenizer, self.prompts.date).values()]
-        decided_by = [self.team.to_dict(), self.prompts.roles, asdict(self.decoding), tokenizer, *dated]
+        longest = getattr(self.prompts, "max_tokens", None)
+        decided_by = [self.team.to_dict(), self.prompts.roles, longest, asdict(self.decoding), tokenizer, *dated]
         self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
         return self
 
@@ -93,7 +95,8 @@ class TextChannel(TraceChannel):
 
     def _prompts(self, agent: Agent, items, texts: dict[str, list[str]]):
         written = [[(n, texts[n][i]) for n in self.team.ancestors(agent.name)] for i in range(len(items))]
-        return pack(self.prompts.encode(agent.role, items, self.tokenizer, written))
+        with filling_template(agent.role):
+            return pack(self.prompts.encode(agent.role, items, self.tokenizer, written))
 
     def _generate(self, ids, lengths, seeds):
         training = self.system.training

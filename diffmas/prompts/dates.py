@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
 from datetime import date
 from functools import lru_cache
-from pathlib import Path
 from string import ascii_letters
 from typing import Any
 
@@ -64,14 +61,3 @@ def print_date(tokenizer: PreTrainedTokenizerBase, day: str | None) -> None:
     """Say which date the chat template writes, where it writes one."""
     if writes_date(tokenizer):
         print(f"the chat template writes a date: {day or today()}, whatever day it is (--date)", flush=True)
-
-
-def kept_date(paths: Iterable[Path]) -> str | None:
-    """The date of the task in the first of these JSON files (`system.json` of a run) that is there and has one."""
-    for path in paths:
-        if path.is_file():
-            described = json.loads(path.read_text())
-            task = described.get("task") if isinstance(described, Mapping) else None
-            if isinstance(task, Mapping) and task.get("date"):
-                return task["date"]
-    return None

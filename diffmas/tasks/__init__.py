@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from diffmas.prompts.dates import parse_date
+from diffmas.prompts.shortened import ShortenedPrompts
 from diffmas.tasks import (
     aime,
     arc,
@@ -53,7 +54,7 @@ def load_task(args: TaskArguments) -> Task:
         FileNotFoundError: a data, prompt or evaluation file that does not exist.
         ModuleNotFoundError: a package the task needs is not installed.
     """
-    for name in ("train_size", "eval_size"):
+    for name in ("train_size", "eval_size", "max_prompt_tokens"):
         if (size := getattr(args, name)) is not None and size < 1:
             raise ValueError(f"{name} is {size}; allowed: integers ≥ 1")
     if args.date is not None:
@@ -72,6 +73,8 @@ def load_task(args: TaskArguments) -> Task:
         )
     task = load(args)
     task = replace(task, prompts=replace(task.prompts, date=args.date))
+    if args.max_prompt_tokens is not None:
+        task = replace(task, prompts=ShortenedPrompts.of(task.prompts, args.max_prompt_tokens))
     if args.eval_size is None or len(task.eval) <= args.eval_size:
         return task
     return replace(task, eval=task.eval[: args.eval_size])

@@ -89,6 +89,12 @@ class TaskArguments:
         default=None,
         metadata={"help": "What a chat template takes for today, e.g. 2026-01-31; default: the day a run was begun."},
     )
+    max_prompt_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest prompt of an agent: the longest text filled into it is cut at its end; default: no limit."
+        },
+    )
     train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
     slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import gzip
+import io
 import json
 import os
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from diffmas.answers import final, mathematics
 from diffmas.prompts import Prompts
 from diffmas.tasks import base, checkers
+from diffmas.text_file import check_characters, read_text
 
 
 def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
@@ -19,26 +20,37 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no JSON object, or no line at all.
+        IsADirectoryError: a folder.
+        ValueError: no UTF-8, a line that is no JSON object or names a field twice, or no line at all.
     """
-    path = Path(path)
-    if not path.is_file():
+    path, items = Path(path), []
+    if not path.exists():
         raise FileNotFoundError(f"{name}: no such file: {path}")
-    items = []
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{name}: {path} line {number} is not JSON: {error}") from None
-            if not isinstance(item, dict):
-                raise ValueError(f"{name}: {path} line {number} is {type(item).__name__}; allowed: a JSON object")
-            items.append(item)
+    for number, line in enumerate(io.StringIO(read_text(path, name)), 1):
+        if not line.strip():
+            continue
+        where = f"{name}: {path} line {number}"
+        try:
+            item = json.loads(line, object_pairs_hook=_once)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON: {error}") from None
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} is {type(item).__name__}; allowed: a JSON object")
+        if "\\u" in line:
+            check_characters(item, where)
+        items.append(item)
     if not items:
         raise ValueError(f"{name}: {path} is empty; allowed: at least one item")
     return items
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is there more than once")
+    return found
 
 
 def load(args: base.TaskArguments) -> base.Task:

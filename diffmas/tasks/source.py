@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffmas.failures import reading
 from diffmas.prompts import Prompts
 from diffmas.tasks.base import Item, Task, TaskArguments
 from diffmas.tasks.jsonl import read
+from diffmas.text_file import read_text
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
@@ -81,14 +85,29 @@ def _datasets(task: str, instead: str) -> Callable:
 def _read(path: Path, task: str) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         load = _datasets(task, f"convert {path.name} to JSON lines")
-        rows = [dict(row) for row in load("parquet", data_files=str(path), split="train")]
+        with reading(f"data_dir: {path}"):
+            rows = [dict(row) for row in load("parquet", data_files=str(path), split="train")]
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = _read_csv(path)
     else:
         return read(path, name="data_dir")
     if not rows:
         raise ValueError(f"data_dir: {path} is empty; allowed: at least one item")
+    return rows
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    # Python's own limit is 128 KiB a cell.
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.DictReader(io.StringIO(read_text(path, "data_dir"), newline=""), strict=True)
+    rows = []
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"more than the {len(reader.fieldnames)} cells of the first line")
+            rows.append(row)
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"data_dir: {path} line {reader.line_num} is not CSV: {error}") from None
     return rows
 
 
