@@ -295,7 +295,9 @@ def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
     assert other(adam_beta2=0.95) == "adam_beta2 0.999" and other(adam_epsilon=1e-6) == "adam_epsilon 1e-08"
     assert other(lr_scheduler_kwargs='{"num_cycles": 2}') == "lr_scheduler_kwargs None"
     cycles = dict(lr_scheduler_kwargs='{"num_cycles": 2}')
-    assert other(before=cycles, lr_scheduler_kwargs='{"power": 2}') == """lr_scheduler_kwargs '{"num_cycles": 2}'"""
+    assert (
+        other(before=cycles, lr_scheduler_kwargs='{"num_cycles": 3}') == """lr_scheduler_kwargs '{"num_cycles": 2}'"""
+    )
     assert other(before=cycles, **cycles) is None
     assert other(slots=3) == "slots 8" and other("diffmas+detach") == "detach_trace False"
 
