@@ -62,7 +62,8 @@ class Settings:
     """One task's settings: what `diffmas.train` makes of its flags."""
 
     def __init__(self, flags: Sequence[str], prog: str):
-        self.flags = list(flags)
+        # Trainings of a comparison are not evaluated on the way: what needs that is refused before the first.
+        self.flags = [*flags, "--eval_strategy=no"]
         self.system, self.task, self.decoding, training = parse_arguments(self.flags, prog)
         self.topology = load_topology(self.system.topology, self.system.handover)
         self.training = weight_settings(training)
@@ -209,7 +210,7 @@ class Comparison:
         if (folder / SUMMARY_FILE).is_file():
             return folder
         flags = [
-            *settings.flags, f"--seed={seed}", "--disable_final_eval=true", "--eval_strategy=no",
+            *settings.flags, f"--seed={seed}", "--disable_final_eval=true",
             f"--output_dir={folder}", f"--disable_tqdm={not self.show_progress}",
         ]  # fmt: skip
         if (folder / SYSTEM_FILE).is_file():

@@ -198,6 +198,8 @@ def _train(
         if first:
             print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {args.output_dir}")
         return 130
+    if first and args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        print("load_best_model_at_end: no checkpoint was evaluated: these are the last weights")
     folder = Path(args.output_dir)
     save_weights(system, folder)
     summary: dict[str, Any] = {}

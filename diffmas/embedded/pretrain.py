@@ -7,7 +7,6 @@ machine: same weights.
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from diffmas.embedded.tokenizer import ASSISTANT, END, NUMBERS, USER, build_tokenizer
 from diffmas.prompts import Prompts
 from diffmas.tasks import relay
+from diffmas.valid_json import to_json
 
 PROMPTS = Prompts.load(Path(relay.__file__).with_suffix(".yaml"))
 VALUES = 16
@@ -137,7 +137,7 @@ def main() -> None:
         **{name: round(value, 4) for name, value in state.items()},
         "seconds": round(time.perf_counter() - began),
     }
-    (args.output / "pretraining.json").write_text(json.dumps(made, indent=2) + "\n")
+    (args.output / "pretraining.json").write_text(to_json(made, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.arguments import TrainArguments
 from diffmas.runs import ADAPTER_FILE
@@ -576,3 +577,17 @@ def test_a_tracker_is_told(trained, monkeypatch):
     run = trained("run", report_to="wandb, trackio", run_name="mine", project="ours", trackio_space_id="a/space")
     assert {t[:3] for t in told} == {("mine", "ours", "a/space")}
     assert [t[3]["loss"] for t in told[::2] if "loss" in t[3]] == logged(run, "loss")
+
+
+def test_a_comparison_does_not_evaluate_on_the_way(flags, capsys):
+    given = [f for f in flags(output_dir=None, use_cpu=None, disable_tqdm=None) if "per_device_eval" not in f]
+    best = ["--load_best_model_at_end=True", "--eval_strategy=steps", "--eval_steps=2"]
+    assert evaluate.main([*given, *best, "--methods=all", "--run=nowhere"]) == 2
+    error = capsys.readouterr().err
+    assert "error: load_best_model_at_end is True; allowed: with eval_strategy" in error and error.count("\n") == 1
+
+
+def test_a_run_without_a_best_checkpoint_says_so(trained, capsys):
+    run = trained("run", load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", max_steps=3, eval_delay=9)
+    assert "no checkpoint was evaluated: these are the last weights" in capsys.readouterr().out
+    assert summary(run)["best_step"] is None and same(adapter(run), adapter(run / "checkpoint-3"))
