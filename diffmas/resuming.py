@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffmas.checkpoints import ONLY_MODEL, STATE_FILE, damage, latest, step_of
+from diffmas.launch import launched
 from diffmas.runs import SYSTEM_FILE, read_description
 from diffmas.tasks.base import JSONL
 
@@ -41,8 +42,11 @@ def own_settings(run: Path) -> dict[str, Any]:
         return {}
     description = read_description(run)
     parts = (description[part] for part in ("system", "task", "decoding"))
-    own = {name: value for part in parts for name, value in part.items()}
-    return own | description.get("arguments", {})
+    own = {name: value for part in parts for name, value in part.items()} | description.get("arguments", {})
+    if launched()[1] == 1:
+        # How several processes shared the work says nothing about one.
+        own = {name: value for name, value in own.items() if not name.startswith(("fsdp", "ddp_"))}
+    return own
 
 
 def given_settings(args: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_a_run_keeps_its_date(flags, dated, clock, tmp_path, capsys):
     assert train.main([*given, f"--resume_from_checkpoint={run}"]) == 0
     assert [r.prompt for r in read_records(run / "eval.jsonl")] == whole
     assert train.main([*given, f"--resume_from_checkpoint={run}", "--date=2031-03-05"]) == 2
-    assert "date is '2031-03-05', but the run to resume had '2031-03-04'" in capsys.readouterr().err
+    assert "date is '2031-03-05', but the run to go on with had '2031-03-04'" in capsys.readouterr().err
 
 
 def test_methods_keep_their_date(flags, dated, clock, tmp_path):

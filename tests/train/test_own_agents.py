@@ -45,7 +45,10 @@ def evaluated(folder):
 def test_two_agents_with_private_fields(own, tmp_path, capsys):
     assert train.main(own()) == 0
     out, run = capsys.readouterr().out, tmp_path / "run"
-    reason = f"prompts {tmp_path / 'two_prompts.yaml'} has no prompt for the role 'single'"
+    reason, own = (
+        f"prompts {path} has no prompt for the role 'single'"
+        for path in (tmp_path / "two_prompts.yaml", run / "prompts.yaml")
+    )
     assert f"not evaluated: one agent without the adapter ({reason})" in out
     assert evaluated(run) == VARIANTS.keys() - {"single"}
     summary = json.loads((run / "summary.json").read_text())
@@ -54,7 +57,7 @@ def test_two_agents_with_private_fields(own, tmp_path, capsys):
     assert all("it is" not in r.prompt for r in read_records(run / "eval.jsonl"))
     assert evaluate.main([f"--run={run}", "--disable_tqdm=true"]) == 0
     assert "not evaluated: one agent without" in capsys.readouterr().out
-    assert json.loads((run / "eval" / "summary.json").read_text())["left_out"] == {"single": reason}
+    assert json.loads((run / "eval" / "summary.json").read_text())["left_out"] == {"single": own}
     assert evaluate.main([f"--run={run}", "--variants=matched,single"]) == 2
     assert "variants has 'single': prompts" in capsys.readouterr().err
 
