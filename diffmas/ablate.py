@@ -23,6 +23,7 @@ from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name
 from diffmas.eval import LOWER, as_flags, integers
 from diffmas.failures import run_program
+from diffmas.folders import check_output
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.methods.base import ALL_CONTROLS, Method
 from diffmas.page import heading, note, page, panels, svg, table
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _ablate(args: AblateArguments, flags: list[str]) -> int:
+    check_output(args.run, "run")
     for flag, instead in (("--seed", "--seeds"), ("--output_dir", "--run")):
         if any(word.split("=")[0] == flag for word in flags):
             raise ValueError(f"{flag} is given; allowed: {instead}")

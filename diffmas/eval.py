@@ -25,6 +25,7 @@ from diffmas.controls import CONTROLS
 from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.failures import run_program
+from diffmas.folders import check_output
 from diffmas.generation import Decoding
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.machine import machine, peak_memory_mb
@@ -102,6 +103,8 @@ def _evaluate(args: EvalArguments) -> int:
     variants = [v.strip() for v in args.variants.split(",")]
     if unknown := [v for v in variants if v not in VARIANTS]:
         raise ValueError(f"variants has {unknown}; allowed: {', '.join(VARIANTS)}")
+    folder = Path(args.output_dir or Path(args.run, "eval"))
+    check_output(folder, "output_dir")
     run = load_run(args.run)
     set_seed(args.seed)
     given = {k: v for k in ("eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
@@ -116,13 +119,11 @@ def _evaluate(args: EvalArguments) -> int:
     evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
     first = process() == 0
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
-    peak = max(gathered([peak_memory_mb()]))
+    peak, cut = max(gathered([peak_memory_mb()])), cut_summary(task.prompts)
     if not first:
         return 0
-    cut = cut_summary(task.prompts)
     if line := cut_line(cut):
         print(line)
-    folder = Path(args.output_dir or Path(args.run, "eval"))
     folder.mkdir(parents=True, exist_ok=True)
     write_records(folder, records)
     summary = {
@@ -171,6 +172,7 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     if any(Settings(f, PROGRAM).system.detach_trace != detached for f in by_task.values()):
         raise ValueError("detach_trace is given with methods, which have it set; allowed: diffmas or diffmas+detach")
     folder = Path(args.output_dir or (run / "methods" if description else run))
+    check_output(folder, "output_dir" if args.output_dir else "run")
     adapters = {}
     if (run / ADAPTER_FILE).is_file() and (name := description["task"]["task"]) in by_task:
         trained = _method_of(description)

@@ -234,13 +234,14 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     description = read_description(folder)
+    topology = Topology.from_dict(description["topology"])
     args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
     model, tokenizer = load_base(args)
     with reading(f"the adapter of run {folder}"):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    system = _assemble(adapted, Topology.from_dict(description["topology"]), args)
+    system = _assemble(adapted, topology, args)
     if system.alignment.kind == "learned":
         _load_alignment(system, folder)
     return Run(system, tokenizer, args, task, description["decoding"])
@@ -261,6 +262,8 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or (missing := [p for p in parts if not isinstance(found.get(p), dict)]):
         what = f"no {', '.join(missing)}" if isinstance(found, dict) else f"{type(found).__name__} in it"
         raise ValueError(f"{path} has {what}; allowed: the file that diffmas.train wrote")
+    if missing := [name for part, name in (("system", "model"), ("task", "task")) if name not in found[part]]:
+        raise ValueError(f"{path} does not say its {' and '.join(missing)}; allowed: the file that diffmas.train wrote")
     return found
 
 

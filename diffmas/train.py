@@ -29,6 +29,7 @@ from diffmas.distributed import (
 )
 from diffmas.evaluation import Evaluator, evaluate_all
 from diffmas.failures import run_program
+from diffmas.folders import check_output
 from diffmas.generation import Decoding
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.liger import fuse_liger
@@ -87,6 +88,8 @@ def train(
 ) -> int:
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
     started = time.perf_counter()
+    if args.output_dir is not None:
+        check_output(args.output_dir, "output_dir")
     if args.gradient_checkpointing:
         raise ValueError("gradient_checkpointing is True; allowed: False, with --checkpointing prefill or all instead")
     if settle_sharding(args) and system_args.quantization != "none":
