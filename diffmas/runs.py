@@ -128,14 +128,17 @@ def _load_quantized(args, source, dtype) -> tuple[torch.nn.Module, PreTrainedTok
 
 
 def build_system(
-    args: SystemArguments, topology: Topology | None = None
+    args: SystemArguments, topology: Topology | None = None, *, copies: int = 1
 ) -> tuple[MultiAgentSystem, PreTrainedTokenizerBase]:
-    """A fresh system: base model, new LoRA adapter, topology (default: the one `args` name)."""
+    """A fresh system: base model, new LoRA adapter, topology (default: the one `args` name).
+
+    `copies` of the adapter's weights have to fit: a training keeps gradients and the optimizer's moments beside them.
+    """
     topology = topology or load_topology(args.topology, args.handover)
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
     model, tokenizer = load_base(args)
-    check_adapter(model, args.lora_rank, args.lora_targets)
+    check_adapter(model, args.lora_rank, args.lora_targets, copies)
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0

@@ -36,7 +36,13 @@ from diffmas.liger import fuse_liger
 from diffmas.machine import machine, peak_memory_mb
 from diffmas.methods.base import TraceChannel
 from diffmas.precision import check_base, settle_precision
-from diffmas.preflight import check_evaluation, check_training_memory, check_training_positions, length_bound
+from diffmas.preflight import (
+    adapter_copies,
+    check_evaluation,
+    check_training_memory,
+    check_training_positions,
+    length_bound,
+)
 from diffmas.profiling import ProfileStep
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.records import write_atomically
@@ -108,7 +114,7 @@ def train(
     if not args.disable_final_eval or args.eval_strategy != "no":
         task.ready()
     set_seed(args.seed)
-    system, tokenizer = build_system(system_args, topology)
+    system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
     check_base(system.language_model.dtype)
     if args.use_liger_kernel:
         fuse_liger(system.model, args.device, args.liger_kernel_config)
