@@ -23,6 +23,7 @@ from diffmas.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison_report import accuracy, by_name
 from diffmas.eval import LOWER, as_flags, integers
 from diffmas.failures import run_program
+from diffmas.folders import check_output
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.launch import check_alone
 from diffmas.methods.base import ALL_CONTROLS, Method
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _ablate(args: AblateArguments, flags: list[str]) -> int:
     check_alone("an ablation")
+    check_output(args.run, "run")
     for flag, instead in (("--seed", "--seeds"), ("--output_dir", "--run")):
         if any(word.split("=")[0] == flag for word in flags):
             raise ValueError(f"{flag} is given; allowed: {instead}")

@@ -24,6 +24,7 @@ from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs import SystemArguments, load_base, load_run
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments, load_task
+from diffmas.text_file import check_characters
 from diffmas.topology import load_topology
 
 PROGRAM = "python -m diffmas.chat"
@@ -76,6 +77,7 @@ class Chat:
 
     def answer(self, item: dict[str, str]) -> Iterator[str]:
         """Pieces of the answer as they come; afterwards :meth:`inspect` looks at it."""
+        check_characters(item, "what was asked")
         before = cut_summary(self._prompts)
         self._encoded = self._collator.encode_prompts([item])
         if (cut := cut_summary(self._prompts)) != before:

@@ -23,6 +23,7 @@ from diffmas.controls import CONTROLS
 from diffmas.distributed import gathered, process
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.failures import run_program
+from diffmas.folders import check_output
 from diffmas.generation import Decoding
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.launch import check_alone, join
@@ -111,6 +112,8 @@ def _evaluate(args: EvalArguments) -> int:
         raise ValueError(f"variants has {unknown}; allowed: {', '.join(VARIANTS)}")
     # Under torchrun, this joins the other processes.
     device = join()
+    folder = Path(args.output_dir or Path(args.run, "eval"))
+    check_output(folder, "output_dir")
     run = load_run(args.run)
     set_seed(args.seed)
     given = {k: v for k in ("task", "eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
@@ -136,10 +139,9 @@ def _evaluate(args: EvalArguments) -> int:
         print_left_out(left_out)
     variants = [variant for variant in variants if variant not in left_out]
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
-    peak = max(gathered([peak_memory_mb()]))
+    peak, cut = max(gathered([peak_memory_mb()])), cut_summary(task.prompts)
     if not first:
         return 0
-    cut = cut_summary(task.prompts)
     if line := cut_line(cut):
         print(line)
     summary = {
@@ -153,7 +155,6 @@ def _evaluate(args: EvalArguments) -> int:
         "machine": machine(),
         **describe(run.system, run.args, task_args, run.decoding),
     }
-    folder = Path(args.output_dir or Path(args.run, "eval"))
     with locked(folder):
         write_records(folder, records)
         write_summary(folder, summary)
@@ -193,6 +194,7 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     if any(Settings(f, PROGRAM).system.detach_trace != detached for f in by_task.values()):
         raise ValueError("detach_trace is given with methods, which have it set; allowed: diffmas or diffmas+detach")
     folder = Path(args.output_dir or (run / "methods" if description else run))
+    check_output(folder, "output_dir" if args.output_dir else "run")
     adapters = {}
     own = next((n for n in by_task if description and _same_task(n, description["task"]["task"])), None)
     if (run / ADAPTER_FILE).is_file() and (name := own) is not None:

@@ -106,6 +106,7 @@ def _told(error: Exception, lower: str) -> str | None:
 
 
 def _line(error: BaseException) -> str:
-    """Its message without torch's own stack, on one line."""
+    """Its message without torch's own stack, on one line that can be read at a glance."""
     text = re.split(r"\n(?:Exception raised from|frame #)", str(error))[0]
-    return " ".join(text.split())
+    line = " ".join(text.split())
+    return line if len(line) <= 300 else f"{line[:300]} …"

@@ -45,6 +45,11 @@ def length_bound(collator: Collator, items: Sequence[Mapping[str, Any]], answers
     return [a + b for a, b in zip([*own, 0], longest, strict=True)]
 
 
+def adapter_copies(args) -> int:
+    """How often a training keeps what it trains: weights and gradients, and two moments of Adam."""
+    return 4 if getattr(args.optim, "value", args.optim) in ("adamw_torch", "adamw_torch_fused") else 2
+
+
 def check_training_memory(
     system: MultiAgentSystem, args, rows: int, lengths: ItemLengths, bound: Sequence[int]
 ) -> None:
@@ -58,7 +63,7 @@ def check_training_memory(
         free = min(free, 1e9 * args.memory_limit_gb)
     trained = sum(p.numel() * p.element_size() for p in system.parameters() if p.requires_grad)
     # Gradients, and the two moments of Adam.
-    free -= trained * (3 if str(args.optim).endswith(("adamw_torch", "adamw_torch_fused")) else 1)
+    free -= trained * (adapter_copies(args) - 1)
     if free < 0:
         raise ValueError(f"gradients and optimizer of {trained / 1e6:.3g} MB of weights do not fit; allowed: a smaller "
                          "lora_rank")  # fmt: skip

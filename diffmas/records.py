@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from diffmas.failures import writing
 from diffmas.valid_json import to_json
 
 #: What names an answer: nothing with the same values is kept twice.
@@ -91,9 +92,10 @@ class RecordFile:
             if record.key not in self.keys:
                 self.keys.add(record.key)
                 new.append(record)
-        self._file.write("".join(to_json(asdict(record)) + "\n" for record in new).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self._file.name):
+            self._file.write("".join(to_json(asdict(record)) + "\n" for record in new).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.records += new
 
     def close(self) -> None:
@@ -129,11 +131,9 @@ def _parse(content: bytes, path: Path) -> list[Record]:
 def write_atomically(path: str | Path, text: str) -> None:
     """Replace a file by one with `text`; a reader, or a kill at any moment, sees the old one or the new one."""
     path = Path(path)
-    if path.parent.exists() and not path.parent.is_dir():
-        raise NotADirectoryError(f"{path.parent} is a file; allowed: a folder")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with writing(path), os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

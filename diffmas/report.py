@@ -13,6 +13,7 @@ from rich.table import Table
 
 from diffmas import profiling
 from diffmas.evaluation import VARIANTS, variant_of
+from diffmas.failures import writing
 from diffmas.page import heading, note, page, svg, table
 from diffmas.profiling import PROFILE_FILE
 from diffmas.records import Record, write_atomically
@@ -33,7 +34,8 @@ def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
 
 def write_records(folder: str | Path, records: Sequence[Record]) -> None:
     """Per-item JSONL: the fields of a record, and the variant it belongs to."""
-    with Path(folder, RECORDS_FILE).open("w") as file:
+    path = Path(folder, RECORDS_FILE)
+    with writing(path), path.open("w") as file:
         file.writelines(to_json({"variant": variant_of(r), **asdict(r)}) + "\n" for r in records)
 
 

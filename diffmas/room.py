@@ -68,8 +68,8 @@ def _group_bytes(folder: Path) -> float:
     return math.inf
 
 
-def check_adapter(model: nn.Module, rank: int, targets: str) -> None:
-    """Raise `ValueError` where the weights of a LoRA adapter of `rank` on `targets` do not fit."""
+def check_adapter(model: nn.Module, rank: int, targets: str, copies: int = 1) -> None:
+    """Raise `ValueError` where `copies` of the weights of a LoRA adapter of `rank` on `targets` do not fit."""
     names, head = targets.split(","), model.get_output_embeddings()
     layers = [
         module
@@ -77,9 +77,9 @@ def check_adapter(model: nn.Module, rank: int, targets: str) -> None:
         if isinstance(module, nn.Linear)
         and (module is not head if targets == "all-linear" else any(name.endswith(target) for target in names))
     ]
-    needed = rank * sum(m.in_features + m.out_features for m in layers) * torch.float32.itemsize
+    needed = copies * rank * sum(m.in_features + m.out_features for m in layers) * torch.float32.itemsize
     if needed > (free := available_bytes("cpu")):
-        raise ValueError(f"lora_rank is {rank}, whose weights alone take {gb(needed)}, and {gb(free)} are free; "
+        raise ValueError(f"lora_rank is {rank}, which takes at least {gb(needed)}, and {gb(free)} are free; "
                          f"allowed: up to {int(rank * free / needed)}")  # fmt: skip
 
 

@@ -141,14 +141,17 @@ def _load_quantized(args, source, dtype) -> tuple[torch.nn.Module, PreTrainedTok
 
 
 def build_system(
-    args: SystemArguments, topology: Topology | None = None
+    args: SystemArguments, topology: Topology | None = None, *, copies: int = 1
 ) -> tuple[MultiAgentSystem, PreTrainedTokenizerBase]:
-    """A fresh system: base model, new LoRA adapter, topology (default: the one `args` name)."""
+    """A fresh system: base model, new LoRA adapter, topology (default: the one `args` name).
+
+    `copies` of the adapter's weights have to fit: a training keeps gradients and the optimizer's moments beside them.
+    """
     topology = topology or load_topology(args.topology, args.handover)
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
     model, tokenizer = load_base(args)
-    check_adapter(model, args.lora_rank, args.lora_targets)
+    check_adapter(model, args.lora_rank, args.lora_targets, copies)
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0
@@ -289,6 +292,9 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not isinstance(description, dict) or (missing := [p for p in parts if not isinstance(description.get(p), dict)]):
         what = f"no {', '.join(missing)}" if isinstance(description, dict) else f"{type(description).__name__} in it"
         raise ValueError(f"{path} has {what}; allowed: the file that diffmas.train wrote")
+    named = (("system", "model"), ("task", "task"))
+    if missing := [name for part, name in named if name not in description[part]]:
+        raise ValueError(f"{path} does not say its {' and '.join(missing)}; allowed: the file that diffmas.train wrote")
     for part, name, file in OWN_FILES:
         if (folder / file).is_file():
             description[part][name] = str((folder / file).resolve())
@@ -316,13 +322,14 @@ def load_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     description = read_description(folder)
+    topology = Topology.from_dict(description["topology"])
     args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
     model, tokenizer = load_base(args)
     with reading(f"the adapter of run {folder}"):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    system = _assemble(adapted, Topology.from_dict(description["topology"]), args)
+    system = _assemble(adapted, topology, args)
     if system.alignment.kind == "learned":
         _load_alignment(system, folder)
     return Run(system, tokenizer, args, task, description["decoding"], description.get("data", {}))

@@ -33,6 +33,7 @@ from diffmas.distributed import (
 )
 from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
 from diffmas.failures import run_program
+from diffmas.folders import check_output
 from diffmas.generation import Decoding
 from diffmas.interrupts import raise_on_interrupt
 from diffmas.liger import check_liger, fuse_liger
@@ -42,7 +43,13 @@ from diffmas.methods.base import TraceChannel
 from diffmas.model_source import check_source
 from diffmas.needs import check_prompts, print_left_out, roles_of, variants_left_out
 from diffmas.precision import check_base, settle_precision
-from diffmas.preflight import check_evaluation, check_training_memory, check_training_positions, length_bound
+from diffmas.preflight import (
+    adapter_copies,
+    check_evaluation,
+    check_training_memory,
+    check_training_positions,
+    length_bound,
+)
 from diffmas.profiling import ProfileStep
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
@@ -120,6 +127,8 @@ def _train(
 ) -> int:
     started = time.perf_counter()
     check_source(system_args.model)
+    if args.output_dir is not None:
+        check_output(args.output_dir, "output_dir")
     if settle_sharding(args) and system_args.quantization != "none":
         raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
     adapting = args.auto_batch or system_args.checkpointing == "auto"
@@ -147,7 +156,7 @@ def _train(
     if not args.disable_final_eval or args.eval_strategy != "no":
         task.ready()
     set_seed(args.seed)
-    system, tokenizer = build_system(system_args, topology)
+    system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
     check_base(system.language_model.dtype)
     if process() == 0:
         print_date(tokenizer, task_args.date)

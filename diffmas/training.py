@@ -202,7 +202,8 @@ class MetricsFile(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
-            with Path(args.output_dir, METRICS_FILE).open("a") as file:
+            path = Path(args.output_dir, METRICS_FILE)
+            with writing(path), path.open("a") as file:
                 file.write(to_json({"step": state.global_step, **logs}) + "\n")
 
 

@@ -1,13 +1,15 @@
-"""Prompts of at most so many tokens: what items and earlier agents fill in is cut, role prompts stay whole."""
+"""Prompts of at most so many tokens: what fills them is cut, what the role says stays whole."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.distributed import gathered
 from diffmas.prompts import Prompts
 
 
@@ -21,7 +23,7 @@ class ShortenedPrompts(Prompts):
     """
 
     max_tokens: int = 0
-    cuts: dict[tuple[str, int], int] = field(default_factory=dict, compare=False)
+    cuts: dict[tuple[str, str], int] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, prompts: Prompts, max_tokens: int) -> ShortenedPrompts:
@@ -44,7 +46,7 @@ class ShortenedPrompts(Prompts):
             if len(ids) > self.max_tokens:
                 item, texts = items[i], () if written is None else written[i]
                 rows[i] = self._cut(role, item, tokenizer, texts)
-                self.cuts[role, hash(repr((sorted(map(str, item.items())), texts)))] = len(ids) - len(rows[i])
+                self.cuts[role, _name(item, texts)] = len(ids) - len(rows[i])
         return rows
 
     def _cut(self, role, item, tokenizer, written) -> list[int]:
@@ -71,14 +73,23 @@ class ShortenedPrompts(Prompts):
         )
 
 
+def _name(item: Mapping[str, Any], texts: Sequence[tuple[str, str]]) -> str:
+    """The same in every process."""
+    return hashlib.sha256(repr((sorted(map(str, item.items())), [*texts])).encode(errors="replace")).hexdigest()
+
+
 def cut_summary(prompts: Prompts) -> dict[str, int] | None:
-    """How many items were cut for some role, and how many tokens were lost; None where nothing is ever cut."""
+    """How many items were cut for some role, and how many tokens were lost; None where nothing is ever cut.
+
+    Of several processes, all have to call this.
+    """
     if not isinstance(prompts, ShortenedPrompts):
         return None
+    cuts = dict(gathered(list(prompts.cuts.items())))
     return {
         "max_prompt_tokens": prompts.max_tokens,
-        "items": len({item for _, item in prompts.cuts}),
-        "tokens": sum(prompts.cuts.values()),
+        "items": len({item for _, item in cuts}),
+        "tokens": sum(cuts.values()),
     }
 
 

@@ -588,6 +588,8 @@ def test_a_comparison_does_not_evaluate_on_the_way(flags, capsys):
 
 
 def test_a_run_without_a_best_checkpoint_says_so(trained, capsys):
-    run = trained("run", load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", max_steps=3, eval_delay=9)
+    run = trained(
+        "run", load_best_model_at_end=True, eval_strategy="epoch", save_strategy="epoch", max_steps=3, eval_delay=9
+    )
     assert "no checkpoint was evaluated: these are the last weights" in capsys.readouterr().out
     assert summary(run)["best_step"] is None and same(adapter(run), adapter(run / "checkpoint-3"))
