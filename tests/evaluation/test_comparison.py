@@ -270,7 +270,8 @@ def test_settings_of_a_task_are_used_or_refused(tmp_path, capsys):
 
 def test_a_run_s_data_folder_is_for_its_own_task(tmp_path, monkeypatch):
     task = {"task": "gsm8k", "data_dir": "there"}
-    (tmp_path / "system.json").write_text(json.dumps({"system": {"model": None}, "topology": {}, "task": task, "decoding": {}}))
+    described = {"system": {"model": None}, "topology": {}, "task": task, "decoding": {}}
+    (tmp_path / "system.json").write_text(json.dumps(described))
     given = {}
 
     def compare(folder, flags, *arguments, **options):
