@@ -52,7 +52,7 @@ def check_positions(system: MultiAgentSystem, positions: int, what: str) -> None
     limit = position_limit(model)
     if limit is None or positions <= limit or getattr(model, _TOLD, False):
         return
-    _check_last(model, positions, what)
+    _check_code(model, limit, positions, what)
     setattr(model, _TOLD, True)
     _logger.warning(
         "%s takes up to %d positions (all agents' prompts, latent steps and the answer), and the model was made for %d "
@@ -63,10 +63,11 @@ def check_positions(system: MultiAgentSystem, positions: int, what: str) -> None
 
 
 @torch.no_grad()
-def _check_last(model: PreTrainedModel, positions: int, what: str) -> None:
+def _check_code(model: PreTrainedModel, limit: int, positions: int, what: str) -> None:
     """Raise where the rotary code is a table that ends before, or repeats its end."""
     rotary = model.get_decoder().rotary_emb
-    places = torch.tensor([[positions - 2, positions - 1]], device=model.device)
+    # The last one it was made for and the next: far out, float32 itself cannot tell neighbours apart.
+    places = torch.tensor([[limit - 1, limit, positions - 1]], device=model.device)
     try:
         cosine, sine = rotary(torch.zeros(1, 1, 1, device=model.device), places)
         ends = torch.equal(cosine[:, 0], cosine[:, 1]) and torch.equal(sine[:, 0], sine[:, 1])
@@ -75,5 +76,5 @@ def _check_last(model: PreTrainedModel, positions: int, what: str) -> None:
     if ends:
         raise UnsupportedModelError(
             f"{what} takes {positions} positions, and the position code of {type(model).__name__} ends before; "
-            f"allowed: up to {position_limit(model)} (--max_prompt_tokens, --latent_steps, --max_new_tokens)"
+            f"allowed: up to {limit} (--max_prompt_tokens, --latent_steps, --max_new_tokens)"
         )
