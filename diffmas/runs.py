@@ -13,9 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from diffmas.card import write_card
 from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.loss import LOSSES
+from diffmas.progress import announced
+from diffmas.quiet import quiet_loading
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments
 from diffmas.topology import Topology, load_topology
@@ -101,7 +104,8 @@ def load_base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokeniz
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
         model = model if dtype == "auto" else model.to(dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model, tokenizer
 
 
@@ -117,7 +121,8 @@ def _load_quantized(args, source, dtype) -> tuple[torch.nn.Module, PreTrainedTok
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     device = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, device_map=device)
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, device_map=device)
     return model, AutoTokenizer.from_pretrained(source)
 
 
@@ -128,12 +133,16 @@ def build_system(
     topology = topology or load_topology(args.topology, args.handover)
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
-    model, tokenizer = load_base(args)
+    with announced(f"loading {args.model or 'the embedded base'}"):
+        model, tokenizer = load_base(args)
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0
     )
-    return _assemble(get_peft_model(model, lora), topology, args), tokenizer
+    with quiet_loading():
+        adapted = get_peft_model(model, lora)
+    with announced("setting up the system"):
+        return _assemble(adapted, topology, args), tokenizer
 
 
 def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments) -> MultiAgentSystem:
@@ -163,6 +172,10 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     if is_sharded(system):
         trained = {n: whole(p.detach()).cpu() for n, p in system.model.named_parameters() if p.requires_grad}
     system.model.save_pretrained(folder, state_dict=trained, is_main_process=first)
+    if first:
+        # Of a checkpoint, the description is in the run's folder.
+        described = (path for path in (folder / SYSTEM_FILE, folder.parent / SYSTEM_FILE) if path.is_file())
+        write_card(system, folder, next(described, None))
     if system.alignment.kind == "learned":
         weight = whole(system.alignment.weight.detach())
         if first:
@@ -179,7 +192,8 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
         for name, value in load_file(folder / ADAPTER_FILE).items():
             _copy(value, adapter[name])
     else:
-        system.model.load_adapter(str(folder), "default", is_trainable=True)
+        with quiet_loading():
+            system.model.load_adapter(str(folder), "default", is_trainable=True)
     if system.alignment.kind == "learned":
         _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
 
@@ -225,12 +239,12 @@ def load_run(folder: str | Path) -> Run:
     args = _known(SystemArguments, description["system"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
-    model, tokenizer = load_base(args)
-    system = _assemble(
-        PeftModel.from_pretrained(model, str(folder), is_trainable=True),
-        Topology.from_dict(description["topology"]),
-        args,
-    )
+    with announced(f"loading {args.model or 'the embedded base'}"):
+        model, tokenizer = load_base(args)
+    with quiet_loading():
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    with announced("setting up the system"):
+        system = _assemble(adapted, Topology.from_dict(description["topology"]), args)
     if system.alignment.kind == "learned":
         _copy(load_file(folder / ALIGNMENT_FILE)["weight"], system.alignment.weight)
     return Run(system, tokenizer, args, _known(TaskArguments, description["task"]), description["decoding"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -58,8 +57,6 @@ MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Colla
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
-    # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = parse_arguments(argv)
     try:
         return train(*arguments)

@@ -18,6 +18,7 @@ import torch
 from diffmas.data import pack
 from diffmas.methods.base import Method, Reading, TraceChannel
 from diffmas.methods.text_cache import TextCache, base_fingerprint, fingerprint
+from diffmas.progress import announced
 from diffmas.prompts.dates import template_options
 from diffmas.topology import Agent, Topology
 
@@ -52,7 +53,8 @@ class TextChannel(TraceChannel):
         tokenizer = [self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())]
         dated = [*template_options(self.tokenizer, self.prompts.date).values()]
         decided_by = [self.team.to_dict(), self.prompts.roles, asdict(self.decoding), tokenizer, *dated]
-        self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
+        with announced("taking the base model's fingerprint"):
+            self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
         return self
 
     def encode_prompts(self, items) -> dict[str, Any]:
