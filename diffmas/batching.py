@@ -38,7 +38,11 @@ class ItemLengths:
         shown = self._show_progress and terminal()
         bar = track(starts, "counting tokens", transient=True, disable=not shown)
         for begin in (
-            bar if shown else counted(starts, f"counting tokens, {_CHUNK} items at a time", show=self._show_progress)
+            bar
+            if shown
+            else counted(
+                starts, f"counting tokens of {len(self._items)} items, {_CHUNK} at a time", show=self._show_progress
+            )
         ):
             end = min(begin + _CHUNK, len(self._items))
             batch = self._collator([self._items[i] for i in range(begin, end)])

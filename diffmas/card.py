@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 #: Of a run's description, what the card tells; in its order.
 _TOLD = {
-    "system": ("latent_steps", "alignment", "detach_trace", "latent_backward", "lora_rank", "lora_alpha", "lora_targets"),
+    "system": ("latent_steps", "alignment", "detach_trace", "latent_backward", "lora_rank", "lora_alpha",
+        "lora_targets"),
     "task": ("task", "fields", "prompts", "date"),
     "training": ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "seed"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the programs write: nothing of other libraries' own affairs, a line where something takes long, a useful card."""
+"""What the programs write: nothing about other libraries' affairs, a line where it takes long, a useful card."""
 
 import logging
 import os
