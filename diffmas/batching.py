@@ -35,15 +35,11 @@ class ItemLengths:
         """Per item, its prompts' lengths in the order of the topology's agents, and its answer's."""
         rows: list[tuple[int, ...]] = []
         starts = range(0, len(self._items), _CHUNK)
-        shown = self._show_progress and terminal()
-        bar = track(starts, "counting tokens", transient=True, disable=not shown)
-        for begin in (
-            bar
-            if shown
-            else counted(
-                starts, f"counting tokens of {len(self._items)} items, {_CHUNK} at a time", show=self._show_progress
-            )
-        ):
+        if terminal():
+            bar = track(starts, "counting tokens", transient=True, disable=not self._show_progress)
+        else:
+            bar = counted(starts, f"counting tokens, {_CHUNK} items at a time", show=self._show_progress)
+        for begin in bar:
             end = min(begin + _CHUNK, len(self._items))
             batch = self._collator([self._items[i] for i in range(begin, end)])
             rows += zip(*batch["prompt_lengths"], batch["answer_lengths"], strict=True)
