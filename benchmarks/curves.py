@@ -220,7 +220,9 @@ def write(data: dict[str, Any], folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.curves", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite README from the kept results")
     parser.add_argument("--seconds", type=float, default=1.0, help="what timing a case aims at")
     parser.add_argument("--axes", nargs="+", choices=list(cases.STEP_AXES), help="sizes to vary; default: all")

@@ -74,10 +74,10 @@ def cases(task: Task) -> Iterator[tuple[str, str, Item]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints how many of each kind count as right; exit status 0 if all references do and no sure damage does."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--task", required=True)
-    parser.add_argument("--data_dir")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.golds", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", required=True, help="as for python -m diffmas.train")
+    parser.add_argument("--data_dir", help="folder with the task's files")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="answers checked at once")
     args = parser.parse_args(argv)
     todo = list(cases(load_task(TaskArguments(task=args.task, data_dir=args.data_dir))))
     checker = load_task(TaskArguments(task=args.task, data_dir=args.data_dir)).check

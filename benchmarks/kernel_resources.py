@@ -117,10 +117,10 @@ def add_dynamic_shared(nvcc: str, kernels: list[Kernel], directory: Path) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=["80", "90a"], choices=sorted(SHARED))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=["80", "90a"], choices=sorted(SHARED), help="architectures")
     parser.add_argument("--all", action="store_true", help="list the other kernels too")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at once")
     arguments = parser.parse_args()
     nvcc, failed = find_nvcc(), False
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))

@@ -6,6 +6,7 @@ sequence, prompts of 512 tokens, m = 40.
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -137,7 +138,9 @@ def measure(way: str, size: Size) -> Measurement:
     """
     model = size.model()
     if way.endswith("+checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # The older of the two names warns where both are there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     peer = way == "dynamic_cache"
     saved, loss = saved_bytes((dynamic_cache_run if peer else diffmas_run)(model, size), model)
     loss.backward()
@@ -162,6 +165,7 @@ def line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__).parse_args()
     size = Size()
     results = {way: measure(way, size) for way in ("dynamic_cache", "diffmas", "diffmas+checkpointing")}
     peer = results["dynamic_cache"]

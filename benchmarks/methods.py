@@ -165,13 +165,15 @@ def render(summary: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", default="runs/methods", help="where adapters and answers are kept between calls")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--items", type=int, default=200, help="held-out items a task")
     parser.add_argument("--steps", type=float, default=1.0, help="scale of all training steps, for a quick try")
-    parser.add_argument("--methods", default="all")
-    parser.add_argument("--tasks", default=",".join(("relay", *RG)))
+    parser.add_argument("--methods", default="all", help="as for python -m diffmas.eval")
+    parser.add_argument("--tasks", default=",".join(("relay", *RG)), help="any of the default's")
     parser.add_argument("--no-results", action="store_true", help="leave committed results and README as they are")
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite README from kept results")
     args = parser.parse_args()

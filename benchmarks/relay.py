@@ -93,7 +93,9 @@ def plot(summaries: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.relay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite README from the kept results")
     args, flags = parser.parse_known_args()
     if not args.render_only:

@@ -182,7 +182,9 @@ def plot(results: Record, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.sweeps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite the page from kept results")
     parser.add_argument("--seconds", type=float, default=60, help="time for the race of each case")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43], help="of the relay's training runs")

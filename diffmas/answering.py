@@ -14,6 +14,7 @@ from diffmas.answers import reasoning
 from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
 from diffmas.methods.base import TraceChannel
+from diffmas.progress import Lines, terminal
 from diffmas.records import Record
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, gold
@@ -31,8 +32,10 @@ def batches(size: int, batch_size: int) -> Iterator[list[int]]:
         yield list(range(begin, end))
 
 
-def progress_bar(show: bool) -> Progress:
-    """A bar on the terminal: what is being done, how much of it, and how long it will take."""
+def progress_bar(show: bool) -> Progress | Lines:
+    """A bar on the terminal: what is being done, how much of it, and how long it will take; lines in a file."""
+    if not terminal():
+        return Lines(show)
     # Brackets in a name are no markup.
     what = TextColumn("{task.description}", markup=False)
     return Progress(what, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=not show)

@@ -15,6 +15,7 @@ from diffmas.ceilings import measure_ceilings
 from diffmas.checkpointing import CHECKPOINTING
 from diffmas.costs import Plan, Shape, floor_seconds
 from diffmas.memory import MemoryModel, calibrate, plan_of
+from diffmas.progress import announced, counted, terminal
 from diffmas.room import available_bytes
 from diffmas.system import MultiAgentSystem
 
@@ -34,7 +35,11 @@ class ItemLengths:
         """Per item, its prompts' lengths in the order of the topology's agents, and its answer's."""
         rows: list[tuple[int, ...]] = []
         starts = range(0, len(self._items), _CHUNK)
-        for begin in track(starts, "counting tokens", transient=True, disable=not self._show_progress):
+        if terminal():
+            bar = track(starts, "counting tokens", transient=True, disable=not self._show_progress)
+        else:
+            bar = counted(starts, f"counting tokens, {_CHUNK} items at a time", show=self._show_progress)
+        for begin in bar:
             end = min(begin + _CHUNK, len(self._items))
             batch = self._collator([self._items[i] for i in range(begin, end)])
             rows += zip(*batch["prompt_lengths"], batch["answer_lengths"], strict=True)
@@ -140,15 +145,22 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
     # Adam's two moments; gradients are in the memory model.
     budget -= 2 * sum(p.numel() * p.element_size() for p in system.parameters() if p.requires_grad)
     asked = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    show = args.process_index == 0
+    models = {}
+    for mode in _modes(checkpointing):
+        with announced(f"measuring the memory of checkpointing {mode}", show=show):
+            models[mode] = _calibrated(system, mode, autocast)
+    with announced("measuring what this machine computes and copies a second", show=show):
+        rates = measure_ceilings(args.device, autocast or system.language_model.dtype)
     choice = fit(
-        {mode: _calibrated(system, mode, autocast) for mode in _modes(checkpointing)},
+        models,
         lambda count: plan_of(system, *lengths.longest(count)),
         Shape.of(system.language_model, autocast),
         rows=[n for n in range(1, asked + 1) if asked % n == 0]
         if args.auto_batch
         else [args.per_device_train_batch_size],
         budget=budget,
-        rates=measure_ceilings(args.device, autocast or system.language_model.dtype),
+        rates=rates,
     )
     system.checkpointing.mode = choice.checkpointing
     args.per_device_train_batch_size = choice.rows

@@ -17,6 +17,7 @@ import torch
 
 from diffmas.costs import Call, Lengths, Plan, Shape
 from diffmas.loss import chunk_tokens
+from diffmas.quiet import quiet_profiler
 from diffmas.system import MultiAgentSystem
 
 #: Rows, and lengths of prompts and answer, of the trajectories that are measured.
@@ -39,6 +40,7 @@ def measure(run: Callable[[], Any], device: torch.device | str) -> tuple[Any, in
         result = run()
         torch.cuda.synchronize()
         return result, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    quiet_profiler()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     # torch has no public reader of allocations and releases in their order.

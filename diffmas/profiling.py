@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 from diffmas.ceilings import measure_ceilings
 from diffmas.costs import BACKWARD, PHASES, Shape, Work, floor_seconds
 from diffmas.memory import plan_of
+from diffmas.quiet import quiet_profiler
 from diffmas.system import MultiAgentSystem
 from diffmas.valid_json import to_json
 
@@ -139,6 +140,7 @@ class ProfileStep(TrainerCallback):
             self._stack = contextlib.ExitStack()
             self._profiler = None
             if self._steps == WARM_UP + 2:
+                quiet_profiler()
                 self._profiler = self._stack.enter_context(torch.profiler.profile())
             _synchronize(args.device)
             self._mark = Phases(args.device)

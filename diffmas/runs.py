@@ -16,11 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from diffmas.card import write_card
 from diffmas.distributed import is_sharded, like, process, whole
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.failures import reading, writing
 from diffmas.loss import LOSSES
 from diffmas.model_source import check_source
+from diffmas.progress import announced
+from diffmas.quiet import quiet_loading
 from diffmas.records import write_atomically
 from diffmas.room import check_adapter
 from diffmas.system import MultiAgentSystem
@@ -120,7 +123,8 @@ def _load_base(args: SystemArguments, source: str) -> tuple[torch.nn.Module, Pre
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
         model = model if dtype == "auto" else model.to(dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with quiet_loading():
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model, tokenizer
 
 
@@ -136,7 +140,8 @@ def _load_quantized(args, source, dtype) -> tuple[torch.nn.Module, PreTrainedTok
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     device = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, device_map=device)
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config, device_map=device)
     return model, AutoTokenizer.from_pretrained(source)
 
 
@@ -150,13 +155,17 @@ def build_system(
     topology = topology or load_topology(args.topology, args.handover)
     if args.lora_rank < 1:
         raise ValueError(f"lora_rank is {args.lora_rank}; allowed: integers ≥ 1")
-    model, tokenizer = load_base(args)
+    with announced(f"loading {args.model or 'the embedded base'}"):
+        model, tokenizer = load_base(args)
     check_adapter(model, args.lora_rank, args.lora_targets, copies)
     targets = args.lora_targets if args.lora_targets == "all-linear" else args.lora_targets.split(",")
     lora = LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM", lora_dropout=0.0
     )
-    return _assemble(get_peft_model(model, lora), topology, args), tokenizer
+    with quiet_loading():
+        adapted = get_peft_model(model, lora)
+    with announced("setting up the system"):
+        return _assemble(adapted, topology, args), tokenizer
 
 
 def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments) -> MultiAgentSystem:
@@ -194,6 +203,9 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     with writing(folder / ADAPTER_FILE):
         system.model.save_pretrained(beside, state_dict=trained)
+    # Of a checkpoint, the description is in the run's folder, above the one it is written in.
+    described = (path / SYSTEM_FILE for path in (folder, *folder.parents[:2]))
+    write_card(system, beside, next((path for path in described if path.is_file()), None))
     if weight is not None:
         with writing(folder / ALIGNMENT_FILE):
             save_file({"weight": weight.cpu().contiguous()}, beside / ALIGNMENT_FILE)
@@ -219,7 +231,8 @@ def _load_adapter(system: MultiAgentSystem, folder: Path) -> None:
         for name, value in load_file(folder / ADAPTER_FILE).items():
             _copy(value, adapter[name])
     else:
-        system.model.load_adapter(str(folder), "default", is_trainable=True)
+        with quiet_loading():
+            system.model.load_adapter(str(folder), "default", is_trainable=True)
 
 
 @torch.no_grad()
@@ -326,10 +339,12 @@ def load_run(folder: str | Path) -> Run:
     args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
-    model, tokenizer = load_base(args)
-    with reading(f"the adapter of run {folder}"):
+    with announced(f"loading {args.model or 'the embedded base'}"):
+        model, tokenizer = load_base(args)
+    with reading(f"the adapter of run {folder}"), quiet_loading():
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    system = _assemble(adapted, topology, args)
+    with announced("setting up the system"):
+        system = _assemble(adapted, topology, args)
     if system.alignment.kind == "learned":
         _load_alignment(system, folder)
     return Run(system, tokenizer, args, task, description["decoding"], description.get("data", {}))

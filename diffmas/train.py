@@ -7,7 +7,6 @@ import json
 import math
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -88,8 +87,6 @@ MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Colla
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, evaluate, write the run's folder. Returns the process's exit status: 130 after Ctrl-C."""
-    # transformers and PEFT warn about each other's renamed methods, which nobody here can change.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     raise_on_interrupt()
     return run_program(PROGRAM, lambda: train(*parse_arguments(argv)), lower=LOWER)
 

@@ -29,6 +29,7 @@ from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
 from diffmas.failures import out_of_memory, writing
 from diffmas.not_finite import FiniteSteps
+from diffmas.quiet import quiet_checkpoints
 from diffmas.records import write_atomically
 from diffmas.runs import load_weights, save_weights
 from diffmas.valid_json import to_json
@@ -62,6 +63,7 @@ class SystemTrainer(Trainer):
         if args.ddp_find_unused_parameters is None:
             # Searching the graph of a whole trajectory is only worth it where there is something to find.
             args.ddp_find_unused_parameters = kwargs["model"].has_unreached_parameters
+        quiet_checkpoints()
         super().__init__(**kwargs)
         self.lengths = lengths
         self.evaluator = evaluator

@@ -19,6 +19,7 @@ from diffmas.data import pack
 from diffmas.failures import filling_template
 from diffmas.methods.base import Method, Reading, TraceChannel
 from diffmas.methods.text_cache import TextCache, base_fingerprint, fingerprint
+from diffmas.progress import announced
 from diffmas.prompts.dates import template_options
 from diffmas.topology import Agent, Topology
 
@@ -54,7 +55,8 @@ class TextChannel(TraceChannel):
         dated = [*template_options(self.tokenizer, self.prompts.date).values()]
         longest = getattr(self.prompts, "max_tokens", None)
         decided_by = [self.team.to_dict(), self.prompts.roles, longest, asdict(self.decoding), tokenizer, *dated]
-        self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
+        with announced("taking the base model's fingerprint"):
+            self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
         return self
 
     def encode_prompts(self, items) -> dict[str, Any]:

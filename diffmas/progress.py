@@ -1,0 +1,73 @@
+"""Lines about what takes long, where there is no bar: in files, pipes and before a bar can be drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+
+T = TypeVar("T")
+#: Seconds after which something has taken long, and between two lines about it.
+PATIENCE, APART = 3.0, 20.0
+
+
+@contextlib.contextmanager
+def announced(what: str, *, show: bool = True) -> Iterator[None]:
+    """Say on a line what is being done, once it has taken :data:`PATIENCE` seconds."""
+    timer = threading.Timer(PATIENCE, lambda: print(f"{what} …", flush=True))
+    timer.daemon = True
+    if show:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def counted(steps: Iterable[T], what: str, *, show: bool = True) -> Iterator[T]:
+    """`steps`, with a line on how far they are after :data:`PATIENCE` seconds and every :data:`APART` seconds on."""
+    total = f" of {len(steps)}" if isinstance(steps, Sized) else ""
+    due = time.monotonic() + PATIENCE
+    for number, step in enumerate(steps):
+        if show and time.monotonic() >= due:
+            print(f"{what}: {number}{total}", flush=True)
+            due = time.monotonic() + APART
+        yield step
+
+
+class Lines:
+    """Takes the place of rich's `Progress` where there is no terminal: a line every :data:`APART` seconds."""
+
+    def __init__(self, show: bool):
+        self._show, self._due = show, 0.0
+        self._description, self._total, self._done = "", 0.0, 0.0
+
+    def __enter__(self) -> Lines:
+        self._due = time.monotonic() + PATIENCE
+        return self
+
+    def __exit__(self, *error) -> None:
+        pass
+
+    def add_task(self, description: str, total: float, completed: float = 0) -> int:
+        self._description, self._total, self._done = description, total, completed
+        return 0
+
+    def update(self, task: int, *, description: str | None = None, advance: float = 0) -> None:
+        self._description = description or self._description
+        self.advance(task, advance)
+
+    def advance(self, task: int, advance: float = 1) -> None:
+        self._done += advance
+        if self._show and time.monotonic() >= self._due:
+            print(f"{self._description}: {self._done:g} of {self._total:g}", flush=True)
+            self._due = time.monotonic() + APART
+
+
+def terminal() -> bool:
+    """Whether a bar can be drawn."""
+    return Console().is_terminal
