@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,7 +228,7 @@ def torn(*args, **kwargs):
     ("place", "name", "fails", "named"),
     [
         (train, "write_records", full, "No space left"),
-        (records.os, "fsync", full, "system.json cannot be written"),
+        (records.os, "fsync", full, "prompts.yaml cannot be written"),
         (runs, "save_file", torn, "alignment.safetensors cannot be written"),
         (torch, "save", torn, "checkpoint-1 cannot be written"),
     ],
@@ -285,7 +286,9 @@ def test_ctrl_c_while_starting(program):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(0.7)
+    # Torch is being imported: the seconds in which most people press the key.
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (130, f"\npython -m diffmas.{program}: interrupted\n")
