@@ -36,8 +36,10 @@ def quiet(captured):
     return captured.out
 
 
-def test_no_program_says_what_nobody_can_act_on(flags, tmp_path, capfd, no_warnings):
+def test_no_program_says_what_nobody_can_act_on(flags, tmp_path, capfd, no_warnings, caplog):
     run, given = tmp_path / "run", flags(max_steps=2, save_steps=1, save_total_limit=1, eval_size=3)
+    # Whatever another test has set.
+    caplog.set_level(logging.WARNING, logger="transformers")
     for logger in ("transformers.trainer_utils", "transformers"):
         assert logging.getLogger(logger).isEnabledFor(logging.WARNING)
     assert train.main(given) == 0
