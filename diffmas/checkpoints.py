@@ -22,7 +22,8 @@ STAGING = ".checkpoint"
 
 def checkpoints(run: str | Path) -> list[Path]:
     """The checkpoint folders of a run, latest step first."""
-    found = [path for path in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdecimal()]
+    named = Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    found = [p for p in named if p.is_dir() and p.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdecimal()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
@@ -35,8 +36,9 @@ def damage(checkpoint: str | Path) -> str | None:
         return f"{STATE_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{STATE_FILE} is damaged"
-    if not (checkpoint / ADAPTER_FILE).is_file():
-        return f"{ADAPTER_FILE} is missing"
+    for name in (ADAPTER_FILE, "adapter_config.json"):
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
     for path in (checkpoint / ADAPTER_FILE, checkpoint / ALIGNMENT_FILE):
         if path.is_file() and not _is_safetensors(path):
             return f"{path.name} is damaged"

@@ -19,8 +19,10 @@ def check_source(model: str | None) -> None:
     Raises:
         FileNotFoundError: it is none of these, or the hub does not answer.
     """
-    if model is None or Path(model).is_dir():
+    if model is None or (model and Path(model).is_dir()):
         return
+    if not model:
+        raise ValueError("model is ''; allowed: a folder, an id of the hub, or no model for the embedded base")
     path = Path(model)
     # "runs/mine", where there is a folder "runs", is meant to be in it.
     is_path = (

@@ -52,7 +52,7 @@ def own_settings(run: Path) -> dict[str, Any]:
 def given_settings(args: Any) -> dict[str, Any]:
     """The training arguments that were given, as they were given, ready for JSON."""
     usual = {f.name: f.default for f in fields(args)}
-    given = {k: v for k, v in args.given.items() if k not in PLACES and v != usual[k]}
+    given = {k: v for k, v in args.given.items() if k not in PLACES and not k.endswith("token") and v != usual[k]}
     return {k: str(getattr(v, "value", v)) if not _is_json(v) else v for k, v in given.items()}
 
 

@@ -261,7 +261,7 @@ def anchored(task: TaskArguments) -> TaskArguments:
 
 def _anchored(path: str | None) -> str | None:
     """`path` from the root where it is one of something that is there; a name stays a name."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    return str(Path(path).resolve()) if path and Path(path).exists() else path
 
 
 def write_description(folder: str | Path, description: dict[str, Any], task: Task) -> None:
@@ -277,6 +277,8 @@ def write_description(folder: str | Path, description: dict[str, Any], task: Tas
     _write_yaml(folder / PROMPTS_FILE, roles)
     if description["system"]["topology"] not in TOPOLOGIES:
         _write_yaml(folder / TOPOLOGY_FILE, description["topology"])
+    else:
+        (folder / TOPOLOGY_FILE).unlink(missing_ok=True)
     write_atomically(folder / SYSTEM_FILE, to_json(description, indent=2) + "\n")
 
 

@@ -257,7 +257,7 @@ def _open_folder(
     run = None if resume is None else run_folder(resume, output_dir)
     if run is not None:
         output_dir = output_dir or str(run)
-        if run.is_dir():
+        if run.is_dir() and Path(output_dir).resolve() == run.resolve():
             held.enter_context(locked(output_dir))
         checkpoint = checkpoint_of(resume, run)
         if (run / SYSTEM_FILE).is_file():
@@ -266,12 +266,13 @@ def _open_folder(
     elif output_dir is None:
         candidates = (Path("runs", task.name if i == 1 else f"{task.name}-{i}") for i in range(1, sys.maxsize))
         output_dir = str(next(c for c in candidates if not c.exists()))
-    elif any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, ADAPTER_FILE).exists():
+    elsewhere = run is None or Path(output_dir).resolve() != run.resolve()
+    if elsewhere and (any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, ADAPTER_FILE).exists()):
         raise ValueError(
             f"output_dir is {output_dir!r}, which holds a run already; allowed: another folder, or "
             f"--resume_from_checkpoint {output_dir}"
         )
-    if run is None:
+    if elsewhere:
         held.enter_context(locked(output_dir))
     clear_staging(output_dir)
     write_description(output_dir, description, task)

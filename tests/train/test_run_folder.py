@@ -221,6 +221,21 @@ class TestDamage:
         assert left(2, None) == [6, 10] and left(1, None) == [10]
         assert left(2, 4) == [4, 10] and left(1, 4) == [4, 10] and left(1, 10) == [10] and left(3, 2) == [2, 6, 10]
 
+    def test_only_folders_named_after_a_step_are_checkpoints(self, tmp_path):
+        for name in ("checkpoint-2", "checkpoint-keep-3", "checkpoint-"):
+            (tmp_path / name).mkdir()
+        (tmp_path / "checkpoint-9").touch()
+        assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-2"]
+
+    def test_another_run_is_not_written_over(self, run, whole, tmp_path, capsys):
+        before = (run / "system.json").read_bytes()
+        said = error_of(capsys, [f"--resume_from_checkpoint={whole}", f"--output_dir={run}"])
+        assert f"output_dir is {str(run)!r}, which holds a run already" in said
+        assert (run / "system.json").read_bytes() == before
+
+    def test_an_empty_name_is_no_model(self, module_flags, capsys):
+        assert "model is ''; allowed:" in error_of(capsys, [*module_flags, "--model="])
+
 
 class TestOneWriter:
     def test_a_second_training_is_refused(self, run, capsys):
