@@ -106,6 +106,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     early.add_argument("--model")
     early.add_argument("--resume_from_checkpoint")
     early.add_argument("--output_dir")
+    early.add_argument("--num_train_epochs")
     found, _ = early.parse_known_args(argv)
     values = _read_yaml(parser, found.config) if found.config else {}
     resume = found.resume_from_checkpoint or values.get("resume_from_checkpoint")
@@ -114,6 +115,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
     preset = "paper" if found.model or values.get("model") else "embedded"
     base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
+    if found.num_train_epochs or "num_train_epochs" in values:
+        # Steps that nobody asked for would win over the epochs.
+        base.pop("max_steps", None)
     parser.set_defaults(**{**base, **values})
     try:
         *dataclasses, _, unknown = parser.parse_args_into_dataclasses(

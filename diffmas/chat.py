@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from diffmas.prompts import Prompts
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs import SystemArguments, load_base, load_run
 from diffmas.system import MultiAgentSystem
-from diffmas.tasks import TaskArguments, load_task
+from diffmas.tasks import TaskArguments, as_asked, load_task
 from diffmas.text_file import check_characters
 from diffmas.topology import load_topology
 
@@ -39,7 +39,10 @@ class ChatArguments:
     run: str | None = field(default=None, metadata={"help": "Folder written by diffmas.train."})
     model: str | None = field(
         default=None,
-        metadata={"help": "Without --run: hub id or folder of a causal language model; default: the embedded base."},
+        metadata={
+            "help": "Hub id or folder of a causal language model; default: the run's own, or without --run the "
+            "embedded base."
+        },
     )
     topology: str | None = field(
         default=None, metadata={"help": "Without --run: agents; default: sequential, or relay for the embedded base."}
@@ -126,14 +129,13 @@ def load(args: ChatArguments) -> Chat:
         ValueError, OSError, ModuleNotFoundError: a run, model, topology or prompts that cannot be had, named.
     """
     if args.run is not None:
-        for name in ("model", "topology", "latent_steps"):
+        for name in ("topology", "latent_steps"):
             if (value := getattr(args, name)) is not None:
                 raise ValueError(f"{name} is {value!r} beside run {args.run!r}; allowed: one of the two")
-        run = load_run(args.run)
+        run = load_run(args.run, model=args.model)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
         family = args.prompts or run.task.prompts
-        prompts = Prompts.load(family) if family else load_task(run.task).prompts
-        prompts = replace(prompts, date=run.task.date)
+        prompts = as_asked(Prompts.load(family), run.task) if family else load_task(run.task).prompts
     else:
         topology = load_topology(args.topology or ("sequential" if args.model else "relay"))
         model, tokenizer = load_base(SystemArguments(model=args.model))

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffmas.runs import ADAPTER_FILE, ALIGNMENT_FILE
+from diffmas.runs import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
 
 STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 ONLY_MODEL = "as save_only_model leaves it"
@@ -39,6 +39,10 @@ def damage(checkpoint: str | Path) -> str | None:
     for name in (ADAPTER_FILE, "adapter_config.json"):
         if not (checkpoint / name).is_file():
             return f"{name} is missing"
+    if _learns_alignment(checkpoint.resolve().parent) and not (checkpoint / ALIGNMENT_FILE).is_file():
+        return f"{ALIGNMENT_FILE} is missing"
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
     for path in (checkpoint / ADAPTER_FILE, checkpoint / ALIGNMENT_FILE):
         if path.is_file() and not _is_safetensors(path):
             return f"{path.name} is damaged"
@@ -59,6 +63,16 @@ def latest(run: str | Path) -> tuple[Path | None, list[str]]:
             return path, notes
         notes.append(f"{path} cannot be gone on from: {problem}")
     return None, notes
+
+
+def set_aside(run: str | Path, step: int) -> list[Path]:
+    """Rename the checkpoints of `run` behind `step` to `….old`: a training that goes on from there writes its own."""
+    later = [path for path in checkpoints(run) if int(path.name.rpartition("-")[2]) > step]
+    for path in later:
+        old = path.with_name(f"{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    return later
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
@@ -99,6 +113,13 @@ def put_in_place(staged: str | Path, run: str | Path) -> Path:
 def clear_staging(run: str | Path) -> None:
     """Remove what a killed process left of a checkpoint."""
     shutil.rmtree(Path(run, STAGING), ignore_errors=True)
+
+
+def _learns_alignment(run: Path) -> bool:
+    try:
+        return json.loads((run / SYSTEM_FILE).read_text())["system"]["alignment"] == "learned"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _is_safetensors(path: Path) -> bool:

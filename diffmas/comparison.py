@@ -30,7 +30,7 @@ from diffmas.topology import Topology, load_topology
 from diffmas.train import parse_arguments, train, weight_settings
 from diffmas.valid_json import to_json
 
-ITEMS_FILE, SETTINGS_FILE = "items.jsonl", "settings.json"
+ITEMS_FILE, SETTINGS_FILE, TRAININGS = "items.jsonl", "settings.json", "training"
 
 
 class Interrupted(Exception):
@@ -135,7 +135,7 @@ class Comparison:
             BlockingIOError: another process is at work in the folder.
         """
         with locked(self.folder), RecordFile(self.folder / ITEMS_FILE) as file:
-            self._check_settings()
+            self._check_settings(begun=bool(file.records) or (self.folder / TRAININGS).is_dir())
             with self._progress(file) as advance:
                 for name, task in self.tasks.items():
                     for method in self.methods:
@@ -206,7 +206,7 @@ class Comparison:
     def _train(self, name: str, method: Method, seed: int, topology: Topology) -> Path:
         """The folder of the method's finished training; starts it, or goes on with it, where that is needed."""
         settings = self.settings[name]
-        folder = self.folder / "training" / _file_name(name) / _file_name(method.name) / f"seed-{seed}"
+        folder = self.folder / TRAININGS / _file_name(name) / _file_name(method.name) / f"seed-{seed}"
         if (folder / SUMMARY_FILE).is_file():
             return folder
         flags = [
@@ -259,10 +259,10 @@ class Comparison:
         drawn = method.trained or control == "noise" or self.settings[name].decoding.temperature > 0
         return self.seeds if drawn else self.seeds[:1]
 
-    def _check_settings(self) -> None:
-        """Keep the settings beside the records, or raise `ValueError` where other ones are kept."""
+    def _check_settings(self, begun: bool) -> None:
+        """Keep the settings beside the records, or raise `ValueError` where other ones are kept of what was begun."""
         path = self.folder / SETTINGS_FILE
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        kept = json.loads(path.read_text()) if begun and path.is_file() else {}
         # By way of JSON, as they are read back.
         now = json.loads(json.dumps({"options": asdict(self.options)} | {
             "tasks": {name: settings.describe() for name, settings in self.settings.items()}

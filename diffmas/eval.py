@@ -6,6 +6,7 @@ With `--methods`, all of them on all `--tasks` and `--seeds`: what has to be tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -59,6 +60,7 @@ class EvalArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Where results go; default: RUN/eval, with --methods RUN/methods or a new RUN."}
     )
+    model: str | None = field(default=None, metadata={"help": "The run's base model, where its folder has moved."})
     task: str | None = field(default=None, metadata={"help": "The task's .jsonl file, where it has moved."})
     variants: str | None = field(
         default=None, metadata={"help": f"Any of {', '.join(VARIANTS)}; default: all that say something about the run."}
@@ -100,12 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         _check_used(args)
-        return _evaluate(args) if args.methods is None else _compare(args, unknown)
+        with contextlib.ExitStack() as held:
+            return _evaluate(args, held) if args.methods is None else _compare(args, unknown)
 
     return run_program(PROGRAM, work, lower=LOWER)
 
 
-def _evaluate(args: EvalArguments) -> int:
+def _evaluate(args: EvalArguments, held: contextlib.ExitStack) -> int:
     started = time.perf_counter()
     variants = [v.strip() for v in args.variants.split(",")] if args.variants else list(VARIANTS)
     if unknown := [v for v in variants if v not in VARIANTS]:
@@ -114,7 +117,7 @@ def _evaluate(args: EvalArguments) -> int:
     device = join()
     folder = Path(args.output_dir or Path(args.run, "eval"))
     check_output(folder, "output_dir")
-    run = load_run(args.run)
+    run = load_run(args.run, model=args.model)
     set_seed(args.seed)
     given = {k: v for k in ("task", "eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
     if args.task is not None and not (args.task.endswith(JSONL) and run.task.task.endswith(JSONL)):
@@ -138,6 +141,8 @@ def _evaluate(args: EvalArguments) -> int:
         print_date(run.tokenizer, task_args.date)
         print_left_out(left_out)
     variants = [variant for variant in variants if variant not in left_out]
+    if first:
+        held.enter_context(locked(folder))
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
     peak, cut = max(gathered([peak_memory_mb()])), cut_summary(task.prompts)
     if not first:
@@ -155,10 +160,9 @@ def _evaluate(args: EvalArguments) -> int:
         "machine": machine(),
         **describe(run.system, run.args, task_args, run.decoding),
     }
-    with locked(folder):
-        write_records(folder, records)
-        write_summary(folder, summary)
-        report = write_report(folder)
+    write_records(folder, records)
+    write_summary(folder, summary)
+    report = write_report(folder)
     print_accuracies(summary)
     print(f"report: {report}")
     return 0
@@ -174,9 +178,10 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     own_seed = description.get("training", {}).get("seed", 0)
     seeds = [own_seed] if args.seeds is None else integers("seeds", args.seeds)
     parts = [dict(description.get(part, {})) for part in ("system", "task", "decoding", "training")]
-    # A folder with the files of the run's own task says nothing about another one's.
-    own_task, own_files = parts[1].get("task"), {"data_dir": parts[1].pop("data_dir", None)}
-    shared = ("task", "eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
+    # The files of the run's own task, and how they are read, say nothing about another one's.
+    own_task = parts[1].get("task")
+    own_files = {name: parts[1].pop(name, None) for name in ("data_dir", "eval_file", "fields", "checker")}
+    shared = ("model", "task", "eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
     common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
     per_task = _read_task_config(args.task_config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,4 +25,6 @@ def locked(folder: str | Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"{folder} is being written by another process; allowed: one at a time") from None
+        # A worker that outlives this process would hold on to it.
+        os.register_at_fork(after_in_child=file.close)
         yield

@@ -33,7 +33,11 @@ def run_folder(resume: str, output_dir: str | None) -> Path | None:
             raise ValueError("resume_from_checkpoint is True without output_dir; allowed: with it, or a run's folder")
         return Path(output_dir)
     folder = Path(resume)
-    return folder.parent if (folder / STATE_FILE).is_file() or _is_checkpoint(folder) else folder
+    # A link to a checkpoint, or "." in one, says nothing about the run it is of.
+    real = folder.resolve()
+    if not ((real / STATE_FILE).is_file() or _is_checkpoint(real)):
+        return folder
+    return folder.parent if folder.name and folder.absolute() == real else real.parent
 
 
 def own_settings(run: Path) -> dict[str, Any]:
@@ -89,6 +93,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         ValueError: a difference that makes it another run.
     """
     notes = []
+    if "arguments" not in before:
+        notes.append("the run did not keep its training arguments: those given now and the defaults hold")
     for part in ("system", "topology", "task", "decoding", "arguments"):
         old, new = before.get(part, {}), now[part]
         for key in dict.fromkeys([*old, *new]):
@@ -99,6 +105,11 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 continue
             if part == "system" and key in ("topology", "handover"):
                 continue  # what they come to is compared
+            if key == "checker" and was is None:
+                continue  # chosen anew from the same right answers
+            if key == "model" and _has_moved(was, value):
+                notes.append(f"model is {value!r}; the run had {was!r}, which is gone")
+                continue
             if part in ("system", "topology", "task") and key not in FREE:
                 raise ValueError(
                     f"{key} is {value!r}, but the run to go on with had {was!r}; allowed: the same, or {key} left out"
@@ -119,6 +130,11 @@ def _same_kind(key: str, was: Any, value: Any) -> bool:
     if key != "task" or was == value:
         return True
     return str(was).endswith(JSONL) and str(value).endswith(JSONL)
+
+
+def _has_moved(was: Any, value: Any) -> bool:
+    """Whether a model folder that is gone is given anew in another place."""
+    return all(isinstance(v, str) and Path(v).is_absolute() for v in (was, value)) and not Path(was).exists()
 
 
 def _is_checkpoint(folder: Path) -> bool:

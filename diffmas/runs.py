@@ -261,7 +261,8 @@ def anchored(task: TaskArguments) -> TaskArguments:
 
 def _anchored(path: str | None) -> str | None:
     """`path` from the root where it is one of something that is there; a name stays a name."""
-    return str(Path(path).resolve()) if path and Path(path).exists() else path
+    # A link keeps its own name: what it points to may be called otherwise, as in the hub's cache.
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 def write_description(folder: str | Path, description: dict[str, Any], task: Task) -> None:
@@ -329,8 +330,8 @@ class Run:
     data: dict[str, str]
 
 
-def load_run(folder: str | Path) -> Run:
-    """The system a run's folder describes, with its trained weights.
+def load_run(folder: str | Path, model: str | None = None) -> Run:
+    """The system a run's folder describes, with its trained weights, on the base `model` where that is given.
 
     Raises:
         FileNotFoundError: a folder without `system.json` or without an adapter. ValueError: one that cannot be read.
@@ -339,6 +340,9 @@ def load_run(folder: str | Path) -> Run:
     description = read_description(folder)
     topology = Topology.from_dict(description["topology"])
     args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
+    if model is not None and model != args.model:
+        print(f"model is {model!r}; the run had {args.model!r}")
+        args = replace(args, model=model)
     if not (folder / ADAPTER_FILE).is_file():
         raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
     with announced(f"loading {args.model or 'the embedded base'}"):

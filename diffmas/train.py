@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
-from diffmas.checkpoints import clear_staging, step_of
+from diffmas.checkpoints import clear_staging, set_aside, step_of
 from diffmas.data import Collator
 from diffmas.distributed import (
     asked_sharding,
@@ -143,6 +143,7 @@ def _train(
     task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
     topology = topology or load_topology(system_args.topology, system_args.handover)
+    task_args = replace(task_args, checker=task.checker)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
         raise ValueError("the training set is empty; allowed: at least one item")
     check_batches(args, len(task.train))
@@ -275,6 +276,9 @@ def _open_folder(
     if elsewhere:
         held.enter_context(locked(output_dir))
     clear_staging(output_dir)
+    if not elsewhere:
+        for path in set_aside(output_dir, 0 if checkpoint is None else step_of(checkpoint)):
+            print(f"{path} is kept as {path.name}.old")
     write_description(output_dir, description, task)
     return output_dir, None if checkpoint is None else str(checkpoint)
 

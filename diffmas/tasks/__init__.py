@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from diffmas.prompts import Prompts
 from diffmas.prompts.dates import parse_date
 from diffmas.prompts.shortened import ShortenedPrompts
 from diffmas.tasks import (
@@ -24,7 +25,7 @@ from diffmas.tasks import (
 )
 from diffmas.tasks.base import JSONL, Item, Task, TaskArguments, gold
 
-__all__ = ["LOADERS", "Item", "Task", "TaskArguments", "gold", "load_task"]
+__all__ = ["LOADERS", "Item", "Task", "TaskArguments", "as_asked", "gold", "load_task"]
 
 #: Built-in tasks by name.
 LOADERS: dict[str, Callable[[TaskArguments], Task]] = {
@@ -72,12 +73,16 @@ def load_task(args: TaskArguments) -> Task:
             f"{', '.join(name for name, reads in LOADERS.items() if reads is not relay.load)}"
         )
     task = load(args)
-    task = replace(task, prompts=replace(task.prompts, date=args.date))
-    if args.max_prompt_tokens is not None:
-        task = replace(task, prompts=ShortenedPrompts.of(task.prompts, args.max_prompt_tokens))
+    task = replace(task, prompts=as_asked(task.prompts, args))
     if args.eval_size is None or len(task.eval) <= args.eval_size:
         return task
     return replace(task, eval=task.eval[: args.eval_size])
+
+
+def as_asked(prompts: Prompts, args: TaskArguments) -> Prompts:
+    """The prompts with the date and the longest length that `args` ask for."""
+    prompts = replace(prompts, date=args.date)
+    return prompts if args.max_prompt_tokens is None else ShortenedPrompts.of(prompts, args.max_prompt_tokens)
 
 
 def _loader(task: str) -> Callable[[TaskArguments], Task]:

@@ -34,6 +34,7 @@ class Task:
             wrong; it never raises for what a model wrote. May be called from several threads.
         extract: the final answer of a prediction in a normal form, so that equal answers are equal strings (for
             counting agreeing samples); None where there is none.
+        checker: name of what `check` is, where a task that is a file has chosen it or was given it.
         ready: raises where this machine cannot check predictions; to be asked before any are generated.
     """
 
@@ -44,6 +45,7 @@ class Task:
     check: Callable[[str, Item], bool]
     extract: Callable[[str], str | None]
     ready: Callable[[], None] = lambda: None
+    checker: str | None = None
 
 
 def gold(item: Item) -> str:

@@ -73,7 +73,16 @@ def load(args: base.TaskArguments) -> base.Task:
     train = _fitted(checker, train, letters, args.task, 1, run=False)
     evaluation = _fitted(checker, evaluation, letters, *held_out, run=True)
     prompts = Prompts.load(args.prompts or checker.prompts)
-    return base.Task(name, train[: args.train_size], evaluation, prompts, checker.check, checker.extract, checker.ready)
+    return base.Task(
+        name,
+        train[: args.train_size],
+        evaluation,
+        prompts,
+        checker.check,
+        checker.extract,
+        checker.ready,
+        checker=checker.name,
+    )
 
 
 def _fitted(

@@ -150,6 +150,39 @@ class TestOwnSettings:
         assert message in error_of(capsys, [f"--resume_from_checkpoint={run}", flag])
         assert (run / "system.json").read_bytes() == before
 
+    def test_a_link_to_a_checkpoint_is_that_checkpoint(self, run, whole, tmp_path, monkeypatch):
+        shutil.rmtree(run / "checkpoint-6")
+        shutil.rmtree(run / "checkpoint-4")
+        (tmp_path / "link").symlink_to(run / "checkpoint-2")
+        assert train.main([f"--resume_from_checkpoint={tmp_path / 'link'}", "--disable_final_eval"]) == 0
+        assert same(run, whole)
+        (run / "adapter_model.safetensors").unlink()
+        monkeypatch.chdir(run / "checkpoint-2")
+        assert train.main(["--resume_from_checkpoint=.", "--disable_final_eval"]) == 0
+        assert same(run, whole)
+
+    def test_later_checkpoints_are_set_aside(self, run, capsys):
+        given = [f"--resume_from_checkpoint={run / 'checkpoint-2'}", "--learning_rate=2e-2", "--disable_final_eval"]
+        assert train.main([*given, "--max_steps=3", "--save_total_limit=1"]) == 0
+        assert f"{run / 'checkpoint-6'} is kept as checkpoint-6.old" in capsys.readouterr().out
+        assert [p.name for p in checkpoints(run)] == ["checkpoint-3"], "going on again goes on from these weights"
+        assert damage(run / "checkpoint-4.old") is None and damage(run / "checkpoint-6.old") is None
+
+    def test_epochs_win_over_steps_nobody_asked_for_now(self, run, capsys):
+        given = [f"--resume_from_checkpoint={run}", "--num_train_epochs=2", "--train_size=24", "--disable_final_eval"]
+        assert "train_size is 24, but the run" in error_of(capsys, given)
+        args = train.parse_arguments([given[0], given[1]])[3]
+        assert (args.max_steps, args.num_train_epochs) == (-1, 2)
+        assert train.parse_arguments([given[0]])[3].max_steps == 6
+        assert train.parse_arguments(["--num_train_epochs=2"])[3].max_steps == -1
+
+    def test_a_run_that_kept_no_arguments_says_so(self, run, capsys):
+        description = json.loads((run / "system.json").read_text())
+        del description["arguments"]
+        (run / "system.json").write_text(json.dumps(description))
+        assert train.main([f"--resume_from_checkpoint={run}", "--max_steps=6", "--disable_final_eval"]) == 0
+        assert "the run did not keep its training arguments" in capsys.readouterr().out
+
     def test_true_needs_a_folder(self, module_flags, capsys):
         said = error_of(capsys, [*module_flags, "--resume_from_checkpoint=True"])
         assert "resume_from_checkpoint is True without output_dir" in said
@@ -176,7 +209,7 @@ def flip(path):
 class TestDamage:
     @pytest.mark.parametrize("hurt", [cut, Path.unlink], ids=["cut", "gone"])
     @pytest.mark.parametrize(
-        "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+        "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"]
     )
     def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(self, run, whole, capsys, name, hurt):
         hurt(run / "checkpoint-6" / name)
@@ -322,6 +355,42 @@ class TestOnItsOwn:
         assert "the items (eval) are not those that the run to go on with was trained on" in said
         (own_files / "items.jsonl").write_text(items.replace("box 3 holds", "box 3 has"))
         assert "the items (train) are not those" in error_of(capsys, ["--resume_from_checkpoint=run"])
+
+    def test_a_linked_file_keeps_its_name(self, own_files, monkeypatch, tmp_path):
+        (own_files / "items.jsonl").rename(own_files / "blob")
+        (own_files / "items.jsonl").symlink_to("blob")
+        flags = ["--task=items.jsonl", "--prompts=prompts.yaml", "--fields=ask,reply", "--max_steps=1"]
+        system = json.loads((own_files / "run" / "system.json").read_text())["system"]
+        flags += [f"--topology={own_files / 'run' / 'topology.yaml'}", f"--model={system['model']}"]
+        assert train.main([*flags, "--output_dir=linked", "--disable_final_eval"]) == 0
+        kept = json.loads((own_files / "linked" / "system.json").read_text())
+        assert kept["task"]["task"].endswith("/items.jsonl")
+        monkeypatch.chdir(tmp_path)
+        argv = [f"--run={own_files / 'linked'}", "--disable_tqdm", "--variants=matched", "--max_new_tokens=2"]
+        assert evaluate.main(argv) == 0
+
+    def test_a_model_folder_that_has_moved_can_be_given_anew(self, own_files, base, capsys):
+        shutil.copytree(base, own_files / "base")
+        description = json.loads((own_files / "run" / "system.json").read_text())
+        description["system"]["model"] = str(own_files / "gone")
+        (own_files / "run" / "system.json").write_text(json.dumps(description))
+        assert "no such folder" in error_of(capsys, ["--run=run", "--disable_tqdm"], evaluate)
+        given = f"--model={own_files / 'base'}"
+        assert evaluate.main(["--run=run", given, "--disable_tqdm", "--variants=matched"]) == 0
+        assert (
+            chat.main(["--run=run", given, "--no_inspection", "--once", "note=box 1 holds 7", "question=box 1?"]) == 0
+        )
+        assert train.main(["--resume_from_checkpoint=run", given, "--disable_final_eval"]) == 0
+        assert f"the run had {str(own_files / 'gone')!r}" in capsys.readouterr().out
+
+    def test_the_checker_that_was_chosen_is_the_run_s(self, own_files, tmp_path, capsys):
+        kept = json.loads((own_files / "run" / "system.json").read_text())["task"]["checker"]
+        assert kept == "mathematics"
+        (tmp_path / "words.jsonl").write_text('{"note": "n", "ask": "q?", "reply": "1"}\n' * 3)
+        argv = ["--run=run", f"--eval_file={tmp_path / 'words.jsonl'}", "--disable_tqdm", "--variants=matched"]
+        capsys.readouterr()
+        assert evaluate.main(argv) == 0
+        assert "checker: " not in capsys.readouterr().out
 
     def test_prompts_given_anew_have_to_be_the_same(self, own_files, tmp_path, capsys):
         other = tmp_path / "other.yaml"
