@@ -15,6 +15,7 @@ from diffmas.controls import CONTROLS
 from diffmas.generation import Decoding
 from diffmas.methods.base import TraceChannel
 from diffmas.progress import Lines, terminal
+from diffmas.prompts.shortened import counting
 from diffmas.records import Record
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, gold
@@ -69,7 +70,9 @@ def answer(
     items = [task.eval[i] for i in indices]
     seeds = [seed * _SEEDS_APART + i for i in indices]
     began = time.perf_counter()
-    reading = channel.read(items, seeds)
+    with counting(task.prompts) as cut:
+        reading = channel.read(items, seeds)
+        cuts = [cut(item) for item in items]
     rows = system.generate(
         reading.prompt_ids, reading.prompt_lengths, tokenizer, decoding, seeds=seeds, control=CONTROLS[control]
     )
@@ -96,6 +99,7 @@ def answer(
             logprob=round(sum(completion.logprobs), 4),
             finish=completion.finish,
             seconds=round(seconds, 6),
+            cut_tokens=cuts[row],
         )
         for row, index in enumerate(indices)
         for sample, completion in enumerate(rows[row])

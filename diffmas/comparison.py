@@ -19,7 +19,7 @@ from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
 from diffmas.needs import ONE_ITEM, check_prompts, method_left_out, method_roles
 from diffmas.prompts.dates import print_date, today
-from diffmas.prompts.shortened import cut_line, cut_summary
+from diffmas.prompts.shortened import cut_line
 from diffmas.records import Record, RecordFile, write_atomically
 from diffmas.report import SUMMARY_FILE
 from diffmas.runs import SYSTEM_FILE, build_system, load_weights
@@ -141,7 +141,7 @@ class Comparison:
                     for method in self.methods:
                         for seed in self.seeds:
                             self._evaluate(file, name, task, method, seed, advance)
-            for name, cut in self._cut().items():
+            for name, cut in self._cut(file.records).items():
                 if line := cut_line(cut):
                     print(f"{name}: {line}")
             return self.summarise(file.records)
@@ -151,17 +151,27 @@ class Comparison:
         names = list(dict.fromkeys([*(m.name for m in self.methods), *(r.method for r in records)]))
         summary = {
             **summarise(records, names),
-            **({"cut": self._cut()} if self._cut() else {}),
+            **({"cut": cut} if (cut := self._cut(records)) else {}),
             "machine": machine(),
             "settings": json.loads((self.folder / SETTINGS_FILE).read_text()),
         }
         write_atomically(self.folder / SUMMARY_FILE, to_json(summary, indent=2) + "\n")
         return summary
 
-    def _cut(self) -> dict[str, dict[str, int]]:
-        """By task, what was cut of its prompts since this comparison was begun."""
-        found = {name: cut_summary(task.prompts) for name, task in self.tasks.items()}
-        return {name: cut for name, cut in found.items() if cut}
+    def _cut(self, records: Sequence[Record]) -> dict[str, dict[str, int]]:
+        """By task, what was cut of its items' prompts: of each item, by the method that lost most of it."""
+        found = {}
+        for name, settings in self.settings.items():
+            if settings.task.max_prompt_tokens is not None:
+                lost: dict[int, int] = {}
+                for r in (r for r in records if r.task == name and r.cut_tokens):
+                    lost[r.index] = max(r.cut_tokens, lost.get(r.index, 0))
+                found[name] = {
+                    "max_prompt_tokens": settings.task.max_prompt_tokens,
+                    "items": len(lost),
+                    "tokens": sum(lost.values()),
+                }
+        return found
 
     def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
         decoding = self._decoding(name)

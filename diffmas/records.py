@@ -30,6 +30,7 @@ class Record:
         entropies: entropy in nats of the distribution each answer token came from.
         logprob: log-probability in nats of the answer, summed over its tokens.
         finish: why generation ended. `seconds`: the batch's wall-clock time divided by its answers.
+        cut_tokens: what `--max_prompt_tokens` cut of the item's prompts, over all agents.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Record:
     logprob: float
     finish: str
     seconds: float
+    cut_tokens: int = 0
 
     @property
     def key(self) -> tuple[Any, ...]:

@@ -26,14 +26,27 @@ _VERDICT = re.compile(
     r"(?im)(?:^|(?<=[.!?]\s))[*_\"']{0,3}(yes|no|true|false)\b[*_\"']{0,3}(?:[,.;:!]|\s*$|\s+[—–-]\s)"
 )
 _BOLD = re.compile(r"(?i)(?:\b(?:is|are|was|were|be)\b|[:=])\s*\*\*(?P<answer>[^*\n]+)\*\*[.!]?$")
+#: Abbreviations whose full stop ends no sentence.
+_SHORTENED = (
+    "Dr", "Mr", "Ms", "St", "Jr", "Sr", "Mt", "Ft", "Mrs", "Vol", "Gen", "Col", "Sgt", "Rev", "Inc", "Ltd", "Prof",
+    "Capt",
+)  # fmt: skip
+_SHORT = "(?:" + "|".join(rf"(?<=\b{word})" for word in (*_SHORTENED, "No")) + ")"
 _IS = re.compile(
-    r"(?i)^(?:[^.!?]{0,200}[.!]\s+)?[^.!?:]{0,200}?\b(?:is|are|was|were)(?:\s*:)?\s+(?P<answer>(?:[^.!?:]|(?<=[A-Z])\.){1,100}?)[.!]?$"
+    r"(?i)^(?:[^.!?]{0,200}[.!]\s+)?[^.!?:]{0,200}?\b(?:is|are|was|were)(?:\s*:)?\s+"
+    rf"(?P<answer>(?:[^.!?:]|(?<=[A-Z])\.|(?<=[0-9])[.:](?=[0-9])|{_SHORT}\.){{1,100}}?)[.!]?$"
 )
 # What ends a stated answer: a sentence, or a remark on it.
 _BEHIND = re.compile(
-    r"(?<![A-Z])(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr))(?<!\bMrs)[.!?;](?:\s+|$)|,?\s+(?:because|since|instead of|rather than)\b"
+    r"(?<![A-Z])" + "".join(rf"(?<!\b{word})" for word in _SHORTENED) + r"(?!(?<=\bNo)\.\s+[0-9])[.!?;](?:\s+|$)"
+    r"|,?\s+(?:because|since|instead of|rather than)\b"
     r"|,\s+(?:not|as|so|which|who)\b|\s+\((?=[^()]*[^\W\d_]{2})[^()]*\)[.!]?$|\s+[—–]\s"
 )
+# A second look at an answer that has been given: "This answer is correct."
+_REMARK = re.compile(
+    r"(?i)^[*_]{0,3}(?:correct|right|final|wrong|incorrect|consistent|confirmed|verified|unique|reasonable)\b"
+)
+_OPENING = re.compile(r"(?i)^(?:clear|simple|obvious|as follows|the following)\s*:\s*")
 
 
 def boxed(text: str) -> str | None:
@@ -67,8 +80,10 @@ def words(text: str) -> str | None:
     _, mark, tail = text.rpartition("####")
     if mark:
         return tail.strip().partition("\n")[0].strip() or None
-    if stated := [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]:
-        return _sentence(text[stated[-1].end() :].partition("\n")[0])
+    stated = [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]
+    said = [text[m.end() :].partition("\n")[0] for m in stated]
+    if said:
+        return _sentence(next((line for line in reversed(said) if not _REMARK.match(line)), said[-1]))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return None
@@ -92,7 +107,7 @@ def _sentence(text: str) -> str | None:
 
     None where it asks, or says nothing.
     """
-    text = text.strip()
+    text = _OPENING.sub("", text.strip())
     if re.match(r"[^.!?\n]*\?", text):
         return None
     if bold := re.match(r"\*\*([^*\n]+)\*\*", text):

@@ -21,6 +21,9 @@ _REMARK = re.compile(
     r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
     r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
+_SIGN = ("", r"\circ", "°")
+# What an answer is not, up to where it says what it is.
+_DENIED = re.compile(r"(?i)^\W*not\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
 # These settle on nothing.
 _SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
 # Not "$5 and $6".
@@ -102,10 +105,15 @@ def _final(text: str) -> str | None:
         return next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), line or None)
     if stated := [m.end() for m in _STATED.finditer(text)]:
         sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
+        if denied := _DENIED.match(sentence):
+            sentence = sentence[denied.end() :]
+            if not sentence.strip(" *."):
+                return None
         if _SEVERAL.search(sentence):
             return sentence.strip(" *.")
-        if maths := _MATHS.findall(sentence):
-            return next(part for part in maths[-1] if part)
+        # A degree sign alone is none.
+        if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
+            return maths[-1]
         sentence = sentence.strip(" *")
         for head in (sentence, *_heads(sentence)):
             if numbers.parse(head) is not None:

@@ -23,21 +23,28 @@ _FRAC = re.compile(
 # In 2x, 6i and 3ab the letters are no unit.
 _VARIABLES = r"(?:[abciknpqrtuvxyzBDEGHIMOPQRSTXYZ]|[abcnpqxyz]{2,3})(?:\s*[\^/]|\s*$)"
 _UNIT = re.compile(
-    r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9]*\}|"
+    r"(?:\\(?:text|mathrm|textbf|mbox)\s*\{\s*[^{}0-9(]*(?:\([^{}()]*\)\s*)?\}|"
+    r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{[^{}0-9]*\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{[^{}0-9]*\}\s*\}|"
     rf"(?<![A-Za-z])/?(?!{_VARIABLES})[A-Za-z]+(?:(?: +|/)[A-Za-z]+)* *\.?)"
     r"(?:\s*\^\s*\{?[23]\}?|[²³])?$"
 )
+#: Words that multiply the number before them.
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = re.compile(rf"(?i)^(?:\\(?:text|mathrm|textbf|mbox)\s*\{{)?\s*({'|'.join(_SCALES)})s?\b")
 _LOOSE = (
     (re.compile(r",\\!\s*"), ","),
     (re.compile(r"\\[,;!: ]|~|\\quad"), " "),
-    (re.compile(r"\\(?=[$%])|\\(?:left|right)(?![a-zA-Z])|\^\{?\\circ\}?"), ""),
+    (re.compile(r"\\(?=[$%])|\\(?:left|right)(?![a-zA-Z])|\\(?:text|mathrm)\{\s*\}"), ""),
+    (re.compile(r"\$?\s*(?:\^\s*\{?\\circ\}?|°)\$?"), ""),
+    (re.compile(r"^[–‒]\s*(?=[$.0-9\\])"), "-"),
+    (re.compile(r"^\{+([^{}]*)\}+$"), r"\1"),
 )
 _CURRENCY = re.compile(r"[€£¥₹]|\\(?:euro|pounds)(?![a-zA-Z])")
 # Thousands apart by the spaces made for it.
 _SPACED = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 # A sign behind a word or a bracket is an operator: "5-10" ends on 10.
 _IN_TEXT = re.compile(
-    rf"(?<![0-9.])(?:(?<![\w)])[-+−])?\\?\$?(?:[0-9]{{1,3}} (?=[0-9]{{1,2}}/[0-9]))?{DIGITS}"
+    rf"(?<![0-9.])(?:(?<![\w)])[-+−–])?\\?\$?(?:[0-9]{{1,3}} (?=[0-9]{{1,2}}/[0-9]))?{DIGITS}"
     r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]|\.[0-9]))?(?![0-9])"
 )
 
@@ -55,7 +62,10 @@ def parse(text: str) -> Fraction | None:
         text = wrapped[1]
     if not re.match(r"[-+]?\s*[$\\.0-9]", text):
         return None
+    scale = 1
     if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\s*$", text[: unit.start()]):
+        if scaled := _SCALED.search(unit[0]):
+            scale = _SCALES[scaled[1].casefold()]
         text = text[: unit.start()].strip().rstrip("$%").strip()
     text = re.sub(r"^([-+])\s+", r"\1", text)
     if text.startswith("$") and not _NUMBER.fullmatch(text):
@@ -70,7 +80,7 @@ def parse(text: str) -> Fraction | None:
             if below == 0 or (parts.get("whole") and not 0 < value < below):
                 return None
             power = next((parts[name] for name in ("power", "power1", "power2") if parts.get(name)), "0")
-            return (whole + value / below) * Fraction(10) ** int(power) * (-1 if parts["sign"] == "-" else 1)
+            return scale * (whole + value / below) * Fraction(10) ** int(power) * (-1 if parts["sign"] == "-" else 1)
     return None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,7 +20,7 @@ class ShortenedPrompts(Prompts):
 
     The longest of the texts that a prompt is filled with (the item's fields, and what earlier agents wrote) is cut at
     its end, as little as will do; where that is not enough, the next longest. Answers, and what checks them, keep the
-    item as it is. `cuts`: tokens lost, by role and by the texts of the item.
+    item as it is. `cuts`: tokens lost, by role and by the item.
     """
 
     max_tokens: int = 0
@@ -46,7 +47,7 @@ class ShortenedPrompts(Prompts):
             if len(ids) > self.max_tokens:
                 item, texts = items[i], () if written is None else written[i]
                 rows[i] = self._cut(role, item, tokenizer, texts)
-                self.cuts[role, _name(item, texts)] = len(ids) - len(rows[i])
+                self.cuts[role, _name(item)] = len(ids) - len(rows[i])
         return rows
 
     def _cut(self, role, item, tokenizer, written) -> list[int]:
@@ -73,9 +74,24 @@ class ShortenedPrompts(Prompts):
         )
 
 
-def _name(item: Mapping[str, Any], texts: Sequence[tuple[str, str]]) -> str:
+def _name(item: Mapping[str, Any]) -> str:
     """The same in every process."""
-    return hashlib.sha256(repr((sorted(map(str, item.items())), [*texts])).encode(errors="replace")).hexdigest()
+    return hashlib.sha256(repr(sorted(map(str, item.items()))).encode(errors="replace")).hexdigest()
+
+
+@contextlib.contextmanager
+def counting(prompts: Prompts) -> Iterator[Callable[[Mapping[str, Any]], int]]:
+    """Tells, of an item, how many tokens of its prompts were cut in this context, over all agents."""
+    if not isinstance(prompts, ShortenedPrompts):
+        yield lambda item: 0
+        return
+    before = dict(prompts.cuts)
+    prompts.cuts.clear()
+    try:
+        yield lambda item: sum(tokens for (_, name), tokens in prompts.cuts.items() if name == _name(item))
+    finally:
+        for key, tokens in before.items():
+            prompts.cuts.setdefault(key, tokens)
 
 
 def cut_summary(prompts: Prompts) -> dict[str, int] | None:

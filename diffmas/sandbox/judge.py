@@ -9,8 +9,11 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
+import io
 import json
 import os
+import random
+import re
 import sys
 import traceback
 import types
@@ -18,6 +21,15 @@ from contextlib import suppress
 from typing import Any
 
 import wire
+
+#: Objects of the library whose public attributes reach nothing but themselves.
+_READABLE = (io.StringIO, io.BytesIO, random.Random, re.Pattern, re.Match)
+#: What a decorator copies.
+_NAMES = ("__name__", "__qualname__", "__doc__", "__module__")
+#: Functions that reach everything, where a test hands them over.
+_CLOSED = (
+    exec, eval, compile, open, __import__, getattr, setattr, delattr, vars, globals, locals, breakpoint, input,
+)  # fmt: skip
 
 
 def main(request: dict, read: int, write: int, verdict: int) -> None:
@@ -72,6 +84,8 @@ class _Judge:
 class _Connection(wire.Peer):
     """The judge's end: what breaks the protocol ends the judgement, whatever the tests catch."""
 
+    compares = False
+
     def __init__(self, read: int, write: int, judge: _Judge):
         super().__init__(read, write, self._serve)
         self.judge = judge
@@ -94,8 +108,8 @@ class _Connection(wire.Peer):
         except BrokenPipeError:
             self.judge.leave("gone")
 
-    def decode(self, data: Any) -> Any:
-        return self._safely(super().decode, data)
+    def decode(self, data: Any, objects: list | None = None) -> Any:
+        return self._safely(super().decode, data, objects)
 
     def _exception(self, content: Any) -> BaseException:
         return self._safely(super()._exception, content)
@@ -110,12 +124,21 @@ class _Connection(wire.Peer):
             self.judge.leave("exception", "Broken")
 
     def _serve(self, operation: str, number: int, args: list, kwargs: dict) -> Any:
-        """A test's functions can be called, its iterators advanced, and its objects' public attributes used."""
+        """A test's functions can be called, its iterators advanced, and its objects' public attributes used.
+
+        All else leads into this process: the frame of a generator, the globals of a function, the files of a path.
+        """
         value = self.held[number]
         if operation in ("get", "set"):
-            hidden = str(args[0]).startswith("_")
-            if hidden or isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType)):
-                raise AttributeError(args[0])
-        elif operation not in ("call", "next", "iter", "len", "bool", "item", "contains"):
+            name, own = str(args[0]), type(value).__module__ == "tests"
+            # A test's own methods stay what they are.
+            settable = own and not callable(getattr(type(value), name, None))
+            if operation == "get" and name in _NAMES and isinstance(found := getattr(value, name, None), str):
+                return found
+            if name.startswith("_") or not (settable if operation == "set" else own or isinstance(value, _READABLE)):
+                raise AttributeError(name)
+        elif operation == "call" and any(value is closed for closed in _CLOSED):
+            raise TypeError(f"{value.__name__} is not available to programs")
+        elif operation not in ("call", "next", "iter", "len", "bool", "item", "contains", "eq"):
             raise TypeError(f"{operation} of a test's object is not available to programs")
         return wire.OPERATIONS[operation](value, *args, **kwargs)

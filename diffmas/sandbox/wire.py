@@ -22,6 +22,10 @@ from _thread import RLock
 
 #: Longest frame that is read.
 FRAME_BYTES = 64 << 20
+#: Values that can be changed, by tag; each is one object of an exchange.
+_SHARED = {"list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict"}
+#: Stands for one of them until its parts have been read.
+_PENDING = object()
 _QUESTION = {"ask", "of", "args", "kwargs"}
 _MUTABLE = (list, dict, set, bytearray, collections.deque)
 _DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\d*[A-Za-zμ]+\])?")
@@ -31,7 +35,7 @@ OPERATIONS = {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
     "next": next, "iter": iter, "len": len, "bool": bool, "str": str, "repr": repr,
     "get": getattr, "set": setattr, "item": operator.getitem, "setitem": operator.setitem,
-    "contains": operator.contains,
+    "contains": operator.contains, "eq": operator.eq,
 }  # fmt: skip
 
 
@@ -47,7 +51,11 @@ class RemoteTraceback(Exception):
 
 
 class Remote:
-    """A value that stays on the other side. It has no value to compare, so comparing it is an error."""
+    """A value that stays on the other side.
+
+    A program may compare a test's objects, as the test's own class does it, and keep them in sets. A test cannot
+    compare a program's: they would say themselves what they are equal to, so that is an error.
+    """
 
     __slots__ = ("_peer", "_number", "_kind")
 
@@ -91,11 +99,24 @@ class Remote:
     def __repr__(self):
         return self._ask("repr")
 
+    def __eq__(self, other):
+        return self is other or (self._ask("eq", other) if self._peer.compares else self._compare(other))
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __hash__(self):
+        return hash(self._number) if self._peer.compares else self._compare(None)
+
     def _compare(self, other):
         raise TypeError(f"an object of type {self._kind} cannot be compared; allowed: values of Python's plain types")
 
-    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _compare
-    __hash__ = None
+    __lt__ = __le__ = __gt__ = __ge__ = _compare
+
+    def __instancecheck__(self, value):
+        raise TypeError(f"a program's own class cannot be asked about; {self._kind} is one")
+
+    __subclasscheck__ = __instancecheck__
 
 
 class RemoteIterator(Remote):
@@ -108,12 +129,27 @@ class RemoteIterator(Remote):
         return self._ask("next")
 
 
+class Shared:
+    """Containers of one exchange, numbered alike on both sides: what was one object stays one."""
+
+    def __init__(self, objects=()):
+        self.objects = [*objects]
+        self.numbers = {id(value): n for n, value in enumerate(self.objects)}
+
+    def add(self, value):
+        self.numbers[id(value)] = len(self.objects)
+        self.objects.append(value)
+
+
 class Peer:
     """One end of the connection. `serve(operation, value, args, kwargs)` does what the other side asks for."""
 
+    #: Whether what the other side holds may be compared and hashed.
+    compares = True
+
     def __init__(self, read, write, serve):
         self.read, self.write, self.serve = read, write, serve
-        self.held, self.numbers = {}, {}
+        self.held, self.numbers, self.remotes = {}, {}, {}
         # Threads of a program may call a test's function; what that asks in turn is served by the same thread.
         self.lock = RLock()
 
@@ -123,9 +159,10 @@ class Peer:
             return self._request(operation, number, args, kwargs or {})
 
     def _request(self, operation, number, args, kwargs):
+        shared = Shared()
         self.send({
-            "ask": operation, "of": number, "args": [self.encode(a) for a in args],
-            "kwargs": {str(k): self.encode(v) for k, v in kwargs.items()},
+            "ask": operation, "of": number, "args": [self.encode(a, shared) for a in args],
+            "kwargs": {str(k): self.encode(v, shared) for k, v in kwargs.items()},
         })  # fmt: skip
         while True:
             frame = self.receive()
@@ -137,21 +174,24 @@ class Peer:
             if "error" in frame:
                 raise self._exception(frame["error"])
             if "changed" in frame:
-                for old, new in zip([*args, *kwargs.values()], self.decode(frame["changed"]), strict=False):
-                    _merge(old, new)
-            return self.decode(frame["value"])
+                # Encoded one by one, as no list that is itself an object of the exchange.
+                changed, objects = frame["changed"], []
+                for old, new in zip([*args, *kwargs.values()], changed, strict=False):
+                    _merge(old, self.decode(new, objects))
+            return self.decode(frame["value"], shared.objects)
 
     def answer(self, frame):
         """Do what `frame` asks for and send the result, and the arguments where the call has changed them."""
         try:
-            args = [self.decode(v) for v in frame["args"]]
-            kwargs = {str(k): self.decode(v) for k, v in frame["kwargs"].items()}
+            objects = []
+            args = [self.decode(v, objects) for v in frame["args"]]
+            kwargs = {str(k): self.decode(v, objects) for k, v in frame["kwargs"].items()}
             sent = [*args, *kwargs.values()]
             watched = frame["ask"] == "call" and any(isinstance(v, (*_MUTABLE, tuple)) or _numpy(v) for v in sent)
-            before = [self.encode(v) for v in sent] if watched else None
+            before = self._encode_all(sent) if watched else None
             value = self.serve(frame["ask"], frame["of"], args, kwargs)
-            reply = {"value": self.encode(value)}
-            if watched and (after := [self.encode(v) for v in sent]) != before:
+            reply = {"value": self.encode(value, Shared(objects))}
+            if watched and (after := self._encode_all(sent)) != before:
                 reply["changed"] = after
             data = _pack(reply)
         except Broken:
@@ -186,12 +226,20 @@ class Peer:
             raise Broken("a frame that is neither a question nor an answer")
         return frame
 
-    def encode(self, value):
+    def _encode_all(self, values):
+        shared = Shared()
+        return [self.encode(v, shared) for v in values]
+
+    def encode(self, value, shared=None):
         kind = type(value)
         if value is None or kind in (bool, str, float):
             return value
+        shared = Shared() if shared is None else shared
+        if kind is not int and (number := shared.numbers.get(id(value))) is not None:
+            return {"again": number}
         if kind is list:
-            return [self.encode(v) for v in value]
+            shared.add(value)
+            return [self.encode(v, shared) for v in value]
         if isinstance(value, int):
             value = int.__index__(value)
             return value if abs(value) < 1 << 63 else {"int": hex(value)}
@@ -207,18 +255,26 @@ class Peer:
             return {"constant": str(value)}
         for base, tag, parts in _PARTS:
             if isinstance(value, base):
-                return {tag: [self.encode(v) for v in parts(value)]}
+                if tag in _SHARED:
+                    shared.add(value)
+                return {tag: [self.encode(v, shared) for v in parts(value)]}
         if isinstance(value, (bytes, bytearray)):
+            if isinstance(value, bytearray):
+                shared.add(value)
             return {"bytearray" if isinstance(value, bytearray) else "bytes": base64.b64encode(value).decode()}
         if array := _numpy(value):
-            return self._array(array, value)
+            return self._array(array, value, shared)
+        if (paths := sys.modules.get("pathlib")) and isinstance(value, paths.PurePath):
+            return {"path": [kind.__name__, str(value)]}
         return {"mine": self.hold(value), "kind": kind.__name__, "next": hasattr(kind, "__next__")}
 
-    def _array(self, numpy, value):
+    def _array(self, numpy, value, shared):
         array = numpy.asarray(value)
         scalar = not isinstance(value, numpy.ndarray)
+        if not scalar:
+            shared.add(value)
         if array.dtype.kind not in "biufcSUmM":
-            return {"array": ["O", list(array.shape), [self.encode(v) for v in array.ravel().tolist()], scalar]}
+            return {"array": ["O", list(array.shape), [self.encode(v, shared) for v in array.ravel().tolist()], scalar]}
         data = base64.b64encode(array.tobytes()).decode()
         return {"array": [array.dtype.str, list(array.shape), data, scalar]}
 
@@ -228,30 +284,49 @@ class Peer:
         self.held[number] = value
         return number
 
-    def decode(self, data):
-        return self._decode(data)
+    def decode(self, data, objects=None):
+        """The value; `objects`: those of the exchange so far, which it adds to."""
+        return self._decode(data, [] if objects is None else objects)
 
-    def _decode(self, data):
+    def _decode(self, data, objects):
         kind = type(data)
         if kind is list:
-            return [self._decode(v) for v in data]
+            objects.append(found := [])
+            found.extend(self._decode(v, objects) for v in data)
+            return found
         if kind is not dict:
             return data
         if "mine" in data:
-            return (RemoteIterator if data["next"] else Remote)(self, int(data["mine"]), str(data["kind"])[:64])
+            number = int(data["mine"])
+            if number not in self.remotes:
+                remote = RemoteIterator if data["next"] else Remote
+                self.remotes[number] = remote(self, number, str(data["kind"])[:64])
+            return self.remotes[number]
         ((tag, content),) = data.items()
         if tag == "yours":
             return self.held[content]
-        if tag == "array":
-            return self._decode_array(*content)
-        return _BUILD[tag]([self._decode(v) for v in content] if type(content) is list else content)
+        if tag == "again":
+            if (found := objects[content]) is _PENDING:
+                raise Broken("a container in itself")
+            return found
+        if tag in _SHARED or (tag == "array" and not content[3]):
+            place = len(objects)
+            objects.append(_PENDING)
+            objects[place] = found = self._build(tag, content, objects)
+            return found
+        return self._build(tag, content, objects)
 
-    def _decode_array(self, dtype, shape, data, scalar):
+    def _build(self, tag, content, objects):
+        if tag == "array":
+            return self._decode_array(*content, objects)
+        return _BUILD[tag]([self._decode(v, objects) for v in content] if type(content) is list else content)
+
+    def _decode_array(self, dtype, shape, data, scalar, objects):
         import numpy
 
         if dtype == "O":
             array = numpy.empty(len(data), object)
-            array[:] = [self._decode(v) for v in data]
+            array[:] = [self._decode(v, objects) for v in data]
         elif _DTYPE.fullmatch(dtype):
             array = numpy.frombuffer(base64.b64decode(data), dtype).copy()
         else:
@@ -321,9 +396,18 @@ _BUILD = {
     "complex": lambda v: complex(*v), "Decimal": lambda v: decimal.Decimal(*v),
     "Fraction": lambda v: fractions.Fraction(*v), "datetime": lambda v: datetime.datetime.fromisoformat(*v),
     "date": lambda v: datetime.date.fromisoformat(*v), "time": lambda v: datetime.time.fromisoformat(*v),
-    "timedelta": lambda v: datetime.timedelta(*v), "dict_keys": lambda v: dict.fromkeys(v[0]).keys(),
+    "timedelta": lambda v: datetime.timedelta(*v), "path": lambda v: _path(*v),
+    "dict_keys": lambda v: dict.fromkeys(v[0]).keys(),
     "dict_values": lambda v: dict(enumerate(v[0])).values(), "dict_items": lambda v: dict(v[0]).items(),
 }  # fmt: skip
+
+
+def _path(name, text):
+    import pathlib
+
+    if name not in ("PosixPath", "PurePosixPath", "PureWindowsPath"):
+        raise Broken(f"a path of kind {name!r}")
+    return getattr(pathlib, name)(text)
 
 
 def _merge(old, new):

@@ -6,6 +6,7 @@ loaded, not in a table of zeros.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,4 +137,36 @@ def _with_tests(item: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the tests are missing (field 'test')")
     if entry_point and re.search(r"^def check\(", test, re.M) and not re.search(r"^check\(", test, re.M):
         test = f"{test}\n\ncheck({entry_point})\n"
-    return {**item, "test": test}
+    return {**item, "test": _called(test)}
+
+
+def _called(test: str) -> str:
+    """Tests that are functions with calls of them.
+
+    Raises:
+        ValueError: tests that would pass whatever the program does, since nothing in them is ever run.
+    """
+    try:
+        body = ast.parse(test).body
+    except SyntaxError as error:
+        raise ValueError(f"the tests are no Python: {error}") from None
+    passive = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)
+    active = [node for node in body if not isinstance(node, passive) and not _is_literal(node) and not _is_main(node)]
+    if any(isinstance(inner, (ast.Call, ast.Assert)) for node in active for inner in ast.walk(node)):
+        return test
+    functions = [node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test")]
+    if functions and all(not node.args.args for node in body if getattr(node, "name", None) in functions):
+        return "\n".join([test, "", *(f"{name}()" for name in functions), ""])
+    raise ValueError(
+        "nothing in the tests is ever run; allowed: statements that assert, functions test_… without arguments, or "
+        "def check(candidate) beside a field entry_point"
+    )
+
+
+def _is_literal(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def _is_main(node: ast.stmt) -> bool:
+    """Whether it is `if __name__ == "__main__":`, which a program's tests are not run as."""
+    return isinstance(node, ast.If) and "__name__" in {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}

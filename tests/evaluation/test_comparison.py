@@ -357,3 +357,24 @@ def test_kill_in_training_and_in_evaluation(flags, tmp_path):
     cells = [json.loads((tmp_path / p / "summary.json").read_text())["cells"] for p in ("killed", "whole")]
     assert [c["accuracy"] for c in cells[0]] == [c["accuracy"] for c in cells[1]]
     assert all(c["answers"] == 80 for c in cells[0])
+
+
+def test_what_was_cut_is_counted_once_an_item_and_kept(flags, tmp_path):
+    """Also where several methods cut an item differently, and when the same comparison is asked for again."""
+    short = [*flags(), "--max_prompt_tokens=150"]
+    summary = compare(tmp_path / "out", short, "text,latent,single").run()
+    longest = {
+        r.index: max(s.cut_tokens for s in read_records(tmp_path / "out" / ITEMS_FILE) if s.index == r.index)
+        for r in read_records(tmp_path / "out" / ITEMS_FILE)
+    }
+    assert summary["cut"]["relay"] == {"max_prompt_tokens": 150, "items": 5, "tokens": sum(longest.values())}
+    assert compare(tmp_path / "out", short, "text,latent,single").run()["cut"] == summary["cut"]
+
+
+def test_settings_of_a_comparison_that_recorded_nothing_bind_nobody(flags, tmp_path):
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="max_prompt_tokens is 3"):
+        compare(folder, [*flags(), "--max_prompt_tokens=3"]).run()
+    compare(folder, flags()).run()
+    with pytest.raises(ValueError, match="had 3|but the records"):
+        compare(folder, [*flags(), "--max_new_tokens=2"]).run()

@@ -88,7 +88,10 @@ def test_a_conversation(monkeypatch, capsys):
     "argv, message",
     [
         (["--run", "nowhere"], "run nowhere has no system.json"),
-        (["--run", "nowhere", "--model", "m"], "model is 'm' beside run 'nowhere'; allowed: one of the two"),
+        (
+            ["--run", "nowhere", "--topology", "single"],
+            "topology is 'single' beside run 'nowhere'; allowed: one of the two",
+        ),
         (["--topology", "ring"], "topology is 'ring'; allowed: sequential"),
         (["--latent_steps", "-1"], "latent_steps is -1; allowed: integers ≥ 0"),
         (["--prompts", "nowhere.yaml"], "prompts is 'nowhere.yaml': no such file"),
