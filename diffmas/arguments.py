@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from diffmas.launch import check_processes, settle_processes
 from diffmas.resuming import own_settings, run_folder
+from diffmas.tasks.base import JSONL
 from diffmas.training_arguments import settle, settle_updates
 from diffmas.yaml_file import read_yaml
 
@@ -107,6 +108,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     early.add_argument("--resume_from_checkpoint")
     early.add_argument("--output_dir")
     early.add_argument("--num_train_epochs")
+    early.add_argument("--task")
     found, _ = early.parse_known_args(argv)
     values = _read_yaml(parser, found.config) if found.config else {}
     resume = found.resume_from_checkpoint or values.get("resume_from_checkpoint")
@@ -115,6 +117,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
     preset = "paper" if found.model or values.get("model") else "embedded"
     base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
+    if not own and (found.task or values.get("task") or "").endswith(JSONL):
+        # As many items as relay draws, no file need have.
+        base.pop("eval_size", None)
     if found.num_train_epochs or "num_train_epochs" in values:
         # Steps that nobody asked for would win over the epochs.
         base.pop("max_steps", None)

@@ -119,6 +119,11 @@ def _talk(args: ChatArguments) -> int:
         except EOFError:
             console.print()
             return 0
+        try:
+            check_characters(item, "what was asked")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            continue
         _show(chat, item, console, args)
 
 

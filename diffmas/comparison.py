@@ -17,7 +17,7 @@ from diffmas.generation import Decoding
 from diffmas.lock import locked
 from diffmas.machine import machine
 from diffmas.methods.base import Method, TraceChannel
-from diffmas.needs import ONE_ITEM, check_prompts, method_left_out, method_roles
+from diffmas.needs import ONE_ITEM, check_prompts, method_left_out, method_roles, several
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.records import Record, RecordFile, write_atomically
@@ -122,7 +122,7 @@ class Comparison:
                     raise ValueError(f"method {method.name} does not apply to {name}: {reason}")
                 roles = method_roles(method, self.settings[name].topology)
                 check_prompts(task, roles, training=method.trained)
-            if len(task.eval) == 1 and any("mismatched" in method.controls for method in methods):
+            if not several(task.eval) and any("mismatched" in method.controls for method in methods):
                 print(f"{name}: no method is answered with another row's trace ({ONE_ITEM})", flush=True)
             task.ready()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ class Comparison:
         return args
 
     def _controls(self, name: str, method: Method) -> list[str]:
-        others = len(self.tasks[name].eval) > 1
+        others = several(self.tasks[name].eval)
         return [c for c in method.controls if c in self.controls and (others or c != "mismatched")]
 
     def _pin_dates(self) -> None:

@@ -18,10 +18,22 @@ def matched(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
 
 
 def mismatched(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """The trace of another row of the batch."""
+    """The trace of another row of the batch: the next one that is not the same as its own, where there is one."""
     if trace.batch < 2:
         raise ValueError(f"batch is {trace.batch}; allowed: ≥ 2, a mismatched trace needs another row")
-    return trace.select_rows([*range(1, trace.batch), 0])
+    return trace.select_rows([_other(trace, row) for row in range(trace.batch)])
+
+
+def _other(trace: KVTrace, row: int) -> int:
+    behind = [(row + step) % trace.batch for step in range(1, trace.batch)]
+    return next((other for other in behind if not _same(trace, row, other)), behind[0])
+
+
+def _same(trace: KVTrace, row: int, other: int) -> bool:
+    length = trace.host_lengths[row]
+    return length == trace.host_lengths[other] and all(
+        torch.equal(buffer[:, row, :, :length], buffer[:, other, :, :length]) for buffer in (trace.keys, trace.values)
+    )
 
 
 def zero(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:

@@ -48,13 +48,18 @@ def variants_left_out(task: Task, topology: Topology) -> dict[str, str]:
     reasons = {}
     if len(topology.agents) == 1:
         reasons = dict.fromkeys(("mismatched", "zero", "noise", "training_free"), "an agent alone receives no trace")
-    elif len(task.eval) == 1:
+    elif not several(task.eval):
         reasons["mismatched"] = ONE_ITEM
     roles = roles_of(alone(topology))
     if (reason := _no_prompt(task.prompts, roles)) is not None:
         return reasons | {"single": reason}
     check_prompts(task, roles, training=False)
     return reasons
+
+
+def several(items: Sequence[Item]) -> bool:
+    """Whether an item has another one that is not the same."""
+    return len(items) > 1 and any(dict(items[i]) != dict(items[0]) for i in range(1, len(items)))
 
 
 def print_left_out(left_out: Mapping[str, str]) -> None:

@@ -11,11 +11,14 @@ from diffmas.checkpoints import ONLY_MODEL, STATE_FILE, damage, latest, step_of
 from diffmas.launch import launched
 from diffmas.runs import SYSTEM_FILE, read_description
 from diffmas.tasks.base import JSONL
+from diffmas.training_arguments import BY_METRIC
 
 #: Training arguments that say where and from what a run goes on, and so are none of its settings.
 PLACES = ("output_dir", "resume_from_checkpoint")
 #: What may be another on going on: it decides neither what is computed nor on what, up to rounding.
 FREE = {"implementation", "capture", "checkpointing", "loss"}
+#: Training arguments that an optimizer's or a schedule's state may depend on.
+UPDATES = ("optim", "lr_scheduler_type", "learning_rate")
 #: Where items are read from; their content is compared instead.
 FILES = ("task", "data_dir", "eval_file", "prompts")
 
@@ -67,6 +70,8 @@ def checkpoint_of(resume: str, run: Path) -> Path | None:
         FileNotFoundError: a folder without a run. ValueError: a checkpoint, asked for by name, that is damaged.
     """
     named = Path(resume)
+    if run.is_dir() and not (run / SYSTEM_FILE).is_file() and (named != run or latest(run)[0]):
+        raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: {run} has no {SYSTEM_FILE}, so it is no run")
     if named != run and resume.lower() != "true":
         if (problem := damage(named)) is not None:
             raise ValueError(f"resume_from_checkpoint is {resume!r}: {problem}; allowed: a complete checkpoint")
@@ -110,6 +115,11 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
             if key == "model" and _has_moved(was, value):
                 notes.append(f"model is {value!r}; the run had {was!r}, which is gone")
                 continue
+            if part == "arguments" and key in UPDATES and _changes_updates(key, was, value, old, new):
+                raise ValueError(
+                    f"{key} is {_shown(value)}, but the run to go on with had {_shown(was)}, whose state does not fit "
+                    f"it; allowed: the same, or {key} left out"
+                )
             if part in ("system", "topology", "task") and key not in FREE:
                 raise ValueError(
                     f"{key} is {value!r}, but the run to go on with had {was!r}; allowed: the same, or {key} left out"
@@ -130,6 +140,14 @@ def _same_kind(key: str, was: Any, value: Any) -> bool:
     if key != "task" or was == value:
         return True
     return str(was).endswith(JSONL) and str(value).endswith(JSONL)
+
+
+def _changes_updates(key: str, was: Any, value: Any, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether the optimizer's or the schedule's state means something else under the new value."""
+    if key == "optim":
+        return True
+    schedules = {arguments.get("lr_scheduler_type") for arguments in (old, new)}
+    return not schedules.isdisjoint(BY_METRIC)
 
 
 def _has_moved(was: Any, value: Any) -> bool:

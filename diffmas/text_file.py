@@ -52,8 +52,12 @@ def check_characters(value: Any, where: str) -> None:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(value[error.start]):04x}"
-            raise ValueError(f"{where} has {half} at character {error.start + 1}, half a surrogate pair") from None
+            code = ord(value[error.start])
+            # How Python reads a byte of a terminal or a command line that is no UTF-8.
+            byte = 0xDC80 <= code <= 0xDCFF
+            found = f"byte {code - 0xDC00:#04x}" if byte else f"\\u{code:04x}"
+            why = "no UTF-8" if byte else "half a surrogate pair"
+            raise ValueError(f"{where} has {found} at character {error.start + 1}, {why}") from None
     elif isinstance(value, dict):
         for key, entry in value.items():
             check_characters(key, f"a name in {where}")

@@ -73,7 +73,9 @@ from diffmas.training_arguments import check_batches
 
 PROGRAM = "python -m diffmas.train"
 #: What takes less memory where it is smaller.
-LOWER = "--per_device_train_batch_size, --latent_steps, --max_new_tokens, --lora_rank; or --checkpointing all"
+LOWER = (
+    "--per_device_train_batch_size, --latent_steps, --max_new_tokens, --lora_rank, --train_size; or --checkpointing all"
+)
 EVAL_DURING_TRAINING = 256
 #: Of the training arguments, besides the seed, what decides which weights come out.
 WEIGHT_SETTINGS = (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -35,6 +36,8 @@ from diffmas.runs import load_weights, save_weights
 from diffmas.valid_json import to_json
 
 METRICS_FILE = "metrics.jsonl"
+#: Of an optimizer's options, those that the schedule sets, and its parameters.
+_BY_SCHEDULE = ("params", "lr", "initial_lr")
 
 
 class Items(Dataset):
@@ -70,6 +73,7 @@ class SystemTrainer(Trainer):
         self.finite = FiniteSteps()
         self._saving_to: str | None = None
         self.add_callback(self.finite)
+        self.add_callback(StepsAsked())
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
@@ -129,9 +133,11 @@ class SystemTrainer(Trainer):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         # The best is one of the checkpoints: what is evaluated between two of them cannot be loaded again.
-        if self.args.save_strategy != "best" and not self.control.should_save:
+        # What Ctrl-C alone saves is none of those of the whole training, though it has to be saved.
+        unplanned = getattr(self.control, "unplanned_save", False)
+        if self.args.save_strategy != "best" and (unplanned or not self.control.should_save):
             return False
-        return super()._determine_best_metric(metrics, trial)
+        return super()._determine_best_metric(metrics, trial) or unplanned
 
     def _load_best_model(self) -> None:
         # By its step: the folder may have moved since.
@@ -182,6 +188,8 @@ class SystemTrainer(Trainer):
             torch.load(Path(checkpoint, file), map_location="cpu", weights_only=True)
             for file in (OPTIMIZER_FILE, SCHEDULER_FILE)
         )
+        asked = [{k: v for k, v in group.items() if k not in _BY_SCHEDULE} for group in self.optimizer.param_groups]
+        rates = getattr(self.lr_scheduler, "base_lrs", None)
         if state["state"]:
             options = StateDictOptions(full_state_dict=True)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
@@ -190,6 +198,23 @@ class SystemTrainer(Trainer):
             for group, kept in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
                 group.update({name: value for name, value in kept.items() if name != "params"})
         self.lr_scheduler.load_state_dict(schedule)
+        # What is asked for now holds, not what the checkpoint was written with.
+        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(options)
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.base_lrs = rates
+            for group, rate, factor in zip(
+                self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas, strict=True
+            ):
+                group.update(initial_lr=rate, lr=rate * factor(self.lr_scheduler.last_epoch))
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class StepsAsked(TrainerCallback):
+    """Logging, evaluating and saving as often as is asked for now, not as a checkpoint says."""
+
+    def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
 
 
 class MetricsFile(TrainerCallback):
@@ -210,13 +235,25 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a `metrics.jsonl`; none where there is no such file."""
-    path = Path(path)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The entries of a `metrics.jsonl` without a torn last line; none where there is no such file.
+
+    Raises:
+        ValueError: a line that is no entry, named.
+    """
+    path, entries = Path(path), []
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            entries.append({"step": json.loads(line)["step"], **json.loads(line)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no entry of metrics ({type(error).__name__}: {error})") from None
+    return entries
 
 
 class StopOnInterrupt(TrainerCallback):
     """On Ctrl-C, finish the step, save a checkpoint and stop; on a second one, stop at once.
+
+    An evaluation that is due at this step belongs to it: schedules and the best checkpoint follow from it.
 
     Several processes stop after the same step. Their launcher passes on the Ctrl-C that the terminal has sent them
     already, so there a second one is ignored; the launcher itself ends processes that take too long.
@@ -234,8 +271,14 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.interrupted = any_process(self.interrupted, args.device)
         if self.interrupted:
+            control.unplanned_save = not control.should_save
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            # Trainer ends the epoch wherever it stops; only at its true end is anything due.
+            control.should_evaluate &= float(state.epoch).is_integer()
+            control.should_save = control.should_evaluate
 
     def _remember(self, number, frame):
         self.interrupted = True

@@ -14,6 +14,7 @@ from diffmas import eval as evaluate
 from diffmas.checkpoints import STAGING, checkpoints, damage, rotate
 from diffmas.lock import locked
 from diffmas.records import read_records
+from diffmas.training import StopOnInterrupt, read_metrics
 
 
 def weights(folder):
@@ -129,6 +130,31 @@ class TestOwnSettings:
         ):  # fmt: skip
             assert line in said
 
+    @pytest.mark.parametrize(
+        "given",
+        ["learning_rate=2e-2", "weight_decay=5", "adam_beta1=0.1", "adam_epsilon=1", "lr_scheduler_type=constant"],
+    )
+    def test_what_is_given_takes_effect(self, run, whole, given):
+        shutil.rmtree(run / "checkpoint-6")
+        assert train.main([f"--resume_from_checkpoint={run}", "--disable_final_eval", f"--{given}"]) == 0
+        assert not same(run, whole)
+        rates = {e["step"]: e["learning_rate"] for e in read_metrics(run / "metrics.jsonl") if "learning_rate" in e}
+        # A cosine over six steps, after four of them.
+        expected = {"learning_rate=2e-2": 2e-2 / 4, "lr_scheduler_type=constant": 1e-2}.get(given, 1e-2 / 4)
+        assert rates[5] == pytest.approx(expected)
+
+    def test_how_often_it_saves_and_logs_takes_effect(self, run):
+        given = [f"--resume_from_checkpoint={run / 'checkpoint-2'}", "--save_steps=1", "--logging_steps=2"]
+        assert train.main([*given, "--disable_final_eval"]) == 0
+        assert [p.name for p in checkpoints(run)] == [f"checkpoint-{i}" for i in (6, 5, 4, 3, 2)]
+        assert [e["step"] for e in read_metrics(run / "metrics.jsonl") if "loss" in e] == [1, 2, 4, 6]
+
+    @pytest.mark.parametrize("given", ["optim=sgd", "lr_scheduler_type=reduce_lr_on_plateau"])
+    def test_what_the_state_does_not_fit_is_refused(self, run, capsys, given):
+        more = ["--eval_strategy=steps", "--eval_steps=2"] if "plateau" in given else []
+        said = error_of(capsys, [f"--resume_from_checkpoint={run}", f"--{given}", *more])
+        assert f"{given.split('=')[0]} is {given.split('=')[1]!r}, but the run to go on with had " in said
+
     def test_a_config_file_wins_over_them(self, run, tmp_path, capsys):
         config = tmp_path / "more.yaml"
         config.write_text("max_steps: 7\ndisable_final_eval: true\n")
@@ -183,6 +209,11 @@ class TestOwnSettings:
         assert train.main([f"--resume_from_checkpoint={run}", "--max_steps=6", "--disable_final_eval"]) == 0
         assert "the run did not keep its training arguments" in capsys.readouterr().out
 
+    def test_a_checkpoint_without_its_run_is_refused(self, run, tmp_path, capsys):
+        shutil.copytree(run / "checkpoint-2", tmp_path / "alone" / "checkpoint-2")
+        said = error_of(capsys, [f"--resume_from_checkpoint={tmp_path / 'alone' / 'checkpoint-2'}"])
+        assert f"{tmp_path / 'alone'} has no system.json" in said
+
     def test_true_needs_a_folder(self, module_flags, capsys):
         said = error_of(capsys, [*module_flags, "--resume_from_checkpoint=True"])
         assert "resume_from_checkpoint is True without output_dir" in said
@@ -206,7 +237,61 @@ def flip(path):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["--eval_strategy=steps", "--eval_steps=1", "--lr_scheduler_type=reduce_lr_on_plateau", "--warmup_steps=0"],
+        ["--eval_strategy=steps", "--eval_steps=2", "--load_best_model_at_end"],
+        ["--eval_strategy=steps", "--eval_steps=1", "--save_strategy=best"],
+        ["--eval_strategy=epoch", "--save_strategy=epoch", "--lr_scheduler_type=reduce_lr_on_plateau"],
+    ],
+    ids=["plateau", "best at the end", "best saved", "plateau by epoch"],
+)
+def test_ctrl_c_at_any_step_changes_nothing(module_flags, tmp_path, monkeypatch, how, step):
+    """Neither a schedule nor a choice that follows what is evaluated on the way."""
+    flags = [*module_flags, "--train_size=16", "--eval_size=4", "--disable_final_eval", "--max_steps=5", *how]
+    if "plateau" in how[2]:
+        flags.append('--lr_scheduler_kwargs={"patience": 0, "factor": 0.1}')
+    assert train.main([*flags, f"--output_dir={tmp_path / 'whole'}"]) == 0
+    on_step_end = StopOnInterrupt.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        self.interrupted |= state.global_step == step
+        return on_step_end(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopOnInterrupt, "on_step_end", interrupted)
+        assert train.main([*flags, f"--output_dir={tmp_path / 'cut'}"]) == 130
+    assert checkpoints(tmp_path / "cut")[0].name == f"checkpoint-{step}"
+    assert train.main([f"--resume_from_checkpoint={tmp_path / 'cut'}"]) == 0
+    assert same(tmp_path / "cut", tmp_path / "whole")
+    measured = [
+        [
+            [e.get(k) for k in ("step", "eval_accuracy", "learning_rate", "loss")]
+            for e in entries
+            if "train_loss" not in e
+        ]
+        for entries in (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("cut", "whole"))
+    ]
+    assert measured[0] == measured[1]
+
+
 class TestDamage:
+    def test_a_torn_line_of_metrics_is_dropped(self, run, whole, capsys):
+        path = run / "metrics.jsonl"
+        path.write_bytes(path.read_bytes()[:-20])
+        assert train.main([f"--resume_from_checkpoint={run / 'checkpoint-4'}", "--disable_final_eval"]) == 0
+        path.write_bytes(b"\xff\n" + path.read_bytes())
+        assert f"{path} line 1 is no entry of metrics" in error_of(capsys, [f"--resume_from_checkpoint={run}"])
+
+    @pytest.mark.parametrize("part", ["prompts", "arguments", "training", "data"])
+    def test_a_description_that_is_none(self, run, capsys, part):
+        description = json.loads((run / "system.json").read_text())
+        (run / "system.json").write_text(json.dumps(description | {part: 5}))
+        said = error_of(capsys, [f"--resume_from_checkpoint={run}"])
+        assert f"system.json has no mapping as its {part}" in said
+
     @pytest.mark.parametrize("hurt", [cut, Path.unlink], ids=["cut", "gone"])
     @pytest.mark.parametrize(
         "name", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth"]
