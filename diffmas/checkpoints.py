@@ -13,6 +13,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from diffmas.runs import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
+from diffmas.text_file import read_text
 
 STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 ONLY_MODEL = "as save_only_model leaves it"
@@ -31,7 +32,9 @@ def damage(checkpoint: str | Path) -> str | None:
     """What keeps a training from going on from `checkpoint`, naming the file; None where nothing does."""
     checkpoint = Path(checkpoint)
     try:
-        json.loads((checkpoint / STATE_FILE).read_text())["global_step"]
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if not all(isinstance(state[name], int) for name in ("global_step", "max_steps", "train_batch_size")):
+            return f"{STATE_FILE} is damaged"
     except FileNotFoundError:
         return f"{STATE_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError):
@@ -41,14 +44,14 @@ def damage(checkpoint: str | Path) -> str | None:
             return f"{name} is missing"
     if _learns_alignment(checkpoint.resolve().parent) and not (checkpoint / ALIGNMENT_FILE).is_file():
         return f"{ALIGNMENT_FILE} is missing"
-    if not any(checkpoint.glob("rng_state*.pth")):
-        return "rng_state.pth is missing"
     for path in (checkpoint / ADAPTER_FILE, checkpoint / ALIGNMENT_FILE):
         if path.is_file() and not _is_safetensors(path):
             return f"{path.name} is damaged"
     for name in (OPTIMIZER_FILE, SCHEDULER_FILE):
         if not (checkpoint / name).is_file():
             return f"{name} is missing, {ONLY_MODEL}"
+    if not any(checkpoint.glob("rng_state*.pth")):
+        return "rng_state.pth is missing"
     for path in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
         if not _is_archive(path):
             return f"{path.name} is damaged"
@@ -73,6 +76,23 @@ def set_aside(run: str | Path, step: int) -> list[Path]:
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     return later
+
+
+def bring_best(checkpoint: str | Path, run: str | Path) -> None:
+    """Copy the best checkpoint so far from the run of `checkpoint` into `run`, where it is another one.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    if not (best := read_state(checkpoint).best_global_step):
+        return
+    there, here = (checkpoint_path(folder, best) for folder in (Path(checkpoint).resolve().parent, run))
+    if (problem := damage(there)) is not None and ONLY_MODEL not in problem:
+        raise ValueError(
+            f"load_best_model_at_end is True, and the best checkpoint so far is {there}: {problem}; allowed: False"
+        )
+    if not here.exists():
+        shutil.copytree(there, here)
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:
@@ -117,7 +137,7 @@ def clear_staging(run: str | Path) -> None:
 
 def _learns_alignment(run: Path) -> bool:
     try:
-        return json.loads((run / SYSTEM_FILE).read_text())["system"]["alignment"] == "learned"
+        return json.loads(read_text(run / SYSTEM_FILE, "run"))["system"]["alignment"] == "learned"
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

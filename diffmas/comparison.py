@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +23,11 @@ from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.records import Record, RecordFile, write_atomically
 from diffmas.report import SUMMARY_FILE
-from diffmas.runs import SYSTEM_FILE, build_system, load_weights
+from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, build_system, load_weights
 from diffmas.summary import summarise
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, load_task
+from diffmas.tasks.content import fingerprints
 from diffmas.topology import Topology, load_topology
 from diffmas.train import parse_arguments, train, weight_settings
 from diffmas.valid_json import to_json
@@ -284,9 +286,25 @@ class Comparison:
                     f"{key} of {part} is {value!r}, but the records in {self.folder} had {was!r}; allowed: the same, "
                     "or another folder"
                 )
+        files = {
+            "items": {name: fingerprints(task) for name, task in self.tasks.items()},
+            "adapters": {"/".join(map(str, k)): _digest(Path(f, ADAPTER_FILE)) for k, f in self.adapters.items()},
+        }
+        for kind, found in files.items():
+            for name, was in kept.get(kind, {}).items():
+                if found.get(name, was) != was:
+                    raise ValueError(
+                        f"the {kind[:-1] if kind == 'adapters' else kind} of {name} changed since the records in "
+                        f"{self.folder} were made; allowed: the same, or another folder"
+                    )
         write_atomically(
             path,
-            to_json({"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}, indent=2) + "\n",
+            to_json(
+                {"options": now["options"], "tasks": kept.get("tasks", {}) | now["tasks"]}
+                | {kind: kept.get(kind, {}) | found for kind, found in files.items()},
+                indent=2,
+            )
+            + "\n",
         )
 
     @contextmanager
@@ -303,7 +321,13 @@ class Comparison:
 
 
 def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-+_=." else "_" for c in name)
+    """A name that is fit for a file, and no other's."""
+    fit = "".join(c if c.isalnum() or c in "-+_=." else "_" for c in name)
+    return fit if fit == name else f"{fit}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def changes(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -72,11 +72,15 @@ def reading(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def filling_template(role: str) -> Iterator[None]:
-    """A chat template that refuses the prompt of `role` is a `ValueError` that says so."""
+    """A chat template that refuses the prompt of `role`, or fails on it, is a `ValueError` that says so."""
     try:
         yield
     except TemplateError as error:
         raise ValueError(f"the model's chat template refuses the prompt of role {role}: {_line(error)}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"the model's chat template fails on the prompt of role {role}: {type(error).__name__}: {_line(error)}"
+        ) from error
 
 
 @contextlib.contextmanager

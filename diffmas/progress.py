@@ -40,18 +40,28 @@ def counted(steps: Iterable[T], what: str, *, show: bool = True) -> Iterator[T]:
 
 
 class Lines:
-    """Takes the place of rich's `Progress` where there is no terminal: a line every :data:`APART` seconds."""
+    """Takes the place of rich's `Progress` where there is no terminal.
+
+    A line after :data:`PATIENCE` seconds and every :data:`APART` seconds on, whether or not anything was finished.
+    """
 
     def __init__(self, show: bool):
-        self._show, self._due = show, 0.0
+        self._show, self._over = show, threading.Event()
         self._description, self._total, self._done = "", 0.0, 0.0
 
     def __enter__(self) -> Lines:
-        self._due = time.monotonic() + PATIENCE
+        if self._show:
+            threading.Thread(target=self._tell, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
-        pass
+        self._over.set()
+
+    def _tell(self) -> None:
+        wait = PATIENCE
+        while not self._over.wait(wait):
+            print(f"{self._description}: {self._done:g} of {self._total:g}", flush=True)
+            wait = APART
 
     def add_task(self, description: str, total: float, completed: float = 0) -> int:
         self._description, self._total, self._done = description, total, completed
@@ -63,9 +73,6 @@ class Lines:
 
     def advance(self, task: int, advance: float = 1) -> None:
         self._done += advance
-        if self._show and time.monotonic() >= self._due:
-            print(f"{self._description}: {self._done:g} of {self._total:g}", flush=True)
-            self._due = time.monotonic() + APART
 
 
 def terminal() -> bool:

@@ -30,6 +30,7 @@ from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments
 from diffmas.tasks.base import JSONL
 from diffmas.tasks.content import fingerprints
+from diffmas.text_file import read_text
 from diffmas.topology import TOPOLOGIES, Topology, load_topology
 from diffmas.valid_json import to_json
 
@@ -270,7 +271,7 @@ def write_description(folder: str | Path, description: dict[str, Any], task: Tas
     folder = Path(folder)
     if (folder / SYSTEM_FILE).is_file():
         # Going on, its own files are what it was given: where they first came from is kept.
-        before = json.loads((folder / SYSTEM_FILE).read_text())
+        before = json.loads(read_text(folder / SYSTEM_FILE, "run"))
         for part, name, file in OWN_FILES:
             if description[part][name] == str((folder / file).resolve()):
                 description[part][name] = before[part][name]
@@ -302,8 +303,9 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     path = folder / SYSTEM_FILE
     if not path.is_file():
         raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
+    text = read_text(path, "run")
     with reading(str(path)):
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(text)
     parts = ("system", "topology", "task", "decoding")
     if not isinstance(description, dict) or (missing := [p for p in parts if not isinstance(description.get(p), dict)]):
         what = f"no {', '.join(missing)}" if isinstance(description, dict) else f"{type(description).__name__} in it"

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
 from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
-from diffmas.checkpoints import clear_staging, set_aside, step_of
+from diffmas.checkpoints import bring_best, clear_staging, set_aside, step_of
 from diffmas.data import Collator
 from diffmas.distributed import (
     asked_sharding,
@@ -182,7 +182,10 @@ def _train(
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
         print_fit(args, fitted["fit"])
         check_batches(args, len(task.train))
-    args.output_dir, checkpoint = decided_by_first(lambda: _open_folder(args, task, description, held))
+    args.output_dir, checkpoint, description = decided_by_first(lambda: _open_folder(args, task, description, held))
+    if checkpoint is not None:
+        # It was evaluated before its first step.
+        args.eval_on_start = False
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
     args.remove_unused_columns = False
@@ -205,7 +208,10 @@ def _train(
     first = trainer.is_world_process_zero()
     if stop.interrupted:
         if first:
-            print(f"stopped at step {trainer.state.global_step}; go on with --resume_from_checkpoint {args.output_dir}")
+            way = f"go on with --resume_from_checkpoint {args.output_dir}"
+            if args.save_only_model:
+                way = "the checkpoint holds weights alone (save_only_model): nothing can go on from it"
+            print(f"stopped at step {trainer.state.global_step}; {way}")
         return 130
     if first and args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
         print("load_best_model_at_end: no checkpoint was evaluated: these are the last weights")
@@ -254,8 +260,12 @@ def _steps(args: TrainArguments, items: int) -> int:
 
 def _open_folder(
     args: TrainArguments, task: Task, description: dict[str, Any], held: contextlib.ExitStack
-) -> tuple[str, str | None]:
-    """The run's folder, held against others, and the checkpoint to go on from; nothing finished is overwritten."""
+) -> tuple[str, str | None, dict[str, Any]]:
+    """The run's folder, held against others; the checkpoint to go on from; the description that is written there.
+
+    Nothing finished is overwritten: where no step is left to train, the weights stay those of the settings they were
+    trained with; where some are, a finished run's adapter is set aside until they are.
+    """
     resume, output_dir, checkpoint = args.resume_from_checkpoint, args.output_dir, None
     run = None if resume is None else run_folder(resume, output_dir)
     if run is not None:
@@ -264,7 +274,7 @@ def _open_folder(
             held.enter_context(locked(output_dir))
         checkpoint = checkpoint_of(resume, run)
         if (run / SYSTEM_FILE).is_file():
-            for note in check_same(read_description(run), description):
+            for note in check_same(before := read_description(run), description):
                 print(note)
     elif output_dir is None:
         candidates = (Path("runs", task.name if i == 1 else f"{task.name}-{i}") for i in range(1, sys.maxsize))
@@ -279,10 +289,20 @@ def _open_folder(
         held.enter_context(locked(output_dir))
     clear_staging(output_dir)
     if not elsewhere:
-        for path in set_aside(output_dir, 0 if checkpoint is None else step_of(checkpoint)):
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        finished = Path(output_dir, ADAPTER_FILE)
+        if step >= _steps(args, len(task.train)):
+            print("no step is left to train: the run's training settings stay as they were")
+            description |= {part: before[part] for part in ("training", "arguments") if part in before}
+        elif finished.is_file():
+            finished.rename(old := finished.with_suffix(".old.safetensors"))
+            print(f"{finished} is kept as {old.name}")
+        for path in set_aside(output_dir, step):
             print(f"{path} is kept as {path.name}.old")
+    if checkpoint is not None and args.load_best_model_at_end:
+        bring_best(checkpoint, output_dir)
     write_description(output_dir, description, task)
-    return output_dir, None if checkpoint is None else str(checkpoint)
+    return output_dir, None if checkpoint is None else str(checkpoint), description
 
 
 def weight_settings(args: TrainArguments) -> dict[str, Any]:

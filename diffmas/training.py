@@ -30,6 +30,7 @@ from diffmas.distributed import any_process, process, processes
 from diffmas.evaluation import Evaluator
 from diffmas.failures import out_of_memory, writing
 from diffmas.not_finite import FiniteSteps
+from diffmas.progress import announced
 from diffmas.quiet import quiet_checkpoints
 from diffmas.records import write_atomically
 from diffmas.runs import load_weights, save_weights
@@ -117,7 +118,8 @@ class SystemTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         items = self.eval_dataset if eval_dataset is None else eval_dataset
-        records = self.evaluator.run("matched", [items[i] for i in range(len(items))])
+        with announced(f"evaluating {len(items)} items", show=process() == 0):
+            records = self.evaluator.run("matched", [items[i] for i in range(len(items))])
         metrics = {f"{metric_key_prefix}_accuracy": sum(r.correct for r in records) / len(records)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -74,7 +74,7 @@ class _Judge:
                 # From the library itself; the program says only what it has imported.
                 value = importlib.import_module(value)
                 value = getattr(value, name) if how == "from" else value
-            elif name != entry_point and (name in sys.stdlib_module_names or name == "np"):
+            elif name != entry_point and (name in sys.stdlib_module_names or name in ("np", "numpy")):
                 continue
             if name in loaded - given:
                 scope[name] = value

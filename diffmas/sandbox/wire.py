@@ -91,7 +91,7 @@ class Remote:
         self._ask("setitem", key, value)
 
     def __contains__(self, value):
-        return self._ask("contains", value)
+        return self._ask("contains", value) if self._peer.compares else self._compare(value)
 
     def __str__(self):
         return self._ask("str")

@@ -31,7 +31,7 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
             continue
         where = f"{name}: {path} line {number}"
         try:
-            item = json.loads(line, object_pairs_hook=_once)
+            item = json.loads(line, object_pairs_hook=_once, parse_constant=_refused)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not JSON: {error}") from None
         if not isinstance(item, dict):
@@ -42,6 +42,10 @@ def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:
     if not items:
         raise ValueError(f"{name}: {path} is empty; allowed: at least one item")
     return items
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

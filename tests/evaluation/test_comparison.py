@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from diffmas import eval as evaluate
 from diffmas import train
@@ -27,6 +27,8 @@ from diffmas.tasks import TaskArguments, load_task
 from diffmas.topology import load_topology
 from diffmas.train import parse_arguments
 
+#: Fewer tokens than the prompts of relay have.
+LIMIT = 10
 OPTIONS = Options(samples=2, batch_size=3, max_message_tokens=4)
 
 
@@ -361,13 +363,13 @@ def test_kill_in_training_and_in_evaluation(flags, tmp_path):
 
 def test_what_was_cut_is_counted_once_an_item_and_kept(flags, tmp_path):
     """Also where several methods cut an item differently, and when the same comparison is asked for again."""
-    short = [*flags(), "--max_prompt_tokens=150"]
+    short = [*flags(), f"--max_prompt_tokens={LIMIT}"]
     summary = compare(tmp_path / "out", short, "text,latent,single").run()
     longest = {
         r.index: max(s.cut_tokens for s in read_records(tmp_path / "out" / ITEMS_FILE) if s.index == r.index)
         for r in read_records(tmp_path / "out" / ITEMS_FILE)
     }
-    assert summary["cut"]["relay"] == {"max_prompt_tokens": 150, "items": 5, "tokens": sum(longest.values())}
+    assert summary["cut"]["relay"] == {"max_prompt_tokens": LIMIT, "items": 5, "tokens": sum(longest.values())}
     assert compare(tmp_path / "out", short, "text,latent,single").run()["cut"] == summary["cut"]
 
 
@@ -378,3 +380,54 @@ def test_settings_of_a_comparison_that_recorded_nothing_bind_nobody(flags, tmp_p
     compare(folder, flags()).run()
     with pytest.raises(ValueError, match="had 3|but the records"):
         compare(folder, [*flags(), "--max_new_tokens=2"]).run()
+
+
+def items(path, values):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"question": f"say {v}", "answer": str(v)}) + "\n" for v in values))
+    return str(path)
+
+
+def test_tasks_of_alike_names_have_trainings_of_their_own(flags, tmp_path):
+    tasks = [items(tmp_path / "a" / "t.jsonl", range(9)), items(tmp_path / "a_t.jsonl", range(20, 29))]
+    names = {str(task).replace(f"{tmp_path}/", ""): flags(task=task, prompts="reasoning") for task in tasks}
+    comparison = Comparison(tmp_path / "out", names, choose_methods("single+sft"), [0], options=OPTIONS)
+    comparison.run()
+    trained = [json.loads(p.read_text())["task"]["task"] for p in (tmp_path / "out").rglob("system.json")]
+    assert sorted(trained) == sorted(tasks)
+
+
+@pytest.mark.parametrize("which", ["train", "eval"])
+def test_items_that_changed_since_are_named(flags, tmp_path, which):
+    task = items(tmp_path / "t.jsonl", range(12))
+    given = flags(task=task, prompts="reasoning", eval_size=3)
+    Comparison(tmp_path / "out", {task: given}, choose_methods("single"), [0], options=OPTIONS).run()
+    items(tmp_path / "t.jsonl", [*range(9), 7, 8, 9] if which == "eval" else [5, *range(1, 12)])
+    with pytest.raises(ValueError, match="the items of .* changed since the records"):
+        Comparison(tmp_path / "out", {task: given}, choose_methods("single,single+sft"), [0], options=OPTIONS).run()
+
+
+def test_an_adapter_that_changed_since_is_named(flags, tmp_path):
+    run = tmp_path / "run"
+    assert train.main([*flags(topology="relay", save_steps=4), f"--output_dir={run}", "--disable_final_eval"]) == 0
+    argv = [f"--run={run}", "--methods=diffmas", "--controls=matched", "--disable_tqdm"]
+    assert evaluate.main(argv) == 0
+    weights = load_file(run / ADAPTER_FILE)
+    save_file({name: value + 1 for name, value in weights.items()}, run / ADAPTER_FILE)
+    assert evaluate.main(argv) == 2
+
+
+def test_another_row_is_a_different_one(flags, tmp_path):
+    """Where the next row is the same, its trace is the row's own."""
+    task = items(tmp_path / "t.jsonl", [*range(8), 1, 1, 2, 2])
+    given = flags(task=task, prompts="reasoning", eval_size=4, temperature=0, topology="sequential")
+    Comparison(tmp_path / "out", {task: given}, choose_methods("latent"), [0], options=Options(batch_size=4)).run()
+    found = {(r.control, r.index): r.logprob for r in read_records(tmp_path / "out" / ITEMS_FILE)}
+    assert all(found["mismatched", i] != found["matched", i] for i in range(4))
+
+
+def test_items_that_are_all_the_same_have_no_other_row(flags, tmp_path, capsys):
+    task = items(tmp_path / "t.jsonl", [*range(8), 1, 1, 1])
+    given = flags(task=task, prompts="reasoning", eval_size=3, topology="sequential", output_dir=tmp_path / "run")
+    assert train.main([*given, "--max_steps=1"]) == 0
+    assert "not evaluated: trained, another row's trace" in capsys.readouterr().out

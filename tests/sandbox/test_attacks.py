@@ -141,19 +141,32 @@ def test_forged_answers(name, caught, confinement):
 
 @pytest.mark.parametrize("value", ["A()", "[A()]", "(1, A())", "{'a': A()}", "A"])
 @pytest.mark.parametrize(
-    "test", ["f() == 1", "f() != 1", "1 == f()", "f() in [1, 2]", "f() < 5", "[f()] == [1]", "f() == f()", "3 > f()"]
+    "test",
+    [
+        "f() == 1",
+        "f() != 1",
+        "1 == f()",
+        "f() in [1, 2]",
+        "7 in f()",
+        "f() < 5",
+        "[f()] == [1]",
+        "f() == f()",
+        "3 > f()",
+    ],
 )
 def test_what_has_no_value_is_not_compared(value, test, confinement):
     program = f"class A:\n    {ALWAYS}\ndef f(): return {value}"
     result = sandbox.run(program, tests=f"assert {test}")
-    if test == "f() != 1" and value not in ("A", "A()"):
-        assert result.passed  # a list does differ from a number
+    if (test == "f() != 1" and value not in ("A", "A()")) or (test == "f() == f()" and value == "A"):
+        assert result.passed  # a list does differ from a number, and one class is itself
     else:
         assert result.detail in ("TypeError", "AssertionError")
 
 
 def test_tests_do_not_use_the_programs_own_modules(confinement):
     fake = "class M:\n    def __getattr__(self, name): return lambda *a, **k: True\nmath = np = M()\n" + WRONG
+    steal = "class numpy: allclose = staticmethod(lambda a, b: True)\n" + WRONG
+    assert sandbox.run(steal, tests="assert numpy.allclose(f(1), 2)", packages=["numpy"]).detail == "NameError"
     for test in ("assert math.isclose(f(1), 2)", "assert np.allclose(f(1), 2)"):
         result = sandbox.run(fake, tests=test, packages=["numpy"])
         assert not result.passed and result.detail == "NameError"
@@ -330,6 +343,113 @@ def test_functions_of_tests_show_nothing_of_them(confinement):
     program += "    return got, g(2)"
     result = sandbox.run(program, tests="secret = 5\nassert f(lambda x: x * 3) == ([], 6)")
     assert result.passed, result
+
+
+REACHING = {
+    "a generator": "assert f(x for x in [1]) == 6",
+    "a generator function": "def g():\n    yield 1\nassert f(g()) == 6",
+    "a coroutine": "async def g(): return 1\nassert f(g()) == 6",
+    "an async generator": "async def g():\n    yield 1\nassert f(g()) == 6",
+    "a context manager": "import contextlib\n@contextlib.contextmanager\ndef g():\n    yield 1\nassert f(g()) == 6",
+    "a function": "assert f(lambda: 1) == 6",
+    "getattr": "assert f(getattr) == 6",
+    "eval": "assert f(eval) == 6",
+    "a class": "class A: pass\nassert f(A) == 6",
+    "a partial": "import functools\nassert f(functools.partial(int)) == 6",
+}
+REACH = """
+def f(it):
+    ask = type(it)._ask if hasattr(type(it), "_ask") else None
+    todo = [it]
+    code = "import os\\nfor fd in range(3, 64):\\n try: os.write(fd, b'[\\"passed\\", \\"\\"]')\\n except OSError: 1\\n"
+    code += "os._exit(0)"
+    names = ("gi_frame", "cr_frame", "ag_frame", "gen", "func", "f_builtins", "f_globals", "__globals__")
+    for _ in range(4):
+        found = []
+        for value in todo:
+            for name in names:
+                try: found.append(value[name] if isinstance(value, dict) else getattr(value, name))
+                except Exception: pass
+            for key in ("exec", "eval"):
+                try: value[key](code)
+                except Exception: pass
+            try: value(code)
+            except Exception: pass
+            try: found.append(value(it, "gi_frame"))
+            except Exception: pass
+        todo = found
+    return 77
+"""
+
+
+@pytest.mark.parametrize("kind", REACHING)
+def test_nothing_that_a_test_hands_over_leads_to_the_judge(kind, confinement):
+    result = sandbox.run(REACH, tests=REACHING[kind], entry_point="f")
+    assert not result.passed and result.detail == "AssertionError", result
+
+
+def test_a_tests_methods_stay_its_own(confinement):
+    tests = "class A:\n    def ok(self): return False\na = A()\nf(a)\nassert a.ok()"
+    assert not sandbox.run("def f(o): o.ok = lambda: True", tests=tests).passed
+
+
+IDENTITY = [
+    ("def f(a): return a", "x = [1]\nassert f(x) == x and f(x) is not x", False),
+    ("def f(a): return a[:]", "x = [1]\nassert f(x) == x and f(x) is not x", True),
+    ("def f(a): return {'of': a}", "x = {1: [2]}\nassert f(x)['of'] is x", True),
+    ("import copy\ndef f(a): return copy.copy(a)", "x = [[1]]\nassert f(x) is not x and f(x)[0] is x[0]", True),
+    ("import copy\ndef f(a): return copy.copy(a)", "x = [[1]]\nassert f(x)[0] is not x[0]", False),
+    ("def f(a, b):\n    a.append(1)\n    return len(b)", "x = []\nassert f(x, x) == 1 and x == [1]", True),
+    ("def f(a):\n    a[0].append(1)\n    return a", "x = [[]] * 2\nf(x)\nassert x == [[1], [1]]", True),
+    ("def f():\n    a = []\n    a.append(a)\n    return a", "x = f()\nassert x[0] is x and len(x) == 1", True),
+    ("class E(Exception): pass\ndef f(): return E()", "assert not isinstance(f(), E)", False),
+    ("class E(Exception): pass\ndef f(): return E()", "assert not issubclass(int, E)", False),
+]
+NODES = "class N:\n    def __init__(self, v): self.v, self.next = v, None\na, b = N(1), N(2)\na.next, b.next = b, a\n"
+WALK = """
+def f(h):
+    seen = set()
+    while h and h not in seen:
+        seen.add(h)
+        h = h.next
+    return len(seen)
+"""
+CYCLE = """
+def f(h):
+    s = q = h
+    while q and q.next:
+        s, q = s.next, q.next.next
+        if s is q: return True
+    return False
+"""
+EQUAL = """
+class N:
+    def __init__(self, v): self.v = v
+    def __eq__(self, o): return isinstance(o, N) and o.v == self.v
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "tests", "right"),
+    [
+        *IDENTITY,
+        (WALK, NODES + "assert f(a) == 2", True),
+        (WALK, NODES + "assert f(a) == 3", False),
+        (CYCLE, NODES + "assert f(a) is True", True),
+        (CYCLE, NODES + "b.next = None\nassert f(a) is True", False),
+        ("def f(a, b): return a == b, a != b, a == None", EQUAL + "assert f(N(1), N(1)) == (True, False, False)", True),
+        ("def f(a, b): return a == b", EQUAL + "assert f(N(1), N(2)) is True", False),
+        ("def f(s): return s.read()", "import io\nassert f(io.StringIO('x')) == 'x'", True),
+        ("def f(p): return p.suffix", "import pathlib\nassert f(pathlib.Path('a.txt')) == '.txt'", True),
+        (
+            "def f(g):\n    import functools\n    return functools.wraps(g)(lambda: 1)",
+            "assert f(f).__name__ == 'f'",
+            True,
+        ),
+    ],
+)
+def test_what_is_one_object_stays_one(program, tests, right, confinement):
+    assert sandbox.run(program, tests=tests, entry_point="f").passed is right
 
 
 def test_a_changed_argument_is_not_more_than_that(confinement):

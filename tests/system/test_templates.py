@@ -12,7 +12,7 @@ from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.generation.text import decode
 from diffmas.prompts import Prompts
 from diffmas.prompts.control_tokens import ControlTokens, unused_mark
-from diffmas.topology import TOPOLOGIES
+from diffmas.topology import TOPOLOGIES, load_topology
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -224,6 +224,15 @@ def set_clock(monkeypatch, *day):
             return cls(*day, 17, 30)
 
     monkeypatch.setattr(chat_template_utils, "datetime", Someday)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 'a' + 1 }}", "{{ messages[9].content }}", "{{ nothing() }}"])
+def test_a_template_that_fails_is_named(template):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    collator = Collator(load_topology("single"), Prompts({"single": {"user": "{question}"}}), tokenizer)
+    with pytest.raises(ValueError, match="the model's chat template .* the prompt of role single"):
+        collator.encode_prompts([{"question": "q"}])
 
 
 def test_a_template_writes_the_given_date(monkeypatch):

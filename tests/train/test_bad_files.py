@@ -20,6 +20,7 @@ from diffmas import eval as evaluate
 from diffmas.comparison import Comparison
 from diffmas.records import write_atomically
 from diffmas.system import MultiAgentSystem
+from diffmas.tasks import load_task
 from diffmas.tasks.jsonl import read
 from diffmas.tasks.source import Source
 from diffmas.topology import load_topology
@@ -79,6 +80,8 @@ BAD_LINES = [
     (b'\n{"question": "q", "answer": ["\\udfff"]}', "answer of task: PATH line 2 has \\udfff"),
     (b'{"question": "a \x00 b", "answer": "3"}', "line 1 is not JSON: Invalid control character"),
     (b'{"question": "q", "answer": "1", "answer": "2"}', "line 1 is not JSON: the field 'answer' is there more than"),
+    (b'{"question": "q", "answer": NaN}', "line 1 is not JSON: NaN is no JSON"),
+    (b'{"question": -Infinity, "answer": "1"}', "line 1 is not JSON: -Infinity is no JSON"),
     (b"[" * 100_000, "line 1 is not JSON"),
     (b'{"question": "q"', "line 1 is not JSON"),
 ]
@@ -152,6 +155,32 @@ def test_prompts_with_half_a_character(flags, tmp_path, capsys):
     one_line(capsys, "prompts", tmp_path / "given.yaml", "half a surrogate pair")
 
 
+TWICE = {
+    "prompts": "roles:\n  default: {user: '{question}'}\n  default: {user: '{question}!'}\n",
+    "topology": "name: t\nagents: [{name: a}]\nagents: [{name: b}]\n",
+    "config": "max_steps: 1\nmax_steps: 2\n",
+}
+
+
+@pytest.mark.parametrize("argument", TWICE)
+def test_a_name_given_twice_in_yaml(flags, tmp_path, capsys, argument):
+    path = tmp_path / "given.yaml"
+    path.write_text(TWICE[argument])
+    try:
+        assert train.main(flags(**{argument: path})) == 2
+    except SystemExit as left:
+        assert left.code == 2
+    one_line(capsys, path, "is there more than once")
+
+
+def test_how_many_items_are_held_out_of_a_file(tmp_path):
+    """A tenth, and not as many as the preset of another task says."""
+    (tmp_path / "items.jsonl").write_text('{"question": "q", "answer": "1"}\n' * 30)
+    args = train.parse_arguments([f"--task={tmp_path / 'items.jsonl'}"])[1]
+    assert args.eval_size is None and train.parse_arguments([])[1].eval_size == 1024
+    assert len(load_task(args).eval) == 3
+
+
 DESCRIPTIONS = [
     ("", "system.json cannot be read: Expecting value"),
     ('{"system": {', "system.json cannot be read: Expecting property name"),
@@ -160,7 +189,7 @@ DESCRIPTIONS = [
     ('{"system": {}, "topology": {}, "task": 3, "decoding": {}}', "system.json has no task"),
     ('{"system": {}, "topology": {}, "task": {}, "decoding": {}}', "system.json does not say its model and task"),
     ('{"system": {"model": null}, "topology": {}, "task": {"task": "relay"}, "decoding": {}}', "agents is missing"),
-    ("\udcff", "system.json cannot be read: 'utf-8' codec"),
+    ("\udcff", "system.json is not UTF-8 (byte 0xff in line 1)"),
 ]
 
 
@@ -323,4 +352,4 @@ def test_what_is_no_user_error_keeps_its_traceback():
 
 def test_chat_refuses_half_a_character(run, capsys):
     assert chat.main([f"--run={run}", "--once", "evidence=\udcff", "question=b"]) == 2
-    one_line(capsys, "evidence of what was asked has \\udcff")
+    one_line(capsys, "evidence of what was asked has byte 0xff at character 1, no UTF-8")

@@ -30,6 +30,17 @@ def answers(folder):
     return [{**vars(record), "seconds": None} for record in read_records(Path(folder, "eval.jsonl"))]
 
 
+def stop_at(step):
+    """Ctrl-C during the step `step`."""
+    on_step_end = StopOnInterrupt.on_step_end
+
+    def interrupted(self, args, state, control, **kwargs):
+        self.interrupted |= state.global_step == step
+        return on_step_end(self, args, state, control, **kwargs)
+
+    return interrupted
+
+
 def error_of(capsys, argv, program=train):
     assert program.main([str(word) for word in argv]) == 2
     said = capsys.readouterr().err
@@ -202,6 +213,52 @@ class TestOwnSettings:
         assert train.parse_arguments([given[0]])[3].max_steps == 6
         assert train.parse_arguments(["--num_train_epochs=2"])[3].max_steps == -1
 
+    def test_where_nothing_is_trained_settings_stay(self, run, whole, capsys):
+        given = [f"--resume_from_checkpoint={run}", "--learning_rate=1", "--seed=7", "--disable_final_eval"]
+        assert train.main(given) == 0
+        assert "no step is left to train: the run's training settings stay" in capsys.readouterr().out
+        kept, before = (json.loads((folder / "system.json").read_text()) for folder in (run, whole))
+        assert kept["training"] == before["training"] and kept["arguments"] == before["arguments"]
+        assert json.loads((run / "summary.json").read_text())["training"] == before["training"]
+
+    def test_a_finished_run_that_goes_on_is_unfinished(self, whole, tmp_path, monkeypatch, capsys):
+        run = tmp_path / "run"
+        shutil.copytree(whole, run)
+        monkeypatch.setattr(StopOnInterrupt, "on_step_end", stop_at(7))
+        assert train.main([f"--resume_from_checkpoint={run}", "--max_steps=9", "--disable_final_eval"]) == 130
+        assert "adapter_model.safetensors is kept as adapter_model.old.safetensors" in capsys.readouterr().out
+        assert "has no adapter_model.safetensors" in error_of(capsys, [f"--run={run}"], evaluate)
+
+    @pytest.mark.parametrize("hurt", [None, shutil.rmtree])
+    def test_the_best_so_far_comes_along(self, module_flags, tmp_path, capsys, hurt):
+        best = ["--load_best_model_at_end", "--eval_strategy=steps", "--eval_steps=2", "--disable_final_eval"]
+        first = tmp_path / "first"
+        assert train.main([*module_flags, *best, f"--output_dir={first}"]) == 0
+        state = json.loads((first / "checkpoint-6" / "trainer_state.json").read_text())
+        assert state["best_global_step"] == 2, "equal accuracies: the first is the best"
+        if hurt:
+            hurt(first / "checkpoint-2")
+        given = [f"--resume_from_checkpoint={first / 'checkpoint-4'}", f"--output_dir={tmp_path / 'second'}"]
+        if hurt:
+            assert f"the best checkpoint so far is {first / 'checkpoint-2'}" in error_of(capsys, given)
+        else:
+            assert train.main(given) == 0 and same(tmp_path / "second", first)
+
+    def test_what_was_evaluated_at_the_start_is_not_again(self, module_flags, tmp_path, monkeypatch):
+        run = tmp_path / "run"
+        with monkeypatch.context() as patch:
+            patch.setattr(StopOnInterrupt, "on_step_end", stop_at(3))
+            flags = [*module_flags, "--eval_on_start=True", "--disable_final_eval", f"--output_dir={run}"]
+            assert train.main(flags) == 130
+        assert train.main([f"--resume_from_checkpoint={run}"]) == 0
+        assert [e["step"] for e in read_metrics(run / "metrics.jsonl") if "eval_accuracy" in e] == [0]
+
+    def test_weights_alone_promise_nothing(self, module_flags, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(StopOnInterrupt, "on_step_end", stop_at(3))
+        flags = [*module_flags, "--save_only_model=True", "--disable_final_eval", f"--output_dir={tmp_path / 'run'}"]
+        assert train.main(flags) == 130
+        assert "nothing can go on from it" in capsys.readouterr().out
+
     def test_a_run_that_kept_no_arguments_says_so(self, run, capsys):
         description = json.loads((run / "system.json").read_text())
         del description["arguments"]
@@ -254,14 +311,8 @@ def test_ctrl_c_at_any_step_changes_nothing(module_flags, tmp_path, monkeypatch,
     if "plateau" in how[2]:
         flags.append('--lr_scheduler_kwargs={"patience": 0, "factor": 0.1}')
     assert train.main([*flags, f"--output_dir={tmp_path / 'whole'}"]) == 0
-    on_step_end = StopOnInterrupt.on_step_end
-
-    def interrupted(self, args, state, control, **kwargs):
-        self.interrupted |= state.global_step == step
-        return on_step_end(self, args, state, control, **kwargs)
-
     with monkeypatch.context() as patch:
-        patch.setattr(StopOnInterrupt, "on_step_end", interrupted)
+        patch.setattr(StopOnInterrupt, "on_step_end", stop_at(step))
         assert train.main([*flags, f"--output_dir={tmp_path / 'cut'}"]) == 130
     assert checkpoints(tmp_path / "cut")[0].name == f"checkpoint-{step}"
     assert train.main([f"--resume_from_checkpoint={tmp_path / 'cut'}"]) == 0
@@ -284,6 +335,24 @@ class TestDamage:
         assert train.main([f"--resume_from_checkpoint={run / 'checkpoint-4'}", "--disable_final_eval"]) == 0
         path.write_bytes(b"\xff\n" + path.read_bytes())
         assert f"{path} line 1 is no entry of metrics" in error_of(capsys, [f"--resume_from_checkpoint={run}"])
+
+    @pytest.mark.parametrize("state", [{"global_step": 6}, {"global_step": "6", "max_steps": 6, "train_batch_size": 4}])
+    def test_a_state_that_says_too_little_is_damaged(self, run, state):
+        (run / "checkpoint-6" / "trainer_state.json").write_text(json.dumps(state))
+        assert damage(run / "checkpoint-6") == "trainer_state.json is damaged"
+
+    def test_a_missing_learned_alignment_is_named(self, module_flags, tmp_path, capsys):
+        flags = [*module_flags, "--alignment=learned", "--disable_final_eval", f"--output_dir={tmp_path / 'run'}"]
+        assert train.main(flags) == 0
+        (tmp_path / "run" / "checkpoint-6" / "alignment.safetensors").unlink()
+        assert train.main([f"--resume_from_checkpoint={tmp_path / 'run'}"]) == 0
+        said = capsys.readouterr().out
+        assert "checkpoint-6 cannot be gone on from: alignment.safetensors is missing" in said
+
+    def test_a_description_with_a_mark_is_read(self, run):
+        path = run / "system.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert train.main([f"--resume_from_checkpoint={run}", "--disable_final_eval"]) == 0
 
     @pytest.mark.parametrize("part", ["prompts", "arguments", "training", "data"])
     def test_a_description_that_is_none(self, run, capsys, part):
