@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from itertools import chain, product, zip_longest
 from typing import Any
 
-from diffmas.costs import Plan, Shape, Work
-from diffmas.topology import Agent, Topology
+from diffmas.agents.costs import Plan, Shape, Work
+from diffmas.agents.topology import Agent, Topology
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _ACCUMULATOR = 4

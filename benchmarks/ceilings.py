@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.timing import Clock
-from diffmas.ceilings import copy_rate, matmul_rate
+from diffmas.training.ceilings import copy_rate, matmul_rate
 
 
 def measure(device: str, dtypes: list[str]) -> dict[str, float]:

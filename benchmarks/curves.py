@@ -26,8 +26,8 @@ from benchmarks.cases import Step
 from benchmarks.experiment import measure
 from benchmarks.memory import line, power_law
 from benchmarks.timing import Clock
-from diffmas.machine import machine
-from diffmas.records import write_atomically
+from diffmas.support.atomic import write_atomically
+from diffmas.support.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "step"

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 
 from benchmarks.cases import Case, Work
 from benchmarks.experiment import Contender, Experiment
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 OURS, PEER = "diffmas", "transformers generate, left-padded"
 

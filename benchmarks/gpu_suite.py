@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from benchmarks import ceilings
-    from diffmas.machine import machine
+    from diffmas.support.machine import machine
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("device is cuda, but torch.cuda.is_available() is False; allowed: cpu")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 
 @dataclass(frozen=True)

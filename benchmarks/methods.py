@@ -19,8 +19,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.relay import ROOT
-from diffmas.comparison import Comparison, Options
-from diffmas.comparison_report import (
+from diffmas.comparison.comparison import Comparison, Options
+from diffmas.comparison.report import (
     by_name,
     draw_accuracies,
     markdown_table,
@@ -31,9 +31,9 @@ from diffmas.comparison_report import (
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.embedded.pretrain import conversation, pretrain
 from diffmas.embedded.tokenizer import ASSISTANT, END, USER
-from diffmas.machine import machine
-from diffmas.methods import choose_methods
-from diffmas.records import write_atomically
+from diffmas.evaluation.methods import choose_methods
+from diffmas.support.atomic import write_atomically
+from diffmas.support.machine import machine
 from diffmas.tasks import TaskArguments, load_task
 
 RESULTS = ROOT / "benchmarks" / "results" / "methods"

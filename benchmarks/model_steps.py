@@ -21,8 +21,8 @@ from benchmarks import peers, step
 from benchmarks.cases import Step, Work
 from benchmarks.experiment import Contender, Experiment, WrongResult, relative_error
 from benchmarks.timing import Clock, peak_bytes, race
-from diffmas.capture import CapturedRuns
-from diffmas.latent import step_by_step
+from diffmas.agents.captured_runs import CapturedRuns
+from diffmas.agents.latent_runs import step_by_step
 from diffmas_ops import KVTrace
 
 #: Layers and batch of the model that is checked; and how far the whole model's results may be from the peer's.

@@ -14,9 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from diffmas.evaluation import VARIANTS
-from diffmas.report import SUMMARY_FILE
-from diffmas.training import METRICS_FILE, read_metrics
+from diffmas.evaluation.evaluator import VARIANTS
+from diffmas.training.report import SUMMARY_FILE
+from diffmas.training.trainer import METRICS_FILE, read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "relay"

@@ -16,10 +16,10 @@ from benchmarks import peers
 from benchmarks.cases import Step
 from benchmarks.experiment import Contender, Experiment
 from benchmarks.memory import saved_bytes
-from diffmas.capture import CapturedRuns
-from diffmas.latent import step_by_step
+from diffmas.agents.captured_runs import CapturedRuns
+from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.topology import Agent, Topology
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import Agent, Topology
 from diffmas_ops import KVTrace
 
 PEER = "DynamicCache + SDPA"

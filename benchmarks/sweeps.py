@@ -26,15 +26,15 @@ from benchmarks.memory import saved_bytes
 from benchmarks.relay import ROOT
 from benchmarks.step import lora_model, tokens
 from benchmarks.timing import Clock, race
-from diffmas.data import Collator
-from diffmas.machine import machine
-from diffmas.report import SUMMARY_FILE
-from diffmas.runs import build_system, load_run
-from diffmas.sweeps import latent_run
+from diffmas.agents.collator import Collator
+from diffmas.agents.sweeps import latent_run
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.runs.runs import build_system, load_run
+from diffmas.support.machine import machine
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import load_task
-from diffmas.topology import TOPOLOGIES
-from diffmas.training import METRICS_FILE, read_metrics
+from diffmas.training.report import SUMMARY_FILE
+from diffmas.training.trainer import METRICS_FILE, read_metrics
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "sweeps", ROOT / "docs" / "sweeps.md"
 RESULTS_FILE, PLOT_FILE = "results.json", "sweeps.svg"

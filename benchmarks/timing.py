@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from diffmas.memory import measure
+from diffmas.training.memory import measure
 
 # Twice what a small processor has of a last cache; and what a GPU reads for longer than its host takes to queue an
 # operator's launches.

@@ -8,8 +8,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from diffmas.machine import machine
-from diffmas.records import write_atomically
+from diffmas.support.atomic import write_atomically
+from diffmas.support.machine import machine
 
 #: What a record holds, until it is complete, of the run it comes from.
 KEY = "unfinished"

@@ -17,20 +17,20 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from diffmas.alignment import ALIGNMENTS
-from diffmas.arguments import Parser
-from diffmas.comparison import Comparison, Interrupted, Options, Settings
-from diffmas.comparison_report import accuracy, by_name
+from diffmas.agents.alignment import ALIGNMENTS
+from diffmas.agents.topology import Agent, Topology
+from diffmas.command_line import Parser
+from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings
+from diffmas.comparison.report import accuracy, by_name
 from diffmas.eval import LOWER, as_flags, integers
-from diffmas.failures import run_program
-from diffmas.folders import check_output
-from diffmas.interrupts import raise_on_interrupt
-from diffmas.launch import check_alone
-from diffmas.methods.base import ALL_CONTROLS, Method
-from diffmas.page import heading, note, page, panels, svg, table
-from diffmas.records import write_atomically
-from diffmas.report import REPORT_FILE
-from diffmas.topology import Agent, Topology
+from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
+from diffmas.support.atomic import write_atomically
+from diffmas.support.failures import run_program
+from diffmas.support.folders import check_output
+from diffmas.support.interrupts import raise_on_interrupt
+from diffmas.support.page import heading, note, page, panels, svg, table
+from diffmas.training.launch import check_alone
+from diffmas.training.report import REPORT_FILE
 
 PROGRAM = "python -m diffmas.ablate"
 #: What can be swept, and what a value is read as.

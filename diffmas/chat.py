@@ -12,20 +12,20 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.arguments import Parser
-from diffmas.data import Collator
-from diffmas.failures import run_program
+from diffmas.agents.collator import Collator
+from diffmas.agents.topology import load_topology
+from diffmas.command_line import Parser
+from diffmas.evaluation.inspection import Inspection, inspect
 from diffmas.generation import Decoding
-from diffmas.inspection import Inspection, inspect
-from diffmas.interrupts import raise_on_interrupt
-from diffmas.launch import check_alone
 from diffmas.prompts import Prompts
 from diffmas.prompts.shortened import cut_line, cut_summary
-from diffmas.runs import SystemArguments, load_base, load_run
+from diffmas.runs.runs import SystemArguments, load_base, load_run
+from diffmas.support.failures import run_program
+from diffmas.support.interrupts import raise_on_interrupt
+from diffmas.support.text_file import check_characters
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments, as_asked, load_task
-from diffmas.text_file import check_characters
-from diffmas.topology import load_topology
+from diffmas.training.launch import check_alone
 
 PROGRAM = "python -m diffmas.chat"
 #: What takes less memory where it is smaller.

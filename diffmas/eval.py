@@ -17,30 +17,30 @@ from typing import Any
 
 from transformers import set_seed
 
-from diffmas.arguments import Parser
-from diffmas.comparison import Comparison, Interrupted, Options, Settings, changes
-from diffmas.comparison_report import print_comparison, write_comparison_report
-from diffmas.controls import CONTROLS
-from diffmas.distributed import gathered, process
-from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
-from diffmas.failures import run_program
-from diffmas.folders import check_output
+from diffmas.agents.controls import CONTROLS
+from diffmas.agents.topology import Topology
+from diffmas.command_line import Parser
+from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings, changes
+from diffmas.comparison.report import print_comparison, write_comparison_report
+from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.methods import METHODS, Method, choose_methods
+from diffmas.evaluation.needs import check_prompts, method_left_out, print_left_out, roles_of, variants_left_out
 from diffmas.generation import Decoding
-from diffmas.interrupts import raise_on_interrupt
-from diffmas.launch import check_alone, join
-from diffmas.lock import locked
-from diffmas.machine import machine, peak_memory_mb
-from diffmas.methods import METHODS, Method, choose_methods
-from diffmas.needs import check_prompts, method_left_out, print_left_out, roles_of, variants_left_out
 from diffmas.prompts.dates import print_date
 from diffmas.prompts.shortened import cut_line, cut_summary
-from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.runs import ADAPTER_FILE, SYSTEM_FILE, anchored, describe, load_run, read_description
+from diffmas.runs.runs import ADAPTER_FILE, SYSTEM_FILE, anchored, describe, load_run, read_description
+from diffmas.support.distributed import gathered, process
+from diffmas.support.failures import run_program
+from diffmas.support.folders import check_output
+from diffmas.support.interrupts import raise_on_interrupt
+from diffmas.support.lock import locked
+from diffmas.support.machine import machine, peak_memory_mb
+from diffmas.support.yaml_file import read_yaml
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.tasks.base import JSONL
 from diffmas.tasks.content import fingerprint
-from diffmas.topology import Topology
-from diffmas.yaml_file import read_yaml
+from diffmas.training.launch import check_alone, join
+from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 
 PROGRAM = "python -m diffmas.eval"
 #: What takes less memory where it is smaller.

@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from diffmas.answering import evaluating
+from diffmas.agents.collator import pack
 from diffmas.answers import reasoning
-from diffmas.data import pack
+from diffmas.evaluation.answering import evaluating
 from diffmas.generation import Decoding
 from diffmas.prompts import Prompts
-from diffmas.runs import load_run
+from diffmas.runs.runs import load_run
 
 try:
     from lm_eval.api.model import LM

@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from diffmas.alignment import Alignment
-from diffmas.attention import attach, rotary_of
-from diffmas.capture import CapturedRuns, capture_latent_runs
-from diffmas.checkpointing import ActivationCheckpointing
-from diffmas.controls import Control
-from diffmas.decoder_layer import fuse_layers
-from diffmas.distributed import is_sharded, reach
+from diffmas.agents.alignment import Alignment
+from diffmas.agents.captured_runs import CapturedRuns, capture_latent_runs
+from diffmas.agents.controls import Control
+from diffmas.agents.latent_runs import LatentRun
+from diffmas.agents.positions import check_positions
+from diffmas.agents.sweeps import latent_run
+from diffmas.agents.topology import Agent, Topology
 from diffmas.generation import Completion, Decoding, Event, engine
-from diffmas.latent import LatentRun
-from diffmas.lora import fuse_lora
-from diffmas.loss import AnswerLoss, plain_loss
-from diffmas.norm import fuse_norms
-from diffmas.positions import check_positions
-from diffmas.sweeps import latent_run
-from diffmas.topology import Agent, Topology
+from diffmas.models.activation_checkpointing import ActivationCheckpointing
+from diffmas.models.attention import attach, rotary_of
+from diffmas.models.decoder_layer import fuse_layers
+from diffmas.models.lora import fuse_lora
+from diffmas.models.loss import AnswerLoss, plain_loss
+from diffmas.models.norm import fuse_norms
+from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Segment, kv_concat
 
 Lengths = Sequence[int]
@@ -71,13 +71,13 @@ class MultiAgentSystem(nn.Module):
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_backward: "exact", or "sweeps:k": the gradient of each latent run by k parallel backward passes
-            (:class:`diffmas.sweeps.Sweeps`).
+            (:class:`diffmas.agents.sweeps.Sweeps`).
         capture: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
-            (:class:`diffmas.capture.CapturedRuns`; not yet run on one).
+            (:class:`diffmas.agents.captured_runs.CapturedRuns`; not yet run on one).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
-            :class:`~diffmas.loss.AnswerLoss`.
+            :class:`~diffmas.models.loss.AnswerLoss`.
 
     Raises:
         ValueError: an argument outside its range, named.

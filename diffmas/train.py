@@ -17,44 +17,18 @@ from rich.console import Console
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from diffmas.arguments import DecodingArguments, Parser, TrainArguments, parse
-from diffmas.batching import ItemLengths, adapt, autocast_dtype, print_fit
-from diffmas.checkpoints import bring_best, clear_staging, set_aside, step_of
-from diffmas.data import Collator
-from diffmas.distributed import (
-    asked_sharding,
-    decided_by_first,
-    gathered,
-    is_sharded,
-    process,
-    processes,
-    settle_sharding,
-)
-from diffmas.evaluation import VARIANTS, Evaluator, evaluate_all
-from diffmas.failures import run_program
-from diffmas.folders import check_output
+from diffmas.agents.collator import Collator
+from diffmas.agents.topology import Topology, load_topology
+from diffmas.command_line import DecodingArguments, Parser, TrainArguments, parse
+from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.methods.base import TraceChannel
+from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
 from diffmas.generation import Decoding
-from diffmas.interrupts import raise_on_interrupt
-from diffmas.liger import check_liger, fuse_liger
-from diffmas.lock import locked
-from diffmas.machine import machine, peak_memory_mb
-from diffmas.methods.base import TraceChannel
-from diffmas.model_source import check_source
-from diffmas.needs import check_prompts, print_left_out, roles_of, variants_left_out
-from diffmas.precision import check_base, settle_precision
-from diffmas.preflight import (
-    adapter_copies,
-    check_evaluation,
-    check_training_memory,
-    check_training_positions,
-    length_bound,
-)
-from diffmas.profiling import ProfileStep
+from diffmas.models.liger import check_liger, fuse_liger
+from diffmas.models.source import check_source
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
-from diffmas.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
-from diffmas.resuming import check_same, checkpoint_of, given_settings, run_folder
-from diffmas.runs import (
+from diffmas.runs.runs import (
     ADAPTER_FILE,
     SYSTEM_FILE,
     SystemArguments,
@@ -65,11 +39,37 @@ from diffmas.runs import (
     save_weights,
     write_description,
 )
+from diffmas.support.distributed import (
+    asked_sharding,
+    decided_by_first,
+    gathered,
+    is_sharded,
+    process,
+    processes,
+    settle_sharding,
+)
+from diffmas.support.failures import run_program
+from diffmas.support.folders import check_output
+from diffmas.support.interrupts import raise_on_interrupt
+from diffmas.support.lock import locked
+from diffmas.support.machine import machine, peak_memory_mb
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
-from diffmas.topology import Topology, load_topology
-from diffmas.training import Items, MetricsFile, StopOnInterrupt, SystemTrainer
-from diffmas.training_arguments import check_batches
+from diffmas.training.arguments import check_batches
+from diffmas.training.batching import ItemLengths, adapt, autocast_dtype, print_fit
+from diffmas.training.checkpoints import bring_best, clear_staging, set_aside, step_of
+from diffmas.training.precision import check_base, settle_precision
+from diffmas.training.preflight import (
+    adapter_copies,
+    check_evaluation,
+    check_training_memory,
+    check_training_positions,
+    length_bound,
+)
+from diffmas.training.profiling import ProfileStep
+from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
+from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
+from diffmas.training.trainer import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 
 PROGRAM = "python -m diffmas.train"
 #: What takes less memory where it is smaller.

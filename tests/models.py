@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from diffmas.decoder_layer import FusedLayer
+from diffmas.models.decoder_layer import FusedLayer
 
 VOCAB = 37
 FAMILIES = {

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from diffmas.embedded.tokenizer import ASSISTANT, END, NUMBERS, USER, build_tokenizer
 from diffmas.prompts import Prompts
+from diffmas.support.valid_json import to_json
 from diffmas.tasks import relay
-from diffmas.valid_json import to_json
 
 PROMPTS = Prompts.load(Path(relay.__file__).with_suffix(".yaml"))
 VALUES = 16

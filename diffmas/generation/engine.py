@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.controls import Control
+from diffmas.agents.controls import Control
+from diffmas.agents.positions import check_positions, longest_row
+from diffmas.agents.room import check_decoding
 from diffmas.generation.decoding import Completion, Decoding, Event
 from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.generation.text import TextStream, cut, decode
-from diffmas.not_finite import NotFiniteError
-from diffmas.positions import check_positions, longest_row
-from diffmas.room import check_decoding
+from diffmas.support.not_finite import NotFiniteError
 
 if TYPE_CHECKING:
     from diffmas.system import Lengths, MultiAgentSystem

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.prompts.control_tokens import ControlTokens, unused_mark
 from diffmas.prompts.dates import template_options
-from diffmas.yaml_file import read_yaml
+from diffmas.support.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parent
 #: Templates of a role.

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.distributed import gathered
 from diffmas.prompts import Prompts
+from diffmas.support.distributed import gathered
 
 
 @dataclass(frozen=True)

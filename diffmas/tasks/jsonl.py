@@ -11,8 +11,8 @@ from typing import Any
 
 from diffmas.answers import final, mathematics
 from diffmas.prompts import Prompts
+from diffmas.support.text_file import check_characters, read_text
 from diffmas.tasks import base, checkers
-from diffmas.text_file import check_characters, read_text
 
 
 def read(path: str | Path, *, name: str) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffmas.failures import reading
 from diffmas.prompts import Prompts
+from diffmas.support.failures import reading
+from diffmas.support.text_file import read_text
 from diffmas.tasks.base import Item, Task, TaskArguments
 from diffmas.tasks.jsonl import read
-from diffmas.text_file import read_text
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import methods
-from diffmas.records import Record
-from diffmas.summary import summarise
+from diffmas.comparison.summary import summarise
+from diffmas.evaluation.records import Record
 
 ONE = Record("relay", "latent", "matched", 0, 0, 0, "p", "1", "1", "1", True, 1, 0, 4, 9, [0.5], -0.5, "stop", 0.1)
 MACHINE = {"device": "a processor", "threads": 2, "torch": "2", "transformers": "5"}

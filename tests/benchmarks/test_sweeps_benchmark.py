@@ -7,9 +7,9 @@ from benchmarks.cases import Step
 from benchmarks.experiment import WrongResult
 from benchmarks.step import lora_model, tokens
 from benchmarks.timing import MIN_ROUNDS, Clock
-from diffmas.sweeps import Sweeps, latent_run
+from diffmas.agents.sweeps import Sweeps, latent_run
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 CASE = Step(2, 32, 48, 4, 2, 8, 64, 2, 7, 3, 4, 2, "float32")
 

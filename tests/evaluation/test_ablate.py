@@ -7,7 +7,7 @@ import pytest
 
 from diffmas import ablate
 from diffmas.ablate import first_agents, write_ablation_report
-from diffmas.topology import TOPOLOGIES, TopologyError
+from diffmas.agents.topology import TOPOLOGIES, TopologyError
 
 
 @pytest.mark.parametrize(

@@ -15,20 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.checkpoints import latest
-from diffmas.comparison import ITEMS_FILE, Comparison, Options, Settings
-from diffmas.controls import CONTROLS
+from diffmas.agents.controls import CONTROLS
+from diffmas.agents.topology import load_topology
+from diffmas.comparison.comparison import ITEMS_FILE, Comparison, Options, Settings
+from diffmas.evaluation.methods import METHODS, TextChannel, choose_methods
+from diffmas.evaluation.methods.text_cache import TextCache, base_fingerprint
+from diffmas.evaluation.records import read_records
 from diffmas.generation import Decoding
-from diffmas.methods import METHODS, TextChannel, choose_methods
-from diffmas.methods.text_cache import TextCache, base_fingerprint
-from diffmas.records import read_records
-from diffmas.runs import ADAPTER_FILE, build_system
+from diffmas.runs.runs import ADAPTER_FILE, build_system
 from diffmas.tasks import TaskArguments, load_task
-from diffmas.topology import load_topology
 from diffmas.train import parse_arguments
+from diffmas.training.checkpoints import latest
 
 #: Fewer tokens than the prompts of relay have.
-LIMIT = 10
+LIMIT = 18
 OPTIONS = Options(samples=2, batch_size=3, max_message_tokens=4)
 
 

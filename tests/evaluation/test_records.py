@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from diffmas.records import Record, RecordFile, read_records, write_atomically
+from diffmas.evaluation.records import Record, RecordFile, read_records
+from diffmas.support.atomic import write_atomically
 
 ONE = Record(
     "relay", "single", "matched", 0, 0, 0, "Recall B", "12\n\u2028", "12", "12", True, 2, 0, 0, 9, [0.5, 0.25], -0.7,

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from diffmas.comparison_report import markdown_table, print_comparison, write_comparison_report
-from diffmas.machine import machine
-from diffmas.records import Record
-from diffmas.stability import agreement, entropy_curve, perplexity
-from diffmas.statistics import paired_difference
-from diffmas.summary import summarise
+from diffmas.comparison.report import markdown_table, print_comparison, write_comparison_report
+from diffmas.comparison.stability import agreement, entropy_curve, perplexity
+from diffmas.comparison.statistics import paired_difference
+from diffmas.comparison.summary import summarise
+from diffmas.evaluation.records import Record
+from diffmas.support.machine import machine
 
 ONE = Record(
     "relay", "single", "matched", 0, 0, 0, "p", "1", "1", "1", True, 2, 0, 0, 10, [1.0, 0.5], -1.0, "stop", 0.1

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from diffmas import chat
-from diffmas.runs import SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
+from diffmas.runs.runs import SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
 from diffmas.tasks import TaskArguments, load_task
 
 ITEM = load_task(TaskArguments(slots=3)).eval[0]

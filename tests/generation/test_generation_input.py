@@ -4,10 +4,10 @@ import pytest
 import torch
 from models import causal_lm
 
-from diffmas.controls import mismatched
+from diffmas.agents.controls import mismatched
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from models import causal_lm, clone, packed
 from stock import greedy, prompts
 
-from diffmas.data import Collator
+from diffmas.agents.collator import Collator
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments, load_task
-from diffmas.topology import TOPOLOGIES
 
 NEW = 40
 

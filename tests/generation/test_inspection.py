@@ -5,9 +5,9 @@ import torch
 from models import VOCAB, causal_lm, clone, packed, ragged
 from transformers import DynamicCache
 
-from diffmas.inspection import inspect
+from diffmas.agents.topology import load_topology
+from diffmas.evaluation.inspection import inspect
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import load_topology
 
 M = 3
 

@@ -12,9 +12,9 @@ import torch
 from models import VOCAB, causal_lm, clone, packed
 from transformers import DynamicCache
 
+from diffmas.agents.topology import load_topology
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import load_topology
 
 AGENTS, ROWS, LATENT_STEPS, NEW = 4, 16, 10, 24
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from models import causal_lm, packed, ragged
 
-from diffmas.controls import matched, noise
+from diffmas.agents.controls import matched, noise
+from diffmas.agents.topology import load_topology
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import load_topology
 
 ROWS = 16
 

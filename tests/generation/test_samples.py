@@ -8,10 +8,10 @@ from models import causal_lm, packed
 from stock import prompts
 
 import diffmas_ops
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding, engine, pool
 from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 
 @pytest.fixture

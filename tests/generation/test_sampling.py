@@ -6,10 +6,10 @@ import pytest
 import torch
 from models import causal_lm
 
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding, sampling
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 
 def chi_square_bound(cells):

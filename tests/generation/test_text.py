@@ -4,10 +4,10 @@ import pytest
 from models import causal_lm, packed
 from stock import prompts
 
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding
 from diffmas.generation.text import TextStream, cut, decode
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 TEXT = "héllo 🎉 Recall B, 中文字\u0301 A12 B3\n\n  end 🧑‍🚀"
 

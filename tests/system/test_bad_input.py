@@ -5,10 +5,10 @@ import torch
 import transformers
 from models import arguments, causal_lm, packed, ragged
 
-from diffmas.alignment import Alignment
-from diffmas.attention import UnsupportedModelError, attach, rotary_of, trace_attention
+from diffmas.agents.alignment import Alignment
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models.attention import UnsupportedModelError, attach, rotary_of, trace_attention
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 from diffmas_ops import KVTrace
 from diffmas_ops.backends import UnsupportedError
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 
+from diffmas.agents.topology import load_topology
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import load_topology
 
 ROWS = 16
 

@@ -14,11 +14,11 @@ import torch
 from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 
-from diffmas.capture import CapturedRuns, CudaGraphs, Eager
-from diffmas.latent import step_by_step
-from diffmas.profiling import watch
+from diffmas.agents.captured_runs import CapturedRuns, CudaGraphs, Eager
+from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.topology import TOPOLOGIES, Topology
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES, Topology
+from diffmas.training.profiling import watch
 from diffmas_ops import KVTrace
 from diffmas_ops.trace import CapacityError
 

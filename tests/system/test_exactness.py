@@ -8,8 +8,8 @@ from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 from oracle import batch
 
+from diffmas.agents.topology import Agent, Topology
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import Agent, Topology
 
 TOLERANCE = 1e-10
 DAGS = {

@@ -6,9 +6,9 @@ from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from diffmas import decoder_layer
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models import decoder_layer
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 from diffmas_ops import KVTrace, library
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))

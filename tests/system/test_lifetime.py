@@ -8,8 +8,8 @@ import torch
 from models import arguments, causal_lm, clone, ragged, with_lora
 
 import diffmas.system
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 from diffmas_ops import KVTrace
 from diffmas_ops.trace import TraceStorage
 

@@ -7,7 +7,7 @@ from models import causal_lm, clone, with_lora
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 
-from diffmas.lora import _LoraLinear, fuse_lora
+from diffmas.models.lora import _LoraLinear, fuse_lora
 
 
 def layer_of(bias=True):

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffmas import loss as losses
-from diffmas.loss import AnswerLoss, chunk_tokens, plain_loss
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models import loss as losses
+from diffmas.models.loss import AnswerLoss, chunk_tokens, plain_loss
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 VOCAB, HIDDEN, TOKENS = 23, 8, 11
 NAMES = [a.name for a in TOPOLOGIES["sequential"].agents]

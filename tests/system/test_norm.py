@@ -9,7 +9,7 @@ from models import FAMILIES, causal_lm
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 
-from diffmas.norm import _RMSNorm, fuse_norms
+from diffmas.models.norm import _RMSNorm, fuse_norms
 
 
 def run(module, x):

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from diffmas import train
-from diffmas.attention import UnsupportedModelError
-from diffmas.positions import check_positions, position_limit, row_positions
+from diffmas.agents.positions import check_positions, position_limit, row_positions
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models.attention import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 
 def model(**changes):
@@ -28,7 +28,7 @@ def system():
 
 
 def told(caplog):
-    return [r.getMessage() for r in caplog.records if r.name == "diffmas.positions"]
+    return [r.getMessage() for r in caplog.records if r.name == "diffmas.agents.positions"]
 
 
 def test_positions_of_a_row(system):
@@ -40,7 +40,7 @@ def test_positions_of_a_row(system):
 
 
 def test_told_once_with_numbers(system, caplog):
-    with caplog.at_level(logging.WARNING, logger="diffmas.positions"):
+    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
         check_positions(system, 32, "the longest row")
         assert told(caplog) == []
         check_positions(system, 33, "the longest row")
@@ -87,13 +87,13 @@ def short(base, tmp_path):
 
 
 def test_a_training_says_so_before_its_first_step(short, caplog):
-    with caplog.at_level(logging.WARNING, logger="diffmas.positions"):
+    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
         assert train.main([*short, "--task=relay", "--latent_steps=100", "--max_new_tokens=2"]) == 0
     assert len(told(caplog)) == 1 and "made for 32" in told(caplog)[0]
 
 
 def test_an_evaluation_says_so(short, caplog):
-    with caplog.at_level(logging.WARNING, logger="diffmas.positions"):
+    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
         assert train.main([*short, "--task=relay", "--latent_steps=1", "--max_new_tokens=200"]) == 0
     assert len(told(caplog)) == 1
 

@@ -9,9 +9,9 @@ from models import arguments, causal_lm, clone, ragged, with_lora
 from oracle import batch
 from peft import LoraConfig, get_peft_model
 
-from diffmas.lora import fuse_lora
+from diffmas.agents.topology import Agent, Topology
+from diffmas.models.lora import fuse_lora
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import Agent, Topology
 
 HALF = [torch.bfloat16, torch.float16]
 CHAIN = {"a": (), "b": ("a",), "c": ("b",)}

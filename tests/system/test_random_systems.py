@@ -8,8 +8,8 @@ from models import VOCAB, arguments, causal_lm, clone, with_lora
 from oracle import batch
 from torch import tensor
 
+from diffmas.agents.topology import Agent, Topology
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import Agent, Topology
 
 TOLERANCE = 1e-10
 pytestmark = pytest.mark.usefixtures("poison")

@@ -7,10 +7,10 @@ import torch
 from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 
-from diffmas.checkpointing import CHECKPOINTING
-from diffmas.latent import step_by_step
+from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.topology import TOPOLOGIES, Agent, Topology
+from diffmas.models.activation_checkpointing import CHECKPOINTING
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES, Agent, Topology
 
 TOLERANCE = 1e-10
 DIAMOND = Topology(

@@ -7,12 +7,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from diffmas.data import Collator
+from diffmas.agents.collator import Collator
+from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.generation.text import decode
 from diffmas.prompts import Prompts
 from diffmas.prompts.control_tokens import ControlTokens, unused_mark
-from diffmas.topology import TOPOLOGIES, load_topology
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmas.topology import HANDOVERS, TOPOLOGIES, Agent, Topology, TopologyError, load_topology
+from diffmas.agents.topology import HANDOVERS, TOPOLOGIES, Agent, Topology, TopologyError, load_topology
 
 
 def of(handover="full", **senders):

@@ -7,11 +7,11 @@ from models import arguments, causal_lm, clone, packed, ragged, with_lora
 from oracle import batch
 from transformers import GlmConfig, GlmForCausalLM
 
-from diffmas import decoder_layer
-from diffmas.alignment import Alignment, ridge_alignment
-from diffmas.attention import rotary_of
+from diffmas.agents.alignment import Alignment, ridge_alignment
+from diffmas.agents.topology import TOPOLOGIES, load_topology
+from diffmas.models import decoder_layer
+from diffmas.models.attention import rotary_of
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES, load_topology
 from diffmas_ops import cached_attention
 
 TOLERANCE = 1e-10
@@ -151,7 +151,7 @@ def _count_runs(monkeypatch):
         runs.append(layer.index)
         return fused(hidden, cos, sin, layer)
 
-    monkeypatch.setattr("diffmas.attention.cached_attention", counting)
+    monkeypatch.setattr("diffmas.models.attention.cached_attention", counting)
     fused = decoder_layer._run
     monkeypatch.setattr(decoder_layer, "_run", counting_fused)
     return runs

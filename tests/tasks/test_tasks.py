@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from diffmas.data import Collator, pack
+from diffmas.agents.collator import Collator, pack
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.prompts import Prompts
 from diffmas.tasks import TaskArguments, load_task
-from diffmas.topology import TOPOLOGIES
 
 
 def write(path, items):

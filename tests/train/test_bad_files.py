@@ -15,16 +15,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from diffmas import ablate, chat, failures, records, runs, train
+from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
-from diffmas.comparison import Comparison
-from diffmas.records import write_atomically
+from diffmas.agents.topology import load_topology
+from diffmas.comparison.comparison import Comparison
+from diffmas.evaluation import records
+from diffmas.runs import runs
+from diffmas.support import failures
+from diffmas.support.atomic import write_atomically
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import load_task
 from diffmas.tasks.jsonl import read
 from diffmas.tasks.source import Source
-from diffmas.topology import load_topology
-from diffmas.training import SystemTrainer
+from diffmas.training.trainer import SystemTrainer
 
 ITEM = '{"question": "Was kostet ein Käse?", "answer": "3"}\n'
 

@@ -6,8 +6,8 @@ import re
 import torch
 
 from diffmas import train
-from diffmas.runs import ADAPTER_FILE
-from diffmas.training import SystemTrainer
+from diffmas.runs.runs import ADAPTER_FILE
+from diffmas.training.trainer import SystemTrainer
 
 
 def summary(folder):

@@ -10,11 +10,11 @@ from transformers.utils import chat_template_utils
 
 from diffmas import chat, train
 from diffmas import eval as evaluate
-from diffmas.methods import TextChannel
-from diffmas.records import read_records
-from diffmas.runs import SystemArguments, build_system
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.evaluation.methods import TextChannel
+from diffmas.evaluation.records import read_records
+from diffmas.runs.runs import SystemArguments, build_system
 from diffmas.tasks import TaskArguments, load_task
-from diffmas.topology import TOPOLOGIES
 
 #: As Llama 3.2 asks for the day.
 TEMPLATE = (

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.records import read_records
+from diffmas.evaluation.records import read_records
 
 KINDS = ["ddp", "fsdp"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

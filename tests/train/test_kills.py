@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffmas.records import KEY, read_records
+from diffmas.evaluation.records import KEY, read_records
 
 KILLS = 20
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from diffmas import ablate, chat, launch, train
+from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
-from diffmas.arguments import TrainArguments
+from diffmas.command_line import TrainArguments
+from diffmas.training import launch
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TOGETHER = dict(zip(VARIABLES, ("2", "1", "1", "2", "localhost", "1"), strict=True))

@@ -5,10 +5,11 @@ import torch
 from models import causal_lm, with_lora
 from transformers.models.qwen3 import modeling_qwen3
 
-from diffmas import liger, train
-from diffmas.liger import fuse_liger
+from diffmas import train
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models import liger
+from diffmas.models.liger import fuse_liger
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
 
 CUDA = torch.device("cuda")
 
@@ -58,7 +59,7 @@ def test_which_modules_are_patched(monkeypatch):
     assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
     assert modeling_qwen3.apply_rotary_pos_emb is liger_rotary_pos_emb
     # LoRA layers keep their fused forward, the model its own loss.
-    assert layer.mlp.gate_proj.forward == before and before.__func__.__module__ == "diffmas.lora"
+    assert layer.mlp.gate_proj.forward == before and before.__func__.__module__ == "diffmas.models.lora"
     assert patched.language_model.forward == own
     fuse_liger(patched.model, CUDA, {"rope": False})
     patched.model.config.model_type = "unheard-of"

@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from diffmas import chat, preflight, room, train
+from diffmas import chat, train
 from diffmas import eval as evaluate
-from diffmas.training import SystemTrainer
+from diffmas.agents import room
+from diffmas.training import preflight
+from diffmas.training.trainer import SystemTrainer
 
 
 def refused(capsys, argv, program=train):

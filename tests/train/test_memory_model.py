@@ -4,11 +4,11 @@ import pytest
 import torch
 from models import causal_lm, with_lora
 
-from diffmas.batching import ItemLengths, LengthGrouped, fit
-from diffmas.costs import BACKWARD, PHASES, Plan, Shape, Work
-from diffmas.memory import MemoryModel, calibrate, measure, plan_of
+from diffmas.agents.costs import BACKWARD, PHASES, Plan, Shape, Work
+from diffmas.agents.topology import TOPOLOGIES, Agent, Topology
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES, Agent, Topology
+from diffmas.training.batching import ItemLengths, LengthGrouped, fit
+from diffmas.training.memory import MemoryModel, calibrate, measure, plan_of
 from diffmas_ops import KVTrace
 
 VOCAB = 300

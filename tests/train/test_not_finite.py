@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.records import Record, RecordFile, read_records
-from diffmas.report import write_records, write_summary
-from diffmas.runs import ADAPTER_FILE
-from diffmas.training import SystemTrainer
-from diffmas.valid_json import to_json
+from diffmas.evaluation.records import Record, RecordFile, read_records
+from diffmas.runs.runs import ADAPTER_FILE
+from diffmas.support.valid_json import to_json
+from diffmas.training.report import write_records, write_summary
+from diffmas.training.trainer import SystemTrainer
 
 
 @pytest.fixture

@@ -13,10 +13,11 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from diffmas import ablate, chat, progress, train
+from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
-from diffmas.card import card
-from diffmas.runs import SystemArguments, build_system
+from diffmas.runs.card import card
+from diffmas.runs.runs import SystemArguments, build_system
+from diffmas.support import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if "__main__" in p.read_text())

@@ -6,8 +6,8 @@ import pytest
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.evaluation import VARIANTS
-from diffmas.records import read_records
+from diffmas.evaluation.evaluator import VARIANTS
+from diffmas.evaluation.records import read_records
 from diffmas.system import MultiAgentSystem
 
 TWO = "{name: two, agents: [{name: a}, {name: b, receives: [a]}]}"

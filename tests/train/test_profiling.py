@@ -6,11 +6,12 @@ import pytest
 import torch
 from models import causal_lm, with_lora
 
-from diffmas import profiling, train
-from diffmas.costs import BACKWARD, PHASES
-from diffmas.profiling import OPTIMIZER, OTHER, Phases, watch
+from diffmas import train
+from diffmas.agents.costs import BACKWARD, PHASES
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import TOPOLOGIES
+from diffmas.training import profiling
+from diffmas.training.profiling import OPTIMIZER, OTHER, Phases, watch
 
 
 class Clock:

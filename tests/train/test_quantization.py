@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from diffmas import runs, train
-from diffmas.runs import load_run
+from diffmas import train
+from diffmas.runs import runs
+from diffmas.runs.runs import load_run
 
 
 def test_what_to_install(flags, capsys, monkeypatch):

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from diffmas import chat, train
 from diffmas import eval as evaluate
-from diffmas.checkpoints import STAGING, checkpoints, damage, rotate
-from diffmas.lock import locked
-from diffmas.records import read_records
-from diffmas.training import StopOnInterrupt, read_metrics
+from diffmas.evaluation.records import read_records
+from diffmas.support.lock import locked
+from diffmas.training.checkpoints import STAGING, checkpoints, damage, rotate
+from diffmas.training.trainer import StopOnInterrupt, read_metrics
 
 
 def weights(folder):

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.records import read_records
-from diffmas.runs import ADAPTER_FILE, load_run
+from diffmas.evaluation.records import read_records
+from diffmas.runs.runs import ADAPTER_FILE, load_run
 
 ACCURACIES = {"accuracy", *(f"accuracy_{v}" for v in ("mismatched", "zero", "noise", "training_free", "single"))}
 

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from diffmas import train
-from diffmas.runs import ADAPTER_FILE
-from diffmas.training import read_metrics
-from diffmas.training_arguments import OPTIMIZERS
+from diffmas.runs.runs import ADAPTER_FILE
+from diffmas.training.arguments import OPTIMIZERS
+from diffmas.training.trainer import read_metrics
 
 
 def summary(folder):

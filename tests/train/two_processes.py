@@ -18,11 +18,11 @@ from transformers import TrainerCallback
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.arguments import TrainArguments
-from diffmas.distributed import is_sharded, process, processes, settle_sharding, whole
+from diffmas.agents.topology import Agent, Topology
+from diffmas.command_line import TrainArguments
+from diffmas.support.distributed import is_sharded, process, processes, settle_sharding, whole
 from diffmas.system import MultiAgentSystem
-from diffmas.topology import Agent, Topology
-from diffmas.training import SystemTrainer
+from diffmas.training.trainer import SystemTrainer
 
 CHAIN = {"a": (), "b": ("a",), "c": ("b",)}
 FORK = {"a": (), "b": (), "c": ("b", "a")}

@@ -1,0 +1,361 @@
+"""Latent runs, and their backward, that replay as CUDA graphs (`capture = "auto"`).
+
+A latent step launches some twenty small kernels a layer for one token a row: at small batches the launching takes
+longer than the kernels. A run's shapes never change (m calls of one token a row) and where in its trace it stands is
+read on the device, so it is recorded once, forward and backward, and replayed from then on.
+
+A recording reads and writes where it did when it was made. So traces are leased from a pool by sizes, their capacities
+rounded up, and a run has its own recording for each set of buffers and each position in a trajectory (several runs are
+alive until the backward). A trajectory gives its buffers back when its loss is let go of. What Python does between the
+launches is done beside the recording: the trace's lengths, the order of calls, the rows that are deferred.
+
+Not yet run on a GPU. The tests run everything but the graphs themselves on the CPU (:class:`Eager`).
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from diffmas.agents.latent_runs import step_by_step
+from diffmas_ops import KVTrace
+from diffmas_ops.gradients import TraceGradients
+from diffmas_ops.trace import TraceStorage
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
+
+CAPTURE = ("off", "auto")
+#: Capacities are multiples of this, so that batches of other lengths meet the same recordings.
+BUCKET = 256
+#: Recordings that are kept, each with the memory of a run's activations; the oldest goes.
+MOST_RECORDINGS = 64
+
+#: Work on fixed tensors that returns its results. Replayed, they are in the same tensors every time.
+Body = Callable[[], list[Tensor | None]]
+
+
+def capture_latent_runs(capture: str, latent_backward: str) -> bool:
+    """Whether these settings ask for captured runs.
+
+    Raises:
+        ValueError: an unknown setting, or captured runs with a latent backward other than "exact".
+    """
+    if capture not in CAPTURE:
+        raise ValueError(f"capture is {capture!r}; allowed: {', '.join(CAPTURE)}")
+    if capture == "auto" and latent_backward != "exact":
+        raise ValueError(f"latent_backward is {latent_backward!r} with capture 'auto'; allowed: exact")
+    return capture == "auto"
+
+
+def _adapters(model: nn.Module) -> list[tuple]:
+    """Which adapters are in force, layer by layer: a recording has computed with them."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer))
+    return [(m.disable_adapters, *m.active_adapters, *m.merged_adapters) for m in layers]
+
+
+class Eager:
+    """Runs a body every time, and puts its results where those of the first time lay, as a graph does."""
+
+    def record(self, bodies: Sequence[Body]) -> list[Body]:
+        """Replays of `bodies`, which run in their order; each is run for warming up first."""
+        for body in bodies:
+            body()
+        return [self._again(body) for body in bodies]
+
+    @staticmethod
+    def _again(body: Body) -> Body:
+        kept: list[Tensor | None] = []
+
+        @torch.no_grad()
+        def replay() -> list[Tensor | None]:
+            results = body()
+            if not kept:
+                kept.extend(results)
+            for old, new in zip(kept, results, strict=True):
+                if old is not None:
+                    old.copy_(new)
+            return kept
+
+        return replay
+
+
+class CudaGraphs:
+    """Captures bodies as CUDA graphs that share a memory pool."""
+
+    WARM_UP = 3
+
+    def record(self, bodies: Sequence[Body]) -> list[Body]:
+        """See :meth:`Eager.record`."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(self.WARM_UP):
+                for body in bodies:
+                    body()
+        torch.cuda.current_stream().wait_stream(aside)
+        pool = torch.cuda.graph_pool_handle()
+        return [self._capture(body, pool) for body in bodies]
+
+    @staticmethod
+    def _capture(body: Body, pool) -> Body:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            results = body()
+
+        def replay() -> list[Tensor | None]:
+            graph.replay()
+            return results
+
+        return replay
+
+
+class _Buffers:
+    """Keys, values and their gradients, at addresses that stay."""
+
+    def __init__(self, storage: TraceStorage):
+        self.keys, self.values = storage.keys, storage.values
+        self._storage, self._accumulators = storage, None
+
+    @property
+    def accumulators(self) -> tuple[Tensor, Tensor]:
+        if self._accumulators is None:
+            self._accumulators = self._storage.new_accumulators()
+        return self._accumulators
+
+
+class _Leased(TraceStorage):
+    """A trace's buffers for as long as its trajectory lives; `runs`: latent runs it has seen."""
+
+    def __init__(self, buffers: _Buffers):
+        super().__init__(buffers.keys, buffers.values)
+        self.buffers, self.runs, self._given = buffers, 0, False
+
+    def new_accumulators(self) -> tuple[Tensor, Tensor]:
+        if self._given:
+            return super().new_accumulators()
+        self._given = True
+        for accumulator in self.buffers.accumulators:
+            accumulator.zero_()
+        return self.buffers.accumulators
+
+
+class _Recorded(TraceStorage):
+    """The buffers as a recording sees them."""
+
+    def __init__(self, buffers: _Buffers):
+        super().__init__(buffers.keys, buffers.values)
+        self._buffers = buffers
+
+    def new_accumulators(self) -> tuple[Tensor, Tensor]:
+        return self._buffers.accumulators
+
+
+class _Run:
+    """The latent steps of one position in a trajectory, on one set of buffers, recorded.
+
+    `hidden [batch, hidden]` and `starts [batch]` are where a replay reads from; `deferred` are the rows that the
+    backward leaves to be added to older columns.
+    """
+
+    def __init__(
+        self,
+        system: MultiAgentSystem,
+        storage: _Leased,
+        hidden: Tensor,
+        starts: Tensor,
+        parameters: Sequence[Tensor],
+        recording: bool,
+        executor: Eager | CudaGraphs,
+    ):
+        self._system, self._recording, self._parameters = weakref.ref(system), recording, list(parameters)
+        self._hidden = hidden.detach().clone().requires_grad_(recording)
+        # The last columns a run can start at: launches are sized for them, and read the real ones on the device.
+        self._latest = [storage.keys.shape[3] - system.latent_steps] * len(hidden)
+        self._trace = KVTrace(
+            _Recorded(storage.buffers), self._latest, grow=False, implementation=system.implementation
+        )
+        self._starts = starts.clone()
+        self.deferred: dict | None = None
+        self._forward, *backward = executor.record([self._step, self._differentiate][: 1 + recording])
+        self._backward = backward[0] if recording else None
+
+    def forward(self, hidden: Tensor, starts: Tensor) -> Tensor:
+        """The steps' inputs `[m, batch, hidden]`."""
+        with torch.no_grad():
+            self._hidden.copy_(hidden)
+            self._starts.copy_(starts)
+        return self._forward()[0].clone()
+
+    def backward(self) -> list[Tensor | None]:
+        """Gradients of `hidden` and of the parameters; the next replay writes over them."""
+        results = self._backward()
+        if self.deferred is None:
+            self.deferred = self._rows
+        return results[: 1 + len(self._parameters)]
+
+    def _step(self) -> list[Tensor]:
+        trace = self._trace
+        trace.host_lengths, trace.lengths = self._latest, self._starts
+        trace.detach_()
+        with torch.set_grad_enabled(self._recording):
+            inputs = step_by_step(self._system(), trace, self._hidden)
+        self._order = trace.order
+        return [torch.stack([x.detach() for x in inputs])]
+
+    def _differentiate(self) -> list[Tensor | None]:
+        leaves = [self._hidden, *self._parameters]
+        root, self._order = self._order, None
+        gradients = torch.autograd.grad(root, leaves, torch.zeros_like(root), allow_unused=True)
+        self._rows = self._trace.gradients.deferred()
+        return [*gradients, *(x for rows in self._rows.values() for x in rows.tensors)]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in its trajectory a replayed run stands: its trace's gradients, and columns behind its last step."""
+
+    run: _Run
+    gradients: TraceGradients
+    number: int
+    ends: Tensor
+    max_kv: int
+
+
+class _Replay(torch.autograd.Function):
+    """A run in the order of calls: parameters are inputs, and their gradients results of the recorded backward."""
+
+    @staticmethod
+    def forward(ctx, order, hidden, place, starts, *parameters):
+        ctx.place = place
+        inputs = place.run.forward(hidden, starts)
+        ctx.mark_non_differentiable(inputs)
+        ctx.set_materialize_grads(False)
+        return order.new_empty(0), inputs
+
+    @staticmethod
+    def backward(ctx, *_):
+        place: _Place = ctx.place
+        # Rows that single-token calls right behind this run have deferred; its own take their place.
+        place.gradients.flush_all(place.ends, place.max_kv)
+        hidden, *parameters = place.run.backward()
+        place.gradients.defer(place.run.deferred, place.number)
+        # The very tensors a replay writes: autograd copies what is held elsewhere, and adds out of place.
+        return None, hidden, None, None, *parameters
+
+
+class CapturedRuns:
+    """A :data:`~diffmas.agents.latent_runs.LatentRun` that replays; step by step where it cannot, with one warning.
+
+    Not captured: steps that are profiled, models under autocast, with latent steps that are checkpointed, with sharded
+    parameters; traces that grow (decoding), or whose gradient was cut in between; devices other than `devices`.
+
+    Args:
+        executor: makes what records a run.
+        bucket: capacities of traces are multiples of it.
+    """
+
+    def __init__(
+        self,
+        executor: Callable[[], Eager | CudaGraphs] = CudaGraphs,
+        *,
+        devices: Sequence[str] = ("cuda",),
+        bucket: int = BUCKET,
+    ):
+        self._executor, self._devices, self._bucket = executor, devices, bucket
+        self._free: dict[tuple, list[_Buffers]] = {}
+        self._runs: dict[tuple, _Run | None] = {}
+        self._warned: set[str] = set()
+
+    def install(self, system: MultiAgentSystem) -> None:
+        """Take the system's latent runs, and give it its traces."""
+        system.latent_run, system.allocate_trace = self, self.allocate
+
+    def allocate(
+        self, *, capacity: int, device: torch.device | str, grow: bool = False, implementation: str = "auto", **sizes
+    ) -> KVTrace:
+        """Like :meth:`KVTrace.allocate`; a trace of this pool has a capacity of whole buckets."""
+        options = dict(device=device, implementation=implementation, **sizes)
+        if grow or torch.device(device).type not in self._devices:
+            return KVTrace.allocate(capacity=capacity, grow=grow, **options)
+        capacity = -(-capacity // self._bucket) * self._bucket
+        free = self._free.setdefault((capacity, torch.device(device), *sorted(sizes.items())), [])
+        buffers = free.pop() if free else _Buffers(KVTrace.allocate(capacity=capacity, **options).storage)
+        storage = _Leased(buffers)
+        weakref.finalize(storage, free.append, buffers)
+        return KVTrace(storage, [0] * sizes["batch"], grow=False, implementation=implementation)
+
+    @property
+    def recordings(self) -> int:
+        """How many runs have been recorded."""
+        return sum(run is not None for run in self._runs.values())
+
+    def __call__(self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
+        parameters = [p for p in system.parameters() if p.requires_grad]
+        differentiable = hidden.requires_grad or trace.order.requires_grad or parameters
+        recording = torch.is_grad_enabled() and bool(differentiable)
+        run = self._find(system, trace, hidden, parameters if recording else [], recording)
+        if run is None:
+            return step_by_step(system, trace, hidden)
+        starts = trace.lengths
+        number = trace.skip(system.latent_steps)
+        if not recording:
+            return list(run.forward(hidden, starts).unbind())
+        place = _Place(run, trace.gradients, number, trace.lengths, max(trace.host_lengths))
+        trace.order, inputs = _Replay.apply(trace.order, hidden, place, starts, *parameters)
+        trace.differentiable = trace.host_lengths
+        return list(inputs.unbind())
+
+    def _find(
+        self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor, parameters: list[Tensor], recording: bool
+    ) -> _Run | None:
+        """The recording of this run, made now where it is the first of its kind; or None."""
+        storage = trace.storage
+        if not isinstance(storage, _Leased):
+            return None
+        position = storage.runs
+        storage.runs += 1
+        if (reason := self._refusal(system, trace, parameters, recording)) is not None:
+            return self._warn(reason)
+        key = (
+            id(storage.buffers), position, system.latent_steps, hidden.dtype, system.training, recording,
+            *(p.data_ptr() for p in parameters), *_adapters(system.model),
+        )  # fmt: skip
+        if key not in self._runs:
+            while len(self._runs) >= MOST_RECORDINGS:
+                self._runs.pop(next(iter(self._runs)))
+            try:
+                self._runs[key] = _Run(
+                    system, storage, hidden, trace.lengths, parameters, recording, self._executor()
+                )  # fmt: skip
+            except RuntimeError as error:
+                self._runs[key] = self._warn(f"{type(error).__name__}: {error}")
+        return self._runs[key]
+
+    def _refusal(
+        self, system: MultiAgentSystem, trace: KVTrace, parameters: list[Tensor], recording: bool
+    ) -> str | None:
+        if "run" in vars(system):
+            # Profiling marks every call; a replay makes none.
+            return "calls are watched"
+        if torch.is_autocast_enabled(trace.device.type):
+            return "autocast is enabled"
+        if system.checkpointing.mode == "all" and recording:
+            return "activations of latent steps are checkpointed"
+        if any(type(p.data).__name__ == "DTensor" for p in parameters):
+            return "the parameters are sharded"
+        if recording and trace.gradients.accumulators()[0] is not trace.storage.buffers.accumulators[0]:
+            return "the trace's gradient was cut before"
+        return None
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"latent runs are taken step by step, not captured: {reason}", stacklevel=4)

@@ -1,0 +1,51 @@
+"""From items to packed token batches: no padding, lengths beside the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from diffmas.agents.topology import Topology
+from diffmas.prompts import Prompts
+from diffmas.prompts.control_tokens import encode_texts
+from diffmas.support.failures import filling_template
+
+
+class Collator:
+    """Packs items into the arguments of :meth:`MultiAgentSystem.forward`.
+
+    Token tensors are int64 `[tokens]`, one per agent for prompts; lengths are Python integers, so that planning a
+    batch never waits for a device. Answers end with the tokenizer's end-of-sequence token; one that they spell is text.
+
+    Raises:
+        ValueError: an agent's role without a prompt, or a tokenizer without an end-of-sequence token.
+    """
+
+    def __init__(self, topology: Topology, prompts: Prompts, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer has no end-of-sequence token; allowed: one with eos_token set")
+        for agent in topology.agents:
+            prompts.fields(agent.role)
+        self.topology, self.prompts, self.tokenizer = topology, prompts, tokenizer
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.encode_prompts(items)
+        answers = encode_texts(self.tokenizer, [item["answer"] for item in items])
+        batch["answer_ids"], batch["answer_lengths"] = pack([a + [self.tokenizer.eos_token_id] for a in answers])
+        return batch
+
+    def encode_prompts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """`prompt_ids` and `prompt_lengths` alone, for generation."""
+        packed = []
+        for agent in self.topology.agents:
+            with filling_template(agent.role):
+                packed.append(pack(self.prompts.encode(agent.role, items, self.tokenizer)))
+        return {"prompt_ids": [ids for ids, _ in packed], "prompt_lengths": [lengths for _, lengths in packed]}
+
+
+def pack(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, list[int]]:
+    """Rows of token ids as one int64 `[total]` tensor, and their lengths."""
+    return torch.tensor([token for row in rows for token in row], dtype=torch.long), [len(row) for row in rows]

@@ -1,0 +1,80 @@
+"""Positions a model was made for (`max_position_embeddings`): rows beyond them are told once, or refused."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from diffmas.agents.costs import Lengths, Plan
+from diffmas.models.attention import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
+
+_logger = logging.getLogger(__name__)
+_TOLD = "_told_about_positions"
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many positions the model's configuration says it was made for; None where it says nothing.
+
+    With scaled rotary positions, the original number times the factor, where that is more.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    return limit if limit is None or not original or not factor else max(limit, int(original * factor))
+
+
+def row_positions(system: MultiAgentSystem, prompts: Sequence[int], answer: int) -> int:
+    """Positions that a row with these prompt lengths, by agent, and this answer takes in its longest trace."""
+    return max(Plan.of(system.topology, system.latent_steps, [[n] for n in prompts], [answer]).columns)
+
+
+def longest_row(system: MultiAgentSystem, prompt_lengths: Sequence[Lengths], answers: Lengths) -> int:
+    """The most positions that one of the rows takes."""
+    rows = zip(zip(*prompt_lengths, strict=True), answers, strict=True)
+    return max((row_positions(system, prompts, answer) for prompts, answer in set(rows)), default=0)
+
+
+def check_positions(system: MultiAgentSystem, positions: int, what: str) -> None:
+    """Warn, once a model, where `what` takes more `positions` than it was made for.
+
+    Raises:
+        UnsupportedModelError: the model has no code for the last of them.
+    """
+    model = system.language_model
+    limit = position_limit(model)
+    if limit is None or positions <= limit or getattr(model, _TOLD, False):
+        return
+    _check_code(model, limit, positions, what)
+    setattr(model, _TOLD, True)
+    _logger.warning(
+        "%s takes up to %d positions (all agents' prompts, latent steps and the answer), and the model was made for %d "
+        "(max_position_embeddings): expect bad answers beyond them. What takes fewer: --max_prompt_tokens, "
+        "--latent_steps, --max_new_tokens",
+        what, positions, limit,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _check_code(model: PreTrainedModel, limit: int, positions: int, what: str) -> None:
+    """Raise where the rotary code is a table that ends before, or repeats its end."""
+    rotary = model.get_decoder().rotary_emb
+    # The last one it was made for and the next: far out, float32 itself cannot tell neighbours apart.
+    places = torch.tensor([[limit - 1, limit, positions - 1]], device=model.device)
+    try:
+        cosine, sine = rotary(torch.zeros(1, 1, 1, device=model.device), places)
+        ends = torch.equal(cosine[:, 0], cosine[:, 1]) and torch.equal(sine[:, 0], sine[:, 1])
+    except (IndexError, RuntimeError, ValueError):
+        ends = True
+    if ends:
+        raise UnsupportedModelError(
+            f"{what} takes {positions} positions, and the position code of {type(model).__name__} ends before; "
+            f"allowed: up to {limit} (--max_prompt_tokens, --latent_steps, --max_new_tokens)"
+        )

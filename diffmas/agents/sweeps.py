@@ -1,0 +1,111 @@
+"""Latent runs differentiated in parallel over their steps, by sweeps (`latent_backward = "sweeps:k"`).
+
+A latent run is sequential forward, since `eₜ = align(hₜ₋₁)`. Once it is finished its inputs are known, and one call
+over all of e₁ … e_m writes the same keys and values and gives the same hidden states, up to rounding. Let b be the
+gradient that reaches the inputs through the keys and values later calls attend to, and M the Jacobian of
+`(e₁ … e_m) → (align(h₀) … align(h_m₋₁))`. The gradient of the inputs solves
+
+    λ = b + Mᵀ λ.
+
+hₜ depends on e₁ … eₜ only, so M is strictly lower block-triangular and Mᵐ = 0: the iteration `λⱼ = b + Mᵀ λⱼ₋₁` from
+`λ₀ = 0` ends at λ after m steps. Each is a sweep, one backward of the parallel call; `λₖ = Σ_{i<k} (Mᵀ)ⁱ b` leaves out
+the paths of k or more hops from a latent step to a later one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from diffmas.agents.latent_runs import LatentRun, step_by_step
+from diffmas_ops import Call, KVTrace
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
+
+
+def latent_run(latent_backward: str) -> LatentRun:
+    """The latent run whose backward is "exact" or "sweeps:k"."""
+    kind, _, sweeps = latent_backward.partition(":")
+    if latent_backward == "exact":
+        return step_by_step
+    if kind != "sweeps" or not sweeps.isdecimal() or int(sweeps) < 1:
+        raise ValueError(f"latent_backward is {latent_backward!r}; allowed: exact, or sweeps:k with an integer k ≥ 1")
+    return Sweeps(int(sweeps))
+
+
+@dataclass(frozen=True)
+class Sweeps:
+    """A latent run with `sweeps` parallel backward passes: exact from m on, truncated below.
+
+    The steps are taken without recording, then one call over all of them writes their columns of the trace again, so
+    that the trace holds what is differentiated. The prompt's call is left alone: h₀ is recorded there, and only the m
+    latent tokens run twice.
+
+    All sweeps but the last are rehearsals: they give `Mᵀ λⱼ₋₁ + b` and touch nothing else. The last one is the ordinary
+    backward of the call, from `λₖ₋₁` at the aligned hidden states: it takes the gradients of parameters and of older
+    columns once, and leaves the gradient λₖ of e₁ with h₀.
+    """
+
+    sweeps: int
+
+    def __call__(self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
+        first = system.alignment(hidden)
+        if system.latent_steps == 1 or not (torch.is_grad_enabled() and first.requires_grad):
+            return step_by_step(system, trace, hidden)
+        begin = trace.host_lengths
+        with torch.no_grad():
+            rest = step_by_step(system, trace, hidden)[1:]
+        trace.rewind(begin)
+        call = trace.open(system.latent_steps)
+        # Packed row by row, a row's steps in order.
+        inputs = torch.stack([first, *rest], dim=1)
+        width = inputs.shape[2]
+        outputs = system.read(trace, call, inputs_embeds=inputs.view(-1, width)).view_as(inputs)
+        aligned = system.alignment(outputs[:, :-1].reshape(-1, width)).view(*outputs[:, :-1].shape)
+        rehearsals = min(self.sweeps, system.latent_steps) - 1
+        trace.order = _Solve.apply(trace.order, aligned, _Rehearsals(rehearsals, call, trace.order, inputs, aligned))
+        return list(inputs.unbind(1))
+
+
+@dataclass(frozen=True)
+class _Rehearsals:
+    """Sweeps over the graph from `order` and `aligned`, what a call of several tokens left, back to its `inputs`.
+
+    `inputs [batch, m, hidden]` are e₁ … e_m, `aligned [batch, m - 1, hidden]` are align(h₁) … align(h_m₋₁).
+    """
+
+    number: int
+    call: Call
+    order: Tensor
+    inputs: Tensor
+    aligned: Tensor
+
+    def run(self) -> Tensor | None:
+        """λ at e₂ … e_m, which is the gradient of `aligned`; None (zero) without a rehearsal."""
+        # From the order token, autograd reaches the attention of every layer and with it b.
+        roots, cotangents, solution = [self.order], [torch.zeros_like(self.order)], None
+        with self.call.rehearse():
+            for _ in range(self.number):
+                (gradient,) = torch.autograd.grad(roots, self.inputs, cotangents, retain_graph=True)
+                solution = gradient[:, 1:]
+                roots, cotangents = [self.order, self.aligned], [cotangents[0], solution]
+        return solution
+
+
+class _Solve(torch.autograd.Function):
+    """Stands behind the parallel call in the order of calls: when its turn comes, b is complete."""
+
+    @staticmethod
+    def forward(ctx, order, aligned, rehearsals):
+        ctx.rehearsals = rehearsals
+        return order.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        return None, ctx.rehearsals.run(), None

@@ -1,0 +1,189 @@
+"""Who hands its trace to whom: a DAG of agents with one last agent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffmas.support.yaml_file import read_yaml
+
+HANDOVERS = ("full", "latent")
+
+
+class TopologyError(ValueError):
+    """A topology that is no DAG with one last agent."""
+
+
+@dataclass(frozen=True)
+class Agent:
+    """An agent, its role (which prompt it gets; default: its name) and the senders whose traces it receives."""
+
+    name: str
+    senders: tuple[str, ...] = ()
+    role: str = ""
+
+    def __post_init__(self):
+        object.__setattr__(self, "role", self.role or self.name)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Agents in topological order; the last one, the only agent nobody receives from, answers.
+
+    Args:
+        name: shown in reports.
+        agents: in any order; senders refer to names.
+        handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
+            "latent" (latent steps only).
+
+    Raises:
+        TopologyError: no agent, a name twice, an unknown or repeated sender, a cycle, more than one last agent,
+            an unknown hand-over.
+    """
+
+    name: str
+    agents: tuple[Agent, ...]
+    handover: str = "full"
+    _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        if self.handover not in HANDOVERS:
+            raise TopologyError(f"handover is {self.handover!r}; allowed: {', '.join(HANDOVERS)}")
+        _check_names(self.agents)
+        ordered = _sort(self.agents)
+        received = {s for agent in ordered for s in agent.senders}
+        if len(last := [a.name for a in ordered if a.name not in received]) != 1:
+            raise TopologyError(f"agents nobody receives from are {last}; allowed: exactly one, the last agent")
+        object.__setattr__(self, "agents", tuple(ordered))
+        ancestors: dict[str, tuple[str, ...]] = {}
+        for agent in ordered:
+            known = {a for s in agent.senders for a in (*ancestors[s], s)}
+            ancestors[agent.name] = tuple(a.name for a in ordered if a.name in known)
+        object.__setattr__(self, "_ancestors", ancestors)
+
+    @property
+    def last(self) -> Agent:
+        return self.agents[-1]
+
+    def ancestors(self, name: str) -> tuple[str, ...]:
+        """All agents whose writing reaches agent `name`, in topological order."""
+        return self._ancestors[name]
+
+    def continues(self, agent: Agent) -> str | None:
+        """The sender whose trace `agent` goes on writing in place, or None where it needs a trace of its own."""
+        if self.handover != "full" or len(agent.senders) != 1:
+            return None
+        sender = agent.senders[0]
+        receivers = [a for a in self.agents if sender in a.senders]
+        return sender if len(receivers) == 1 else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The YAML form :func:`load_topology` reads."""
+        agents = [{"name": a.name, "role": a.role, "receives": list(a.senders)} for a in self.agents]
+        return {"name": self.name, "handover": self.handover, "agents": agents}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], handover: str | None = None) -> Topology:
+        """From the YAML form: `{name, handover, agents: [{name, role, receives: [names]}]}`."""
+        if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
+            raise TopologyError("agents is missing; allowed: a list of {name, role, receives}")
+        _check_keys("the topology", data, ("name", "handover", "agents"))
+        agents = []
+        for entry in data["agents"]:
+            if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+                raise TopologyError(f"agent is {entry!r}; allowed: {{name, role, receives}} with a string name")
+            _check_keys(f"agent {entry['name']}", entry, ("name", "role", "receives"))
+            receives, role = entry.get("receives") or [], entry.get("role") or ""
+            if not isinstance(receives, list) or not all(isinstance(sender, str) for sender in receives):
+                raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
+            if not isinstance(role, str):
+                raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
+            agents.append(Agent(entry["name"], tuple(receives), role))
+        if not isinstance(name := data.get("name", "custom"), str):
+            raise TopologyError(f"name is {name!r}; allowed: a string")
+        return cls(name, tuple(agents), handover or data.get("handover", "full"))
+
+
+def _check_keys(what: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    if unknown := [key for key in entry if key not in allowed]:
+        raise TopologyError(f"{what} has unknown keys {unknown}; allowed: {', '.join(allowed)}")
+
+
+def _check_names(agents: tuple[Agent, ...]) -> None:
+    names = [a.name for a in agents]
+    if not names:
+        raise TopologyError("agents is empty; allowed: at least one agent")
+    if repeated := {n for n in names if names.count(n) > 1}:
+        raise TopologyError(f"agent names {sorted(repeated)} appear more than once")
+    for agent in agents:
+        if unknown := [s for s in agent.senders if s not in names]:
+            raise TopologyError(f"agent {agent.name} receives from unknown {unknown}; allowed: {', '.join(names)}")
+        if len(set(agent.senders)) < len(agent.senders):
+            raise TopologyError(f"agent {agent.name} receives from the same agent twice: {list(agent.senders)}")
+
+
+def _sort(agents: tuple[Agent, ...]) -> list[Agent]:
+    ordered: list[Agent] = []
+    waiting = list(agents)
+    while waiting:
+        done = {a.name for a in ordered}
+        ready = next((a for a in waiting if done.issuperset(a.senders)), None)
+        if ready is None:
+            raise TopologyError(f"agents {', '.join(a.name for a in waiting)} receive from each other in a cycle")
+        ordered.append(ready)
+        waiting.remove(ready)
+    return ordered
+
+
+def _chain(*names: str) -> tuple[Agent, ...]:
+    return tuple(Agent(n, (names[i - 1],) if i else ()) for i, n in enumerate(names))
+
+
+#: Built-in topologies. `sequential` is the paper's; `stitch` gives every agent the question alone and concatenates.
+TOPOLOGIES = {
+    "sequential": Topology("sequential", _chain("planner", "critic", "refiner", "solver")),
+    "hierarchical": Topology(
+        "hierarchical",
+        (
+            Agent("math_expert"),
+            Agent("science_expert"),
+            Agent("code_expert"),
+            Agent("summarizer", ("math_expert", "science_expert", "code_expert")),
+        ),
+    ),
+    "stitch": Topology(
+        "stitch",
+        (Agent("planner"), Agent("critic"), Agent("refiner"), Agent("solver", ("planner", "critic", "refiner"))),
+    ),
+    "relay": Topology("relay", _chain("sender", "solver"), "latent"),
+    "single": Topology("single", (Agent("single"),)),
+}
+
+
+def alone(topology: Topology) -> Topology:
+    """The one agent that a team is compared with; of a topology of one agent, that agent itself."""
+    return topology if len(topology.agents) == 1 else TOPOLOGIES["single"]
+
+
+def load_topology(name_or_path: str, handover: str | None = None) -> Topology:
+    """A built-in topology by name, or one from a YAML file; `handover` overrides the topology's own.
+
+    Raises:
+        TopologyError: an unknown name, or a file that describes no valid topology.
+        FileNotFoundError: a path that does not exist. ValueError: a file that is no YAML.
+    """
+    if (built_in := TOPOLOGIES.get(name_or_path)) is not None:
+        return Topology(built_in.name, built_in.agents, handover or built_in.handover)
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        allowed = ", ".join(TOPOLOGIES)
+        raise TopologyError(f"topology is {name_or_path!r}; allowed: {allowed}, or the path of a .yaml file")
+    if handover not in (None, *HANDOVERS):
+        raise TopologyError(f"handover is {handover!r}; allowed: {', '.join(HANDOVERS)}")
+    data = read_yaml(path, "topology")
+    try:
+        return Topology.from_dict(data, handover)
+    except TopologyError as error:
+        raise TopologyError(f"topology {path}: {error}") from None

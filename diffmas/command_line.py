@@ -1,0 +1,156 @@
+"""Command line and YAML for the programs: presets, then a YAML file, then flags; later ones win."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from diffmas.support.yaml_file import read_yaml
+from diffmas.tasks.base import JSONL
+from diffmas.training.arguments import settle, settle_updates
+from diffmas.training.launch import check_processes, settle_processes
+from diffmas.training.resuming import own_settings, run_folder
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class DecodingArguments:
+    """How answers are generated when evaluating."""
+
+    max_new_tokens: int = field(default=2048, metadata={"help": "Longest answer."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus of sampling."})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers' training arguments, with an output folder named after the task by default."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
+    )
+    report_to: str = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or tensorboard,wandb."})
+    liger_kernel_config: dict | str | None = field(
+        default=None, metadata={"help": 'Model parts that use_liger_kernel fuses, e.g. {"rope": false}.'}
+    )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the largest micro-batch the memory allows; micro-batch × accumulation stays as asked for."
+        },
+    )
+    memory_limit_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 %% of what is free."
+        },
+    )
+    profile: bool = field(
+        default=False, metadata={"help": "Time the second step by phase and trace the third: profile.json, trace.json."}
+    )
+    disable_final_eval: bool = field(
+        default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
+    )
+
+    def __post_init__(self):
+        #: As they were given, for a run that goes on later.
+        self.given = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = self.output_dir
+        settle(self)
+        settle_processes(self)
+        super().__post_init__()
+        # transformers has filled in a folder of its own.
+        self.output_dir = chosen
+        # One process trains on one GPU: without a launcher, transformers would copy the model to all there are.
+        self._n_gpu = min(self._n_gpu, 1)
+        check_processes(self.world_size)
+        settle_updates(self)
+
+
+class Parser(HfArgumentParser):
+    """An argument parser whose errors fit on a line and name the nearest flag; flags are given in full."""
+
+    def __init__(self, *args, **options):
+        # `--config` and `--model` are looked at before all others are known, under these names.
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments:"):
+            known = [s for a in self._actions for s in a.option_strings]
+            flags = [word.split("=")[0] for word in message.split()[2:] if word.startswith("--")]
+            close = [c for flag in flags for c in difflib.get_close_matches(flag, known, n=1)]
+            message += f" (did you mean {', '.join(close)}?)" if close else ""
+        self.exit(2, f"{self.prog}: error: {message}; --help lists all arguments\n")
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
+    """Parse `argv` into the parser's dataclasses, over the values of `--config FILE` and of the preset.
+
+    The preset is "embedded" without a model and "paper" with one; of a run that is resumed, its own settings are.
+    Exits with a message on a flag that cannot be read.
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
+    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; flags win over it.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--model")
+    early.add_argument("--resume_from_checkpoint")
+    early.add_argument("--output_dir")
+    early.add_argument("--num_train_epochs")
+    early.add_argument("--task")
+    found, _ = early.parse_known_args(argv)
+    values = _read_yaml(parser, found.config) if found.config else {}
+    resume = found.resume_from_checkpoint or values.get("resume_from_checkpoint")
+    run = resume and run_folder(resume, found.output_dir or values.get("output_dir"))
+    known = {action.dest for action in parser._actions}
+    own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
+    preset = "paper" if found.model or values.get("model") else "embedded"
+    base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
+    if not own and (found.task or values.get("task") or "").endswith(JSONL):
+        # As many items as relay draws, no file need have.
+        base.pop("eval_size", None)
+    if found.num_train_epochs or "num_train_epochs" in values:
+        # Steps that nobody asked for would win over the epochs.
+        base.pop("max_steps", None)
+    parser.set_defaults(**{**base, **values})
+    try:
+        *dataclasses, _, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ImportError as error:
+        # Of a package that an argument needs; only a missing module is reported on a line.
+        raise ModuleNotFoundError(" ".join(str(error).split())) from error
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return tuple(dataclasses)
+
+
+def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
+    try:
+        values = read_yaml(path, "config") or {}
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    known = {a.dest for a in parser._actions}
+    if not isinstance(values, dict) or (unknown := sorted(map(str, set(values) - known))):
+        what = f"unknown arguments {unknown}" if isinstance(values, dict) else "no mapping of arguments"
+        parser.error(f"config {path} has {what}; allowed: the arguments that --help lists")
+    types = {name: str(t) for kind in parser.dataclass_types for name, t in get_type_hints(kind).items()}
+    for name, value in values.items():
+        if value is None or isinstance(value, str) or type(value).__name__ in types.get(name, "").lower():
+            continue
+        if isinstance(value, (dict, list)):
+            parser.error(f"config {path}: {name} is {value!r}; allowed: one value")
+        # A text, which is read like that of a flag.
+        values[name] = str(value)
+    return values

@@ -1,0 +1,1 @@
+"""Methods side by side on tasks and seeds: records, statistics, tables."""

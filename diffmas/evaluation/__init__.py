@@ -1,0 +1,1 @@
+"""What a system answers: records, trace controls, methods, inspection."""

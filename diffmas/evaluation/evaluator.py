@@ -1,0 +1,117 @@
+"""Accuracy of a system on a task, under each trace control and against the system without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from diffmas.agents.controls import CONTROLS
+from diffmas.agents.topology import alone
+from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
+from diffmas.evaluation.methods.base import TraceChannel
+from diffmas.evaluation.records import Record
+from diffmas.generation import Decoding
+from diffmas.support.distributed import gathered, is_sharded, process, processes, root_unsharded
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Item, Task
+
+#: What an evaluation measures, in the order it is reported; the key is the suffix of `accuracy` in summaries.
+VARIANTS = {
+    "matched": "trained, the row's own trace",
+    "mismatched": "trained, another row's trace",
+    "zero": "trained, a zero trace",
+    "noise": "trained, norm-matched noise",
+    "training_free": "latent steps without the adapter",
+    "single": "one agent without the adapter",
+}
+#: What records of the trained system call its method.
+TRAINED = "trained"
+
+
+def variant_of(record: Record) -> str:
+    """Which of :data:`VARIANTS` a record of an evaluation belongs to."""
+    return record.control if record.method == TRAINED else record.method
+
+
+class Evaluator:
+    """Evaluates one system on one task.
+
+    Several processes share out the batches and all get every record. The layers of a sharded system are gathered for
+    each call by all processes at once, which then make the same calls.
+
+    Args:
+        batch_size: rows decoded together; at least 2, since a mismatched trace is another row's.
+    """
+
+    def __init__(
+        self,
+        system: MultiAgentSystem,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        decoding: Decoding,
+        *,
+        batch_size: int = 8,
+    ):
+        if batch_size < 2:
+            raise ValueError(f"batch_size is {batch_size}; allowed: integers ≥ 2 (a mismatched trace is another row's)")
+        if len(task.eval) == 0:
+            raise ValueError("the evaluation set is empty; allowed: at least one item")
+        self.system, self.tokenizer, self.task = system, tokenizer, task
+        self.decoding, self.batch_size = decoding, batch_size
+
+    def run(self, variant: str, items: Sequence[Item], advance: Callable[[int], None] = lambda n: None) -> list[Record]:
+        """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
+        if variant not in VARIANTS:
+            raise ValueError(f"variant is {variant!r}; allowed: {', '.join(VARIANTS)}")
+        with root_unsharded(self.system):
+            system = self.system
+            if variant == "single":
+                system = _on_same_model(system, topology=alone(system.topology))
+            elif variant == "training_free":
+                system = _on_same_model(system, alignment=system.alignment.initial)
+            with evaluating(system, adapter=variant in CONTROLS):
+                return self._share(system, variant, items, advance)
+
+    def _share(self, system, variant, items, advance) -> list[Record]:
+        method, control = (TRAINED, variant) if variant in CONTROLS else (variant, "matched")
+        task, channel = replace(self.task, eval=items), TraceChannel(system, self.task, self.tokenizer)
+        first, step = (0, 1) if is_sharded(self.system) else (process(), processes())
+        records: list[Record] = []
+        all_batches = list(batches(len(items), self.batch_size))
+        for begin in range(0, len(all_batches), step):
+            together = all_batches[begin : begin + step]
+            for batch in together[first : first + 1]:
+                records += answer(
+                    system, channel, task, self.tokenizer, self.decoding, batch,
+                    method=method, control=control, seed=self.decoding.seed,
+                )  # fmt: skip
+            advance(sum(map(len, together)))
+        return records if step == 1 else sorted(gathered(records), key=lambda record: record.index)
+
+
+def evaluate_all(
+    evaluator: Evaluator, variants: Sequence[str], *, show_progress: bool = True
+) -> tuple[dict[str, float], list[Record]]:
+    """Accuracy by variant and all records, with a progress bar on the terminal."""
+    items = evaluator.task.eval
+    accuracies, records = {}, []
+    with progress_bar(show_progress) as progress:
+        bar = progress.add_task("evaluating", total=len(items) * len(variants))
+        for variant in variants:
+            progress.update(bar, description=f"evaluating: {VARIANTS[variant]}")
+            found = evaluator.run(variant, items, lambda n: progress.advance(bar, n))
+            accuracies[variant] = sum(r.correct for r in found) / len(found)
+            records += found
+    return accuracies, records
+
+
+def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "identity") -> MultiAgentSystem:
+    return MultiAgentSystem(
+        system.model,
+        topology or system.topology,
+        latent_steps=system.latent_steps,
+        alignment=alignment,
+        implementation=system.implementation,
+    )

@@ -1,0 +1,186 @@
+"""What each agent contributed to an answer: where the answer looked, and what the latent steps are close to."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffmas.agents.latent_runs import step_by_step
+from diffmas.generation.engine import evaluating
+from diffmas_ops import Call, backends
+
+if TYPE_CHECKING:
+    from diffmas.system import Lengths, MultiAgentSystem
+
+# Queries whose probabilities are held at once.
+_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive columns of the trace that one agent wrote.
+
+    Attributes:
+        kind: "prompt", "latent steps" or "answer".
+        mass: attention probability on them, averaged over layers, heads and the answer's tokens; all parts sum to 1.
+        layers: the same of each layer.
+    """
+
+    agent: str
+    kind: str
+    columns: int
+    mass: float
+    layers: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LatentStep:
+    """One latent step of an agent, as tokens: `(token id, probability or cosine)`, best first.
+
+    Attributes:
+        step: 1 … m.
+        said: most probable tokens under the language-model head at the hidden state the step was made of: what the
+            agent would have said in its place.
+        nearest: input embeddings closest to the step's own.
+    """
+
+    agent: str
+    step: int
+    said: tuple[tuple[int, float], ...]
+    nearest: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Parts in the order of the trace, latent steps in the order of thinking."""
+
+    parts: list[Part]
+    steps: list[LatentStep]
+
+
+@torch.no_grad()
+def inspect(
+    system: MultiAgentSystem,
+    prompt_ids: Sequence[Tensor],
+    prompt_lengths: Sequence[Lengths],
+    tokens: Sequence[int],
+    *,
+    top: int = 3,
+) -> Inspection:
+    """Run one row's agents once more and look at what the answer `tokens` was made from.
+
+    Args:
+        prompt_ids, prompt_lengths: of one row, as in :meth:`MultiAgentSystem.forward`.
+        tokens: the last agent's answer; attention is that of the queries that chose them.
+        top: tokens per latent step.
+
+    Raises:
+        ValueError: more than one row.
+    """
+    if len(prompt_lengths[-1]) != 1:
+        raise ValueError(f"prompt_lengths has {len(prompt_lengths[-1])} rows; allowed: 1")
+    model = system.language_model
+    ids = [agent.to(model.device) for agent in prompt_ids]
+    with evaluating(system), _last_states(system) as states:
+        received = system.hand_over(ids, prompt_lengths)
+    steps = _latent_steps(system, states, top)
+
+    answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
+    ids = torch.cat((ids[-1], answer))
+    parts, at = [], 0
+    for name in system.topology.ancestors(system.topology.last.name):
+        _, (prompt_end,), (end,) = received.segments[name]
+        parts += [(name, "prompt", at, prompt_end), (name, "latent steps", prompt_end, end)]
+        at = end
+    own = system.topology.last.name, at + prompt_lengths[-1][0]
+    parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(ids))]
+    call = received.trace.open([len(ids)])
+    call.attend = _Masses(call, len(answer) + 1)
+    with evaluating(system):
+        system.run(call, input_ids=ids)
+    masses = call.attend.mean()
+    found = [
+        Part(
+            name,
+            kind,
+            end - begin,
+            float(masses[:, begin:end].sum(1).mean()),
+            tuple(masses[:, begin:end].sum(1).tolist()),
+        )
+        for name, kind, begin, end in parts
+    ]
+    return Inspection([part for part in found if part.columns], steps)
+
+
+class _Masses:
+    """Runs a one-row call's attention and adds up what its last `queries` tokens pay to every column."""
+
+    def __init__(self, call: Call, queries: int):
+        self._call, self._queries = call, queries
+        self._layers: dict[int, Tensor] = {}
+
+    def __call__(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        call = self._call
+        keys, values = call.storage.keys[layer], call.storage.values[layer]
+        rows = call.q_begin, call.q_end, call.starts
+        ops = backends.functions("cached_attention", q, call.implementation, many=call.run is None)
+        out, lse = ops.cached_attention(q, k, v, keys, values, *rows, call.max_new, call.max_kv, scale)
+        keys = keys[0, :, : call.max_kv].to(lse.dtype)
+        columns, total = torch.arange(call.max_kv, device=q.device), keys.new_zeros(call.max_kv)
+        positions = call.position_ids[0]
+        for begin in range(len(q) - self._queries, len(q), _BLOCK):
+            some = slice(begin, begin + _BLOCK)
+            grouped = q[some].to(lse.dtype).unflatten(1, (keys.shape[0], -1))
+            scores = torch.einsum("nhgd,hcd->nhgc", grouped, keys).flatten(1, 2) * scale
+            probabilities = (scores - lse[some].unsqueeze(-1)).exp()
+            total += (probabilities * (columns <= positions[some, None, None])).sum((0, 1))
+        self._layers[layer] = total / (self._queries * q.shape[1])
+        return out, lse
+
+    def mean(self) -> Tensor:
+        """Probability `[num_layers, columns]`, averaged over heads and queries."""
+        return torch.stack([self._layers[layer] for layer in sorted(self._layers)]).cpu()
+
+
+@contextlib.contextmanager
+def _last_states(system: MultiAgentSystem) -> Iterator[list[Tensor]]:
+    """The hidden state `[hidden]` at the last token of every call of a row, after the final norm, in order."""
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, args, output) -> None:
+        states.append(output.last_hidden_state[0, -1])
+
+    handle = system.language_model.get_decoder().register_forward_hook(keep)
+    # Whatever else runs latent steps may not go through the decoder's forward, one by one.
+    latent_run, system.latent_run = system.latent_run, step_by_step
+    try:
+        yield states
+    finally:
+        system.latent_run = latent_run
+        handle.remove()
+
+
+def _latent_steps(system: MultiAgentSystem, states: list[Tensor], top: int) -> list[LatentStep]:
+    model, m = system.language_model, system.latent_steps
+    embedding = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
+    steps = []
+    for i, agent in enumerate(system.topology.agents[:-1]):
+        # The state after the prompt, then one after every step; the last one is nobody's input.
+        sources = torch.stack(states[i * (m + 1) : (i + 1) * (m + 1)])[:m]
+        said = model.get_output_embeddings()(sources).float().softmax(-1).topk(top)
+        nearest = (F.normalize(system.alignment(sources).float(), dim=-1) @ embedding.T).topk(top) if m else said
+        for t in range(m):
+            steps.append(LatentStep(agent.name, t + 1, *(_pairs(found, t) for found in (said, nearest))))
+    return steps
+
+
+def _pairs(found: torch.return_types.topk, row: int) -> tuple[tuple[int, float], ...]:
+    return tuple(zip(found.indices[row].tolist(), found.values[row].tolist(), strict=True))

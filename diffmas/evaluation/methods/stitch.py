@@ -1,0 +1,20 @@
+"""Agents work on their own, none seeing another's trace; the last one attends to all their traces put together."""
+
+from diffmas.agents.topology import Agent, Topology
+from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
+
+
+def stitched(topology: Topology) -> Topology:
+    """The same agents and hand-over, with every sender before the last agent taken away."""
+    *others, last = topology.agents
+    agents = [Agent(agent.name, (), agent.role) for agent in others]
+    last = Agent(last.name, tuple(agent.name for agent in others), last.role)
+    return Topology("stitch", (*agents, last), topology.handover)
+
+
+STITCH = Method("stitch", "stitched traces, no training", topology=stitched, controls=ALL_CONTROLS)
+#: Like the trained trace, with exact gradients through every hand-over.
+STITCH_TRAINED = Method(
+    "stitch+train", "stitched traces, trained", trained=True, settings={"detach_trace": False}, topology=stitched,
+    controls=ALL_CONTROLS,
+)  # fmt: skip

@@ -1,0 +1,1 @@
+"""A transformers model as agents use it: attention through traces, fused parts, loss, loading."""

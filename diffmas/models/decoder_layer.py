@@ -1,0 +1,222 @@
+"""A decoder layer as one autograd node.
+
+On the CPU a latent step's time is the reading of the weights, and what PyTorch, transformers and PEFT spend around some
+hundred small operations. Here a layer is one operation forward and three backward, and keeps for the backward only what
+cannot be computed again from it without a matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
+from diffmas_ops import Call, backends
+from diffmas_ops.trace import Outputs
+
+#: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
+_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+_DTYPES = (torch.float32, torch.float64)
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Run the decoder layers inside `model` as one operation on the CPU, wherever they are plain.
+
+    A layer is left to transformers and PEFT, call by call, while it is anything else: another device, dtype or
+    architecture, hooks inside, base weights that train, an adapter that :func:`~diffmas.models.lora.lora_parts` does
+    not know. The last layer computes nothing but keys and values for tokens that are not among the call's `outputs`.
+    """
+    for module in model.modules():
+        # transformers has a SiLU class of its own.
+        if type(module).__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
+            module.__class__ = _fused(type(module))
+
+
+@cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass and no patched method, since transformers wraps a layer class's `forward` for checkpointing.
+
+    It bears the original's name, by which layers are chosen to be sharded.
+    """
+    return kind if issubclass(kind, FusedLayer) else type(kind.__name__, (FusedLayer, kind), {})
+
+
+class FusedLayer:
+    """What :func:`fuse_layers` puts in front of a layer's class."""
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+        call: Call | None = kwargs.get("trace_call")
+        result = None
+        if call is not None and attention_mask is None and hidden_states.device.type == "cpu":
+            result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call)
+        return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) if result is None else result
+
+
+# Dynamo would specialise on the call handle and compile anew for every call; there is nothing to be fused in here.
+@torch.compiler.disable
+def _fused_forward(self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, call: Call) -> Tensor | None:
+    """The layer's result, or None where it has to be left alone."""
+    layer = _plain(self, hidden_states, call)
+    if layer is None or cos.shape[-1] != self.self_attn.head_dim:
+        return None
+    order = call.enter(layer.index)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.parts.adapters)):
+        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos[0], sin[0], layer, *layer.parts.adapters)
+    else:
+        hidden = _run(hidden_states[0], cos[0], sin[0], layer)[0]
+    call.leave(layer.index, order)
+    return hidden.unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """A layer's operands: the operators' arguments from `norms` to `scalings`, and the A and B among them.
+
+    They stand while `entries`, of dictionaries, hold the objects they held, and the collections `empty` are.
+    """
+
+    parameters: tuple[Any, ...]
+    adapters: list[Tensor]
+    own: list[Tensor]
+    entries: list[tuple[dict, str, Any]]
+    empty: list[Collection]
+
+    def stand(self) -> bool:
+        return not any(self.empty) and all([holder.get(key) is value for holder, key, value in self.entries])
+
+    def are_plain(self, dtype: torch.dtype) -> bool:
+        if torch.is_grad_enabled() and any([t.requires_grad for t in self.own]):
+            return False
+        return all([t.dtype is dtype for t in self.own]) and all([t.dtype is dtype for t in self.adapters])
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What of a layer and a call is no differentiable input of the node."""
+
+    call: Call
+    index: int
+    scale: float
+    parts: _Parts
+    outputs: Outputs | None
+
+    @property
+    def output_index(self) -> Tensor | None:
+        return None if self.outputs is None else self.outputs.index
+
+
+def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
+    """The layer's parts, or None where it has to be left alone."""
+    dtype, attention = hidden.dtype, self.self_attn
+    if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
+        return None
+    # What insists on another implementation of the operators gets it, from the model's own modules.
+    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", "decoder_layer", "cpu", dtype) is not None:
+        return None
+    if call.attend is not None or torch.is_autocast_enabled("cpu"):
+        return None
+    if (parts := _PARTS.get(self)) is None or not parts.stand():
+        if (parts := _read(self, dtype)) is None:
+            return None
+        _PARTS[self] = parts
+    if not parts.are_plain(dtype):
+        return None
+    outputs = call.outputs if attention.layer_idx == call.storage.keys.shape[0] - 1 else None
+    return _Layer(call, attention.layer_idx, attention.scaling, parts, outputs)
+
+
+#: What was read of layers, since reading takes longer than a single token's arithmetic in a small layer.
+_PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
+
+
+def _read(self: nn.Module, dtype: torch.dtype) -> _Parts | None:
+    attention, mlp = self.self_attn, self.mlp
+    head_norms = [(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
+    places = [(self, "input_layernorm"), (self, "post_attention_layernorm"), *head_norms]
+    norms = [getattr(*place) for place in places]
+    places += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
+    linears = [getattr(*place) for place in places[len(norms) :]]
+    places += [(self, "self_attn"), (self, "mlp"), (mlp, "act_fn")]
+    inside = (attention, mlp, mlp.act_fn, *norms, *linears)
+    if any(hooked(m) for m in inside):
+        return None
+    epsilon = norms[0].variance_epsilon
+    parts = [lora_parts(linear, dtype) for linear in linears]
+    if None in parts or any(n.variance_epsilon != epsilon for n in norms):
+        return None
+    entries = [(holder._modules, name) for holder, name in places]
+    entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), "variance_epsilon"))]
+    empty = [hooks for m in inside for hooks in hooks_of(m)]
+    for linear in linears:
+        more, collections = lora_places(linear)
+        entries += more
+        empty += collections
+    none = norms[0].weight.new_empty(0)
+    weights = [norm.weight for norm in norms]
+    parameters = (
+        weights if len(weights) == 4 else [*weights, none, none],
+        epsilon,
+        [p.weight for p in parts],
+        [none if p.bias is None else p.bias for p in parts] if any(p.bias is not None for p in parts) else [],
+        [_or_empty(p.a, 0, p.weight.shape[1], none) for p in parts],
+        [_or_empty(p.b, p.weight.shape[0], 0, none) for p in parts],
+        [p.scaling for p in parts],
+    )
+    adapters = [t for p in parts if p.a is not None for t in (p.a, p.b)]
+    own = [*weights, *(p.weight for p in parts), *(p.bias for p in parts if p.bias is not None)]
+    return _Parts(parameters, adapters, own, [(d, key, d.get(key)) for d, key in entries], empty)
+
+
+def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
+    return like.new_empty(rows, columns) if x is None else x
+
+
+def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ...]:
+    call = layer.call
+    queries = call if layer.outputs is None else layer.outputs
+    return torch.ops.diffmas.decoder_layer(
+        h, cos, sin, *layer.parts.parameters, *call.storage.layer(layer.index),
+        call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
+        queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
+    )  # fmt: skip
+
+
+class _DecoderLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, order, cos, sin, layer, *adapters):
+        result, *saved = _run(h, cos, sin, layer)
+        # The adapters are saved for the check that nobody has changed them since.
+        ctx.save_for_backward(h, cos, sin, *saved, *adapters)
+        ctx.layer = layer
+        ctx.set_materialize_grads(False)
+        return result, order.new_empty(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        h, cos, sin, k, q, out, lse, middle, gate, up, low_q, low_kv, low_o, low_gate_up, low_down, *_ = (
+            ctx.saved_tensors
+        )
+        layer = ctx.layer
+        parameters, index = layer.parts.parameters, layer.output_index
+        # Only later calls may have used this one: its own result then owes nothing.
+        grad = torch.zeros_like(middle) if grad is None else grad.contiguous()
+        grad_middle, grad_out, queries, *of_output = torch.ops.diffmas.decoder_layer_backward_output(
+            grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, *parameters, index
+        )
+        attention = layer.call.gradients.backward(
+            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, layer.outputs
+        )
+        grad_h, *of_input = torch.ops.diffmas.decoder_layer_backward_input(
+            *attention, grad_middle, h, cos, sin, k, q, low_q, low_kv, *parameters, index
+        )
+        return grad_h, None, None, None, None, *of_input, *of_output

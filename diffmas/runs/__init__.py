@@ -1,0 +1,1 @@
+"""A run's folder: its settings, its weights, and the system built from them."""

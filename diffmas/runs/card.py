@@ -1,0 +1,94 @@
+"""The README.md beside an adapter: what it is, how to load it, what it was trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from diffmas.support.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
+
+CARD_FILE = "README.md"
+#: Of a run's description, what the card tells; in its order.
+_TOLD = {
+    "system": ("latent_steps", "alignment", "detach_trace", "latent_backward", "lora_rank", "lora_alpha",
+        "lora_targets"),
+    "task": ("task", "fields", "prompts", "date"),
+    "training": ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "seed"),
+}  # fmt: skip
+
+
+def write_card(system: MultiAgentSystem, folder: str | Path, described: Path | None) -> None:
+    """Write the card of an adapter in `folder`; `described` is its run's `system.json`, where there is one."""
+    description = json.loads(described.read_text()) if described is not None and described.is_file() else {}
+    write_atomically(Path(folder, CARD_FILE), card(system, description))
+
+
+def card(system: MultiAgentSystem, description: dict[str, Any]) -> str:
+    """The card's Markdown; a folder of this machine is called by its name alone."""
+    topology = system.topology
+    model = description.get("system", {}).get("model")
+    head = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["diffmas", "lora", "multi-agent"]}
+    if model is None:
+        base = "the base embedded in DiffMAS"
+    elif _is_local(model):
+        base = f"`{Path(model).name}`, a local folder"
+    else:
+        base, head["base_model"] = f"`{model}`", model
+    agents = " → ".join(f"{a.name} ({a.role})" if a.role != a.name else a.name for a in topology.agents)
+    rows = [("base model", base), ("agents", f"{agents}; topology {topology.name}, hand-over {topology.handover}")]
+    for part, names in _TOLD.items():
+        values = description.get(part, {})
+        rows += [(name.replace("_", " "), _named(values[name])) for name in names if values.get(name) is not None]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    loaded = '"BASE_MODEL"' if model is None or _is_local(model) else f'"{model}"'
+    if model is None:
+        loaded = "EMBEDDED_PATH"
+    imported = "from diffmas.embedded import EMBEDDED_PATH\n" if model is None else ""
+    front = yaml.safe_dump(head, sort_keys=False)
+    return f"""---
+{front}---
+
+# A LoRA adapter for agents that talk through their key/value caches
+
+Trained with [DiffMAS](https://arxiv.org/abs/2604.21794): the loss on the last agent's answer flowed back through every
+key and value that earlier agents wrote. One adapter serves all agents.
+
+| | |
+|---|---|
+{table}
+
+## Use
+
+With the whole folder (`system.json` beside the adapter), the system as it was trained:
+
+```bash
+python -m diffmas.eval --run FOLDER
+python -m diffmas.chat --run FOLDER
+```
+
+The adapter alone, in stock PEFT, without the agents' traces:
+
+```python
+{imported}from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({loaded}), "FOLDER")
+```
+
+Measured accuracies, where the run was evaluated, are in `summary.json` and `report.html`.
+"""
+
+
+def _is_local(name: Any) -> bool:
+    return Path(str(name)).is_absolute() or Path(str(name)).exists() or str(name).startswith(".")
+
+
+def _named(value: Any) -> str:
+    """A value without the folders of this machine."""
+    return Path(value).name if isinstance(value, str) and _is_local(value) else str(value)

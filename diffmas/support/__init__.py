@@ -1,0 +1,1 @@
+"""What every part leans on and nothing of the method: processes, files, failures, progress."""

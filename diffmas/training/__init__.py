@@ -1,0 +1,1 @@
+"""Training a system: the session, transformers' Trainer, batches, memory, checkpoints."""

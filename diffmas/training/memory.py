@@ -1,0 +1,179 @@
+"""How much memory a training trajectory takes at most: counted for the trace, fitted for the activations.
+
+Bytes of a trace, of its gradient accumulators and of a chunk of logits follow from lengths and the model's
+configuration. What autograd keeps for a token depends on the model's code, adapters, dtypes and kernels, but is
+proportional to the tokens: three small trajectories of the system at hand tell it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from diffmas.agents.costs import Call, Lengths, Plan, Shape
+from diffmas.models.loss import chunk_tokens
+from diffmas.support.quiet import quiet_profiler
+from diffmas.system import MultiAgentSystem
+
+#: Rows, and lengths of prompts and answer, of the trajectories that are measured.
+_SAMPLES = ((1, 16), (1, 64), (4, 16))
+#: Latent steps they take at most.
+_STEPS = 4
+
+
+def measure(run: Callable[[], Any], device: torch.device | str) -> tuple[Any, int, int]:
+    """`run()`, the bytes it left allocated, and the most it had allocated at once; both beyond what was there before.
+
+    On CUDA the allocator's own statistics (its peak is reset), elsewhere the profiler's record of allocations.
+    """
+    # Cycles left over from before must not be released in between.
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        torch.cuda.synchronize()
+        return result, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+    quiet_profiler()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    # torch has no public reader of allocations and releases in their order.
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return result, held, peak
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Peak memory of a trajectory's forward and backward, beyond weights and optimizer state, in bytes.
+
+    Attributes:
+        column, accumulator: of a trace's column and of its gradient, over all layers.
+        read, latent: what a token that is read, or a latent step of one row, leaves for the backward.
+        call: what every call leaves besides, whatever its tokens.
+        work: what differentiating a call needs besides, a token.
+        fixed: what does not grow with lengths, among it the parameters' gradients.
+        logit_chunk: tokens whose logits exist at a time; `logit`: bytes of one token's.
+    """
+
+    column: int
+    accumulator: int
+    logit: int
+    logit_chunk: int
+    read: float = 0.0
+    latent: float = 0.0
+    call: float = 0.0
+    work: float = 0.0
+    fixed: float = 0.0
+
+    def saved(self, plan: Plan) -> float:
+        """What is there when the forward is done: a trace that no gradient reaches is gone."""
+        kept = {call.trace for call in plan.calls if call.differentiated}
+        return self.column * sum(plan.columns[i] for i in kept) + sum(map(self._kept, plan.calls))
+
+    def backward(self, plan: Plan) -> float:
+        """The most there is in the backward; calls are differentiated last to first."""
+        now, peak, reached = self.saved(plan), 0.0, set()
+        for call in reversed(plan.calls):
+            if not call.differentiated:
+                break
+            reached.add(call.trace)
+            accumulators = self.accumulator * sum(plan.columns[i] for i in reached)
+            peak = max(peak, now + accumulators + self.work * call.tokens / call.steps)
+            now -= self._kept(call)
+        return peak + self.fixed
+
+    def peak(self, plan: Plan) -> float:
+        """The most there is at any time."""
+        logits = self.logit * min(self.logit_chunk, plan.answer_tokens)
+        return max(self.column * sum(plan.columns), self.saved(plan) + logits, self.backward(plan))
+
+    def _kept(self, call: Call) -> float:
+        each = self.latent if call.phase == "latent" else self.read
+        return call.differentiated * (call.tokens * each + call.steps * self.call)
+
+
+def plan_of(system: MultiAgentSystem, prompts: Sequence[Lengths], answers: Lengths) -> Plan:
+    """The plan of a trajectory of `system`."""
+    return Plan.of(system.topology, system.latent_steps, prompts, answers, detach_trace=system.detach_trace)
+
+
+def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
+    """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
+    shape, dtype = Shape.of(system.language_model, autocast), autocast or system.language_model.dtype
+    return MemoryModel(
+        column=shape.column * shape.item,
+        accumulator=shape.column * shape.accumulator,
+        logit=shape.vocab * (dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize),
+        logit_chunk=chunk_tokens(shape.vocab, dtype),
+    )
+
+
+def calibrate(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
+    """The memory model of `system` with its present checkpointing, from small trajectories.
+
+    Leaves weights, gradients and the state of random numbers as they were. `autocast`: the dtype that training computes
+    in, where it is not the model's own.
+    """
+    samples = [_Sample.measure(system, rows, length, autocast) for rows, length in _SAMPLES]
+    bare = counted(system, autocast)
+    kept = torch.tensor([s.held - bare.saved(s.plan) for s in samples], dtype=torch.float64)
+    features = torch.tensor([s.features for s in samples], dtype=torch.float64)
+    if not features[0, 1]:
+        kept, features = kept[:2], features[:2, ::2]
+    solved = torch.linalg.solve(features, kept).tolist()
+    bare = replace(bare, read=solved[0], latent=solved[1] if len(solved) == 3 else 0.0, call=solved[-1])
+    over = [s.peak - bare.backward(s.plan) for s in samples[:2]]
+    answers = [s.plan.calls[-1].tokens for s in samples[:2]]
+    work = max(0.0, (over[1] - over[0]) / (answers[1] - answers[0]))
+    return replace(bare, work=work, fixed=over[1] - work * answers[1])
+
+
+@dataclass(frozen=True)
+class _Sample:
+    plan: Plan
+    held: int
+    peak: int
+
+    @property
+    def features(self) -> list[float]:
+        """Tokens read, latent steps of rows, and calls, as far as they are differentiated."""
+        calls = [c for c in self.plan.calls if c.differentiated]
+        latent = sum(c.tokens for c in calls if c.phase == "latent")
+        return [sum(c.tokens for c in calls) - latent, latent, sum(c.steps for c in calls)]
+
+    @classmethod
+    def measure(cls, system: MultiAgentSystem, rows: int, length: int, autocast: torch.dtype | None) -> _Sample:
+        device = system.language_model.device
+        ids = torch.arange(rows * length, device=device) % system.language_model.get_input_embeddings().weight.shape[0]
+        agents = len(system.topology.agents)
+        prompts = [[length] * rows] * agents
+        training, steps, gradients = system.training, system.latent_steps, [(p, p.grad) for p in system.parameters()]
+        system.train().zero_grad(set_to_none=True)
+        system.latent_steps = min(steps, _STEPS)
+        context = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
+
+        def forward():
+            with context:
+                return system([ids] * agents, prompts, ids, [length] * rows, return_logits=False).loss
+
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                loss, held, _ = measure(forward, device)
+                _, _, extra = measure(loss.backward, device)
+            plan = plan_of(system, prompts, [length] * rows)
+        finally:
+            system.train(training)
+            system.latent_steps = steps
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+        return cls(plan, held, held + extra)

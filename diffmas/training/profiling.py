@@ -1,0 +1,262 @@
+"""Where a training step's time goes: phases, their floors, and a Chrome trace."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import TrainerCallback
+
+from diffmas.agents.costs import BACKWARD, PHASES, Shape, Work, floor_seconds
+from diffmas.support.quiet import quiet_profiler
+from diffmas.support.valid_json import to_json
+from diffmas.system import MultiAgentSystem
+from diffmas.training.ceilings import measure_ceilings
+from diffmas.training.memory import plan_of
+
+PROFILE_FILE, TRACE_FILE = "profile.json", "trace.json"
+OTHER, OPTIMIZER = "other", "optimizer"
+#: Steps before the one that is timed; the one after it is traced.
+WARM_UP = 1
+
+
+class Phases:
+    """A step's time line: every mark ends a phase and begins the next, so that phases add up to the whole.
+
+    On CUDA the marks are events on the current stream, elsewhere the host's clock.
+    """
+
+    def __init__(self, device: torch.device):
+        self._cuda = device.type == "cuda"
+        self._marks: list[tuple[str, int, torch.cuda.Event | None]] = []
+
+    def __call__(self, name: str) -> None:
+        """From now on, time is spent in phase `name`."""
+        if self._marks and self._marks[-1][0] == name:
+            return
+        event = None
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self._marks.append((name, time.time_ns(), event))
+
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Name, begin and end (on the host, ns since 1970) of every phase up to the last mark."""
+        return [(a[0], a[1], b[1]) for a, b in zip(self._marks, self._marks[1:], strict=False)]
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, up to the last mark."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        total: dict[str, float] = {}
+        for (name, begin, start), (_, end, stop) in zip(self._marks, self._marks[1:], strict=False):
+            spent = (end - begin) / 1e9 if start is None else start.elapsed_time(stop) / 1e3
+            total[name] = total.get(name, 0.0) + spent
+        return total
+
+
+@contextlib.contextmanager
+def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[list[tuple[Any, Any]]]:
+    """Mark the phases of every forward and backward of `system`; yields the lengths of the batches it sees.
+
+    A call's backward begins when a gradient reaches its hidden states, or the attention of its last layer where only
+    later calls used it. What follows a call up to the next one counts as that call's.
+    """
+    run, signature = system.run, inspect.signature(system.forward)
+    batches: list[tuple[Any, Any]] = []
+    reads, backward = 0, False
+
+    def before(module, args, kwargs):
+        nonlocal reads
+        given = signature.bind(*args, **kwargs).arguments
+        batches.append((given["prompt_lengths"], given["answer_lengths"]))
+        reads = 0
+
+    def marked(call, **inputs) -> Tensor:
+        nonlocal reads
+        latent = inputs.get("inputs_embeds") is not None
+        if backward:
+            mark(("latent" if latent else "prefill") + BACKWARD)
+            return run(call, **inputs)
+        reads += not latent
+        name = "latent" if latent else "answer" if reads == len(system.topology.agents) else "prefill"
+        mark(name)
+        hidden = run(call, **inputs)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda grad: mark(name + BACKWARD))
+        if (order := call.order) is not None and order.grad_fn is not None:
+            order.grad_fn.register_prehook(lambda grads: mark(name + BACKWARD))
+        return hidden
+
+    def after(module, args, output):
+        if output.loss.requires_grad:
+            output.loss.register_hook(begin_backward)
+
+    def begin_backward(grad):
+        nonlocal backward
+        backward = True
+        mark("answer" + BACKWARD)
+        torch.autograd.Variable._execution_engine.queue_callback(end_backward)
+
+    def end_backward():
+        nonlocal backward
+        backward = False
+        mark(OTHER)
+
+    hooks = [system.register_forward_pre_hook(before, with_kwargs=True), system.register_forward_hook(after)]
+    system.run = marked
+    try:
+        yield batches
+    finally:
+        del system.run
+        for hook in hooks:
+            hook.remove()
+
+
+class ProfileStep(TrainerCallback):
+    """Times one optimizer step by phase, traces the next, and writes `profile.json` and `trace.json`.
+
+    `trace.json` is for chrome://tracing or ui.perfetto.dev; a track "phases" lies over the operators.
+    """
+
+    def __init__(self, system: MultiAgentSystem, autocast: torch.dtype | None = None):
+        self.system, self.autocast = system, autocast
+        self._stack: contextlib.ExitStack | None = None
+        self._steps = 0
+        self.result: dict[str, Any] | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._steps += 1
+        if state.is_world_process_zero and WARM_UP < self._steps <= WARM_UP + 2:
+            self._stack = contextlib.ExitStack()
+            self._profiler = None
+            if self._steps == WARM_UP + 2:
+                quiet_profiler()
+                self._profiler = self._stack.enter_context(torch.profiler.profile())
+            _synchronize(args.device)
+            self._mark = Phases(args.device)
+            self._batches = self._stack.enter_context(watch(self.system, self._mark))
+            self._begin = time.perf_counter()
+            self._mark(OTHER)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self._stack is not None:
+            self._mark(OPTIMIZER)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self._stack is not None:
+            self._mark(OTHER)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._stack is None:
+            return
+        self._mark("end")
+        _synchronize(args.device)
+        seconds = time.perf_counter() - self._begin
+        self._stack.close()
+        self._stack = None
+        if self._profiler is None:
+            self.result = self._summarise(seconds, args.device)
+            Path(args.output_dir, PROFILE_FILE).write_text(to_json(self.result, indent=2) + "\n")
+            print_profile(self.result)
+        else:
+            write_trace(self._profiler, self._mark.spans(), Path(args.output_dir, TRACE_FILE))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self._steps < WARM_UP + 2:
+            print(f"--profile: needs {WARM_UP + 2} steps, {self._steps} were made; nothing or not all was written")
+
+    def _summarise(self, seconds: float, device: torch.device) -> dict[str, Any]:
+        model = self.system.language_model
+        dtype = self.autocast or model.dtype
+        shape, mode = Shape.of(model, dtype), self.system.checkpointing.mode
+        plans = [plan_of(self.system, *batch) for batch in self._batches]
+        work = {name: Work() for phase in PHASES for name in (phase, phase + BACKWARD)}
+        for plan in plans:
+            for name, more in plan.work(shape, mode).items():
+                work[name] += more
+        matmul, copy = measure_ceilings(device, dtype)
+        spent = self._mark.seconds()
+        flops = sum(w.flops for plan in plans for w in plan.work(shape).values())
+        tokens = sum(call.tokens for plan in plans for call in plan.calls)
+        floor = floor_seconds(work, matmul, copy)
+        return {
+            "seconds": seconds,
+            "micro_batches": len(plans),
+            "checkpointing": mode,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "model_flops": flops,
+            "model_flops_utilisation": flops / seconds / matmul,
+            "floor_seconds": floor,
+            "floor_ratio": floor / seconds,
+            "matmul_flops_per_second": matmul,
+            "copy_bytes_per_second": copy,
+            "dtype": str(dtype).removeprefix("torch."),
+            "phases": {
+                name: {"seconds": spent.get(name, 0.0)}
+                | ({"floor_seconds": work[name].seconds(matmul, copy)} if name in work else {})
+                for name in (*work, OPTIMIZER, OTHER)
+            },
+        }
+
+
+def rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """Phase, milliseconds, share of the step, floor in milliseconds, floor over time."""
+    phases = result["phases"] | {"step": {k: result[k] for k in ("seconds", "floor_seconds")}}
+    for name, phase in phases.items():
+        spent, floor = phase["seconds"], phase.get("floor_seconds")
+        yield (
+            name,
+            f"{1e3 * spent:.2f}",
+            f"{100 * spent / result['seconds']:.1f} %",
+            "" if floor is None else f"{1e3 * floor:.2f}",
+            f"{100 * floor / spent:.0f} %" if floor and spent else "",
+        )
+
+
+COLUMNS = ("phase", "ms", "share", "floor, ms", "of floor")
+
+
+def caption(result: Mapping[str, Any]) -> str:
+    return (
+        f"{result['tokens']} tokens in {result['micro_batches']} micro-batches, {result['tokens_per_second']:.4g} "
+        f"tokens/s, {100 * result['model_flops_utilisation']:.1f} % of the {result['dtype']} matmul rate of "
+        f"{result['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, copy {result['copy_bytes_per_second'] / 1e9:.3g} GB/s"
+    )
+
+
+def print_profile(result: Mapping[str, Any]) -> None:
+    table = Table(title="one training step", caption=caption(result))
+    for i, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if i == 0 else "right")
+    for row in rows(result):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def write_trace(profiler: torch.profiler.profile, spans: list[tuple[str, int, int]], path: Path) -> None:
+    """The profiler's Chrome trace with `spans` (name, begin, end in ns since 1970) as a track of their own."""
+    profiler.export_chrome_trace(str(path))
+    trace = json.loads(path.read_text())
+    base = trace.get("baseTimeNanoseconds", 0)
+    trace["traceEvents"] += [
+        {"ph": "X", "cat": "phase", "name": name, "pid": "phases", "tid": "phases", "ts": (begin - base) / 1e3,
+         "dur": (end - begin) / 1e3}
+        for name, begin, end in spans
+    ]  # fmt: skip
+    path.write_text(to_json(trace))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,291 @@
+"""transformers' Trainer on a multi-agent system: what is checkpointed, how the loss is scaled, how it stops."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from diffmas.evaluation.evaluator import Evaluator
+from diffmas.runs.runs import load_weights, save_weights
+from diffmas.support.atomic import write_atomically
+from diffmas.support.distributed import any_process, process, processes
+from diffmas.support.failures import out_of_memory, writing
+from diffmas.support.not_finite import FiniteSteps
+from diffmas.support.progress import announced
+from diffmas.support.quiet import quiet_checkpoints
+from diffmas.support.valid_json import to_json
+from diffmas.training.batching import ItemLengths, LengthGrouped
+from diffmas.training.checkpoints import (
+    OPTIMIZER_FILE,
+    SCHEDULER_FILE,
+    STAGING,
+    STATE_FILE,
+    checkpoint_path,
+    put_in_place,
+    read_state,
+    rotate,
+)
+
+METRICS_FILE = "metrics.jsonl"
+#: Of an optimizer's options, those that the schedule sets, and its parameters.
+_BY_SCHEDULE = ("params", "lr", "initial_lr")
+
+
+class Items(Dataset):
+    """A task's items as a map-style dataset."""
+
+    def __init__(self, items):
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return dict(self._items[index])
+
+
+class SystemTrainer(Trainer):
+    """Trains a :class:`~diffmas.system.MultiAgentSystem`; evaluates by generating answers.
+
+    Checkpoints hold the adapter (and a learned alignment), not the base model; the optimizer's state is stored whole
+    and by parameter, so that another number of processes, sharded or not, can resume. With gradient accumulation
+    and several processes, every answer token weighs the same.
+    """
+
+    def __init__(self, *, evaluator: Evaluator | None = None, lengths: ItemLengths | None = None, **kwargs):
+        args = kwargs["args"]
+        if args.ddp_find_unused_parameters is None:
+            # Searching the graph of a whole trajectory is only worth it where there is something to find.
+            args.ddp_find_unused_parameters = kwargs["model"].has_unreached_parameters
+        quiet_checkpoints()
+        super().__init__(**kwargs)
+        self.lengths = lengths
+        self.evaluator = evaluator
+        self.finite = FiniteSteps()
+        self._saving_to: str | None = None
+        self.add_callback(self.finite)
+        self.add_callback(StepsAsked())
+        self.model_accepts_loss_kwargs = True
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGrouped(self.lengths.totals, size, seed)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.finite.add(loss)
+            return loss
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            rows = len(inputs["answer_lengths"])
+            raise torch.OutOfMemoryError(
+                f"a micro-batch of {rows} rows does not fit into memory; try --auto_batch, --checkpointing auto, or a "
+                f"smaller --per_device_train_batch_size. {error}"
+            ) from error
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.finite.check_gradients(norm, self.state.global_step + 1, self.args.device)
+        return norm
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(sum(sum(batch["answer_lengths"]) for batch in batches), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return batches, count
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs, num_items_in_batch=num_items_in_batch, return_logits=False)
+        # Gradients are averaged over processes, the count is summed over them.
+        loss = output.loss * (self.args.world_size if num_items_in_batch is not None else 1)
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        items = self.eval_dataset if eval_dataset is None else eval_dataset
+        with announced(f"evaluating {len(items)} items", show=process() == 0):
+            records = self.evaluator.run("matched", [items[i] for i in range(len(items))])
+        metrics = {f"{metric_key_prefix}_accuracy": sum(r.correct for r in records) / len(records)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.accelerator.unwrap_model(self.model), folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        # The best is one of the checkpoints: what is evaluated between two of them cannot be loaded again.
+        # What Ctrl-C alone saves is none of those of the whole training, though it has to be saved.
+        unplanned = getattr(self.control, "unplanned_save", False)
+        if self.args.save_strategy != "best" and (unplanned or not self.control.should_save):
+            return False
+        return super()._determine_best_metric(metrics, trial) or unplanned
+
+    def _load_best_model(self) -> None:
+        # By its step: the folder may have moved since.
+        best = checkpoint_path(self.args.output_dir, self.state.best_global_step)
+        load_weights(self.accelerator.unwrap_model(self.model), best)
+
+    def finish_from(self, checkpoint: str | Path) -> None:
+        """What :meth:`train` leaves behind when `checkpoint`, of the last step, is all there is to do."""
+        self.state = read_state(checkpoint)
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self._load_best_model()
+
+    def _get_output_dir(self, trial) -> str:
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        run, step = self.args.output_dir, self.state.global_step
+        staging = Path(run, STAGING)
+        self._saving_to = str(staging)
+        try:
+            with writing(checkpoint_path(run, step)):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_to = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_global_step
+            if best:
+                self.state.best_model_checkpoint = str(checkpoint_path(run, best))
+                self.state.save_to_json(str(checkpoint_path(staging, step) / STATE_FILE))
+            put_in_place(checkpoint_path(staging, step), run)
+            rotate(run, self.args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_FILE))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state, schedule = (
+            torch.load(Path(checkpoint, file), map_location="cpu", weights_only=True)
+            for file in (OPTIMIZER_FILE, SCHEDULER_FILE)
+        )
+        asked = [{k: v for k, v in group.items() if k not in _BY_SCHEDULE} for group in self.optimizer.param_groups]
+        rates = getattr(self.lr_scheduler, "base_lrs", None)
+        if state["state"]:
+            options = StateDictOptions(full_state_dict=True)
+            set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        else:
+            # Plain SGD has nothing but its learning rate, which torch cannot load without a tensor beside it.
+            for group, kept in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({name: value for name, value in kept.items() if name != "params"})
+        self.lr_scheduler.load_state_dict(schedule)
+        # What is asked for now holds, not what the checkpoint was written with.
+        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
+            group.update(options)
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.base_lrs = rates
+            for group, rate, factor in zip(
+                self.optimizer.param_groups, rates, self.lr_scheduler.lr_lambdas, strict=True
+            ):
+                group.update(initial_lr=rate, lr=rate * factor(self.lr_scheduler.last_epoch))
+            self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class StepsAsked(TrainerCallback):
+    """Logging, evaluating and saving as often as is asked for now, not as a checkpoint says."""
+
+    def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
+class MetricsFile(TrainerCallback):
+    """Appends what the Trainer logs to `metrics.jsonl`; a resumed run drops what came after its checkpoint."""
+
+    def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir, METRICS_FILE)
+        kept = [e for e in read_metrics(path) if e["step"] <= state.global_step] if state.global_step else []
+        write_atomically(path, "".join(to_json(entry) + "\n" for entry in kept))
+
+    def on_log(self, args: TrainingArguments, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs:
+            path = Path(args.output_dir, METRICS_FILE)
+            with writing(path), path.open("a") as file:
+                file.write(to_json({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a `metrics.jsonl` without a torn last line; none where there is no such file.
+
+    Raises:
+        ValueError: a line that is no entry, named.
+    """
+    path, entries = Path(path), []
+    content = path.read_bytes() if path.is_file() else b""
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            entries.append({"step": json.loads(line)["step"], **json.loads(line)})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} line {number} is no entry of metrics ({type(error).__name__}: {error})") from None
+    return entries
+
+
+class StopOnInterrupt(TrainerCallback):
+    """On Ctrl-C, finish the step, save a checkpoint and stop; on a second one, stop at once.
+
+    An evaluation that is due at this step belongs to it: schedules and the best checkpoint follow from it.
+
+    Several processes stop after the same step. Their launcher passes on the Ctrl-C that the terminal has sent them
+    already, so there a second one is ignored; the launcher itself ends processes that take too long.
+    """
+
+    def __init__(self):
+        self.interrupted = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._previous = signal.signal(signal.SIGINT, self._remember)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.interrupted = any_process(self.interrupted, args.device)
+        if self.interrupted:
+            control.unplanned_save = not control.should_save
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted:
+            # Trainer ends the epoch wherever it stops; only at its true end is anything due.
+            control.should_evaluate &= float(state.epoch).is_integer()
+            control.should_save = control.should_evaluate
+
+    def _remember(self, number, frame):
+        self.interrupted = True
+        if processes() == 1:
+            signal.signal(signal.SIGINT, self._previous)
+            print("\ninterrupted: saving a checkpoint after this step (Ctrl-C again stops at once)", flush=True)
+        elif process() == 0:
+            print("\ninterrupted: saving a checkpoint after this step", flush=True)
