@@ -15,19 +15,27 @@ from diffmas.answers import expressions, final, numbers, reasoning
 from diffmas.answers.verifier import Verifier
 
 _STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?=[^\n])")
-_END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
+_END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b|,\s+as\b")
 # What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
 _REMARK = re.compile(
     r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
     r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
+# What says more of it, with numbers of its own: "18 per 100 km", "72 clips, 24 of them in May"; but no list.
+_MORE = re.compile(
+    r"\s+(?:per|for|in|at|on|from|after|with|during)\b|(?<=[^\W\d_]),\s+(?=[0-9$])|,\s+(?!(?:and|or|but)\b)(?=[^\W\d_])"
+)
+# Where it only leads to the answer: "20 eggs in 5 boxes, so 4".
+_LEADS = re.compile(r"=|\b(?:so|thus|hence|therefore)\b")
 _SIGN = ("", r"\circ", "°")
 # What an answer is not, up to where it says what it is.
 _DENIED = re.compile(r"(?i)^\W*not\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
 # These settle on nothing.
 _SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
 # Not "$5 and $6".
-_MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
+_MATHS = re.compile(
+    r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+)
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
 # Times, ratios and dates are no sums: 12:30 is not 12/30.
 _TIME = re.compile(r"[0-9]+(?::[0-9]+)+(?:\s*[AaPp]\.?[Mm]\.?)?|[0-9]+([-/.])[0-9]+\1[0-9]+")
@@ -104,25 +112,26 @@ def _final(text: str) -> str | None:
         line = tail.strip().partition("\n")[0].strip()
         return next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), line or None)
     if stated := [m.end() for m in _STATED.finditer(text)]:
-        sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
+        sentence = _END.split(final.line(text[stated[-1] :]), maxsplit=1)[0]
         if denied := _DENIED.match(sentence):
             sentence = sentence[denied.end() :]
             if not sentence.strip(" *."):
                 return None
         if _SEVERAL.search(sentence):
             return sentence.strip(" *.")
-        # A degree sign alone is none.
-        if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
-            return maths[-1]
         sentence = sentence.strip(" *")
         for head in (sentence, *_heads(sentence)):
             if numbers.parse(head) is not None:
                 return head
+        # A degree sign alone is none.
+        if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
+            return maths[-1]
         return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
     return numbers.last(text)
 
 
 def _heads(sentence: str) -> Iterator[str]:
     """What stands before each remark."""
-    for remark in _REMARK.finditer(sentence[: numbers.LONGEST]):
-        yield sentence[: remark.start()].strip(" *")
+    for pattern in (_REMARK,) if _LEADS.search(sentence) else (_REMARK, _MORE):
+        for remark in pattern.finditer(sentence[: numbers.LONGEST]):
+            yield sentence[: remark.start()].strip(" *")
