@@ -14,7 +14,7 @@ from typing import Any
 from diffmas.answers import expressions, final, numbers, reasoning
 from diffmas.answers.verifier import Verifier
 
-_STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?=[^\n])")
+_STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is\s*[:=]?|\s*[:=])\**\s*(?:equal\s+to\s+)?(?=[^\n])")
 _END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b|,\s+as\b")
 # What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
 _REMARK = re.compile(
@@ -29,7 +29,7 @@ _MORE = re.compile(
 _LEADS = re.compile(r"=|\b(?:so|thus|hence|therefore)\b")
 _SIGN = ("", r"\circ", "°")
 # What an answer is not, up to where it says what it is.
-_DENIED = re.compile(r"(?i)^\W*not\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
+_DENIED = re.compile(r"(?i)^(?:n['’]t|\W*not)\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
 # These settle on nothing.
 _SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
 # Not "$5 and $6".
@@ -132,6 +132,9 @@ def _final(text: str) -> str | None:
 
 def _heads(sentence: str) -> Iterator[str]:
     """What stands before each remark."""
-    for pattern in (_REMARK,) if _LEADS.search(sentence) else (_REMARK, _MORE):
-        for remark in pattern.finditer(sentence[: numbers.LONGEST]):
-            yield sentence[: remark.start()].strip(" *")
+    sentence = sentence[: numbers.LONGEST]
+    for remark in _REMARK.finditer(sentence):
+        yield sentence[: remark.start()].strip(" *")
+    for remark in _MORE.finditer(sentence):
+        if not _LEADS.search(sentence, remark.start()):
+            yield sentence[: remark.start()].rpartition("=")[2].strip(" *")

@@ -63,7 +63,7 @@ def parse(text: str) -> Fraction | None:
     if not re.match(r"[-+]?\s*[$\\.0-9]", text):
         return None
     scale = 1
-    if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\s*$", text[: unit.start()]):
+    if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\$?\s*$", text[: unit.start()]):
         if scaled := _SCALED.search(unit[0]):
             scale = _SCALES[scaled[1].casefold()]
         text = text[: unit.start()].strip().rstrip("$%").strip()
