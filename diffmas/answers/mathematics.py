@@ -26,12 +26,14 @@ _MORE = re.compile(
     r"\s+(?:per|for|in|at|on|from|after|with|during)\b|(?<=[^\W\d_]),\s+(?=[0-9$])|,\s+(?!(?:and|or|but)\b)(?=[^\W\d_])"
 )
 # Where it only leads to the answer: "20 eggs in 5 boxes, so 4".
-_LEADS = re.compile(r"=|\b(?:so|thus|hence|therefore)\b")
+_LEADS = re.compile(r"=|\b(?:so|thus|hence|therefore|meaning|rounds)\b")
 _SIGN = ("", r"\circ", "°")
 # What an answer is not, up to where it says what it is.
 _DENIED = re.compile(r"(?i)^(?:n['’]t|\W*not)\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
 # These settle on nothing.
 _SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
+# Where a question asks for dozens or millions, the word behind the number is a unit.
+_ASKED = re.compile(rf"(?i)\b(?:how many|how much|in)(?: more| total)? ({'|'.join(numbers.SCALES)})s?\b")
 # Not "$5 and $6".
 _MATHS = re.compile(
     r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]"
@@ -59,6 +61,8 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether the final answer of `text` equals the item's `gold` (or `answer`) mathematically."""
     gold, text = str(item.get("gold", item["answer"])), reasoning.removed(text)
     found = _final(text)
+    if found and (asked := _ASKED.search(str(item.get("question", "")))):
+        found = re.sub(rf"(?i)\b{asked[1]}s?\b", "", found)
     if numbers.parse(gold) is None and _repeats(text, gold):
         return True
     if found is None:
