@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-#: Longer ones are no answers.
-_LONGEST = 10_000
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:(?P<brace>\{)|(?P<bare>[^\s{}$\\]+))")
 _WRAPPED = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|mathrm|mathbf|mathsf|mathit|boldsymbol|mbox|bf)\s*\{(.*)\}", re.DOTALL
@@ -35,16 +33,18 @@ _SHORTENED = (
 )  # fmt: skip
 #: Those that are so before a number only: "No. 5", "Jan. 5".
 _NUMBERED = ("No", "Jan", "Feb", "Mar", "Apr", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec", "Sept")
-# A full stop or colon within a sentence: an abbreviation's, or one with no space behind ("2.5", "3:2", "a.m", "v1.2").
+# A full stop within a sentence: an abbreviation's, or one with no space behind ("2.5", "a.m", "v1.2"). The reasons
+# stand in a lookahead, and what may be in a sentence excludes each other, so that no text is tried in several ways.
 _STOP = (
-    r"(?:[.:](?=[\w/])|\.(?:(?<=[A-Z]\.)|(?<=\b[a-z]\.[a-z]\.)(?=\s+[a-z0-9])"
+    r"(?=\.(?:(?=\w)|(?<=[A-Z]\.)|(?<=\b[a-z]\.[a-z]\.)(?=\s+[a-z0-9])"
     + "".join(rf"|(?<=\b{word}\.)" for word in _SHORTENED)
     + "".join(rf"|(?<=\b{word}\.)(?=\s+[0-9])" for word in _NUMBERED)
-    + "))"
+    + r"))\."
 )
+_WITHIN = rf"(?:[^.!?:]|:(?=[\w/])|{_STOP})"
 _IS = re.compile(
-    rf"^(?:(?:[^.!?]|{_STOP}){{0,200}}?[.!]\s+)?(?:[^.!?:]|{_STOP}){{0,200}}?\b(?i:is|are|was|were)(?:\s*:)?\s+"
-    rf"(?P<answer>(?:[^.!?:]|{_STOP}){{1,100}}?)[.!]?$"
+    rf"^(?:(?:[^.!?]|{_STOP}){{0,200}}?[.!]\s+)?{_WITHIN}{{0,200}}?\b(?i:is|are|was|were)(?:\s*:)?\s+"
+    rf"(?P<answer>{_WITHIN}{{1,100}}?)[.!]?$"
 )
 # What ends a stated answer: a sentence, or a remark on it.
 _BEHIND = re.compile(
@@ -54,7 +54,7 @@ _BEHIND = re.compile(
 )
 # A second look at an answer that has been given: "This answer is correct."
 _REMARK = re.compile(
-    r"(?i)^[*_]{0,3}(?:correct|right|final|wrong|incorrect|consistent|confirmed|verified|unique|reasonable)\b"
+    r"(?i)[*_]{0,3}(?:correct|right|final|wrong|incorrect|consistent|confirmed|verified|unique|reasonable)\b"
 )
 _DISPLAY = re.compile(r"(?:\\\[|\$\$).{1,1000}?(?:\\\]|\$\$)", re.DOTALL)
 _OPENING = re.compile(r"(?i)^(?:clear|simple|obvious|as follows|the following)\s*:\s*")
@@ -133,8 +133,8 @@ def _stated(text: str) -> str | None:
     stated = [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]
     if not stated:
         return None
-    said = [line(text[m.end() : m.end() + _LONGEST]) for m in stated]
-    found = next((s for s in reversed(said) if not _REMARK.match(s)), said[-1]).strip()
+    meant = next((m for m in reversed(stated) if not _REMARK.match(text, m.end())), stated[-1])
+    found = line(text[meant.end() :]).strip()
     # "**Answer: Paris**" opens its bold type before.
     return found.removesuffix("**").strip() if found.count("**") % 2 else found
 
