@@ -188,7 +188,7 @@ def test_what_counts(kind, said, gold, right):
     assert KINDS[kind].check(said, item) is right, KINDS[kind].extract(said)
 
 
-#: Kind, text, right answer, whether it counts: what is said around an answer, and full stops, marks and words within it.
+#: As above: what is said around an answer, and full stops, marks and words within it.
 AROUND = [
     # Scale words, denials, degrees, signs, units.
     ("maths", "The answer is $2 million", "2", False),
@@ -282,7 +282,6 @@ AROUND = [
     ("text", "The price is $5.50 each", "50 each", False),
     ("text", "The ratio is 3:2.", "3:2", True),
     ("text", "The ratio is 3:2.", "3", False),
-    ("text", "The ratio is 3:2.", "2", False),
     ("text", "The IP address is 192.168.0.1.", "192.168.0.1", True),
     ("text", "The IP address is 192.168.0.1.", "192", False),
     ("text", "The version is v1.2", "v1.2", True),
@@ -304,7 +303,7 @@ AROUND = [
     ("text", "The file is a.txt.", "a.txt", True),
     ("text", "The file is a.txt.", "a", False),
     ("text", "On Jan. 3 at 2.5 km it was 8:05:09.", "8:05:09", True),
-    ("text", "It is 2.5 km from No. 5. The name is Mt. Everest.", "Mt. Everest", True),
+    ("text", "It is 2.5 km from Mt. Etna. The name is Mt. Everest.", "Mt. Everest", True),
     ("text", "The currency is the U.S. dollar.", "U.S. dollar", True),
     ("text", "The answer is:\n\\[\n\\text{Paris}\n\\]", "Paris", True),
     ("text", "The answer is:\n$$\nParis\n$$", "Paris", True),
@@ -513,8 +512,8 @@ PIECES = [
     "<think>", "</think>", "'<think>'", "**", "is ", "the answer is ", "not ", "Yes. ", "(a ", "<answer>", "\\boxed{}",
     "\\boxed{.", "1 1/2 ", "72 (", "x/", "km/", ": 1", " = 1", "\u202f1", "no\n", "Dr. ", ",", "( ", "\\boxed{\\text{",
     "<|channel|>analysis<|message|>", "- ```py\n", "   \n", "a ", ". ", "1e", "J, ",
-    "answer is \\[", "answer is $$", "a.b.", "U.S. ", "U.S", "A.b", "p.m. 3 ", "Jan. 5 ", "No. ", "a:b:", "is a.b ", "18 per ",
-    "answer is 3 in 4, ", "2 dozen ", "answer: **",
+    "answer is \\[", "answer is $$", "a.b.", "U.S. ", "U.S", "A.b", "p.m. 3 ", "Jan. 5 ", "No. ", "a:b:", "is a.b ",
+    "18 per ", "answer is 3 in 4, ", "2 dozen ", "answer: **",
 ]  # fmt: skip
 
 

@@ -104,19 +104,26 @@ def test_options(load):
 
 SEA = "In 1492, 3 ships sailed west. How many days did they sail before turning 24 degrees?"
 ROME = "Capital of Italy?"
+CITIES = ["Paris", "Rome"]
 
 
 @pytest.mark.parametrize(
     ("question", "listed", "shown"),
     [
-        (SEA, ["1", "2", "3", "4"], False), ("Which letter is a vowel in the word 'cab'?", ["a", "b", "c", "d"], False),
-        ("Is Paris or Rome the capital?", ["Paris", "Rome"], False), ("Which is best?\nParis\nRome", ["Paris", "Rome"], False),
-        (f"{ROME} A) Rome B) Paris", ["Paris", "Rome"], False), (f"{ROME}\nA) Parisian\nB) Rome", ["Paris", "Rome"], False),
-        (f"{ROME}\nA) Paris\nB) Rome", ["Paris", "Rome"], True), (f"{ROME} (a) Paris (b) Rome", ["Paris", "Rome"], True),
-        (f"{ROME}\n**A.** Paris\n**B.** Rome", ["Paris", "Rome"], True), (f"{ROME}\nA: Paris, B: Rome", ["Paris", "Rome"], True),
-        (f"{SEA}\nA. 1\nB. 2\nC. 3", [1, 2, 3], True), (f"{SEA}\nA. 1\nB. 22", [1, 2], False),
+        (SEA, ["1", "2", "3", "4"], False),
+        ("Which letter is a vowel in the word 'cab'?", ["a", "b", "c", "d"], False),
+        ("Is Paris or Rome the capital?", CITIES, False),
+        ("Which is best?\nParis\nRome", CITIES, False),
+        (f"{ROME} A) Rome B) Paris", CITIES, False),
+        (f"{ROME}\nA) Parisian\nB) Rome", CITIES, False),
+        (f"{ROME}\nA) Paris\nB) Rome", CITIES, True),
+        (f"{ROME} (a) Paris (b) Rome", CITIES, True),
+        (f"{ROME}\n**A.** Paris\n**B.** Rome", CITIES, True),
+        (f"{ROME}\nA: Paris, B: Rome", CITIES, True),
+        (f"{SEA}\nA. 1\nB. 2\nC. 3", [1, 2, 3], True),
+        (f"{SEA}\nA. 1\nB. 22", [1, 2], False),
     ],
-)  # fmt: skip
+)
 def test_options_are_shown_once(load, question, listed, shown):
     (item,) = load(["A", "B"], fields={"question": question, "options": listed}).eval
     lines = "".join(f"\n{letter}) {option}" for letter, option in zip("ABCD", listed, strict=False))
