@@ -123,6 +123,10 @@ def _with_options(item: dict[str, Any], count: int) -> dict[str, Any]:
         listed = _by_letter(listed)
     if not isinstance(listed, list) or gold not in list(choice.LETTERS[: len(listed)]):
         raise ValueError(f"the right answer is {item['gold']!r}; allowed: the letter of one of its options {listed!r}")
+    # "A. Paris" as option A is Paris.
+    behind = [re.match(rf"\(?{a}[).:]\s+(?=\S)", str(o)) for a, o in zip(choice.LETTERS, listed, strict=False)]
+    if behind and all(behind):
+        listed = [match.string[match.end() :] for match in behind]
     question = item["question"]
     made = options.item(item, question, listed, choice.LETTERS.index(gold))
     shown = question if _lists(question, made["options"]) else made["question"]

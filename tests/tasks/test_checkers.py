@@ -121,6 +121,7 @@ CITIES = ["Paris", "Rome"]
         (f"{ROME}\n**A.** Paris\n**B.** Rome", CITIES, True),
         (f"{ROME}\nA: Paris, B: Rome", CITIES, True),
         (f"{SEA}\nA. 1\nB. 2\nC. 3", [1, 2, 3], True),
+        (f"{ROME}\nA. Paris\nB. Rome", ["A. Paris", "B. Rome"], True),
         (f"{SEA}\nA. 1\nB. 22", [1, 2], False),
     ],
 )
@@ -133,6 +134,7 @@ def test_options_are_shown_once(load, question, listed, shown):
 @pytest.mark.parametrize(
     "listed",
     [
+        ["A. Paris", "B. Rome"], ["(A) Paris", "(B) Rome"], {"A": "A) Paris", "B": "B) Rome"},
         {"B": "Rome", "A": "Paris"}, {"A": "Paris", "B": "Rome"}, {"b": "Rome", "a": "Paris"},
         {"text": ["Paris", "Rome"], "label": ["A", "B"]}, {"label": ["B", "A"], "text": ["Rome", "Paris"]},
     ],
