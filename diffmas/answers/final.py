@@ -31,21 +31,32 @@ _SHORTENED = (
     "Dr", "Mr", "Ms", "St", "Jr", "Sr", "Mt", "Ft", "Mrs", "Vol", "Gen", "Col", "Sgt", "Rev", "Inc", "Ltd", "Prof",
     "Capt",
 )  # fmt: skip
-_SHORT = "(?:" + "|".join(rf"(?<=\b{word})" for word in (*_SHORTENED, "No")) + ")"
+#: Those that are so before a number only: "No. 5", "Jan. 5".
+_NUMBERED = ("No", "Jan", "Feb", "Mar", "Apr", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec", "Sept")
+# A full stop within a sentence: an abbreviation's, or one with no space behind ("2.5", "a.m", "v1.2"). The reasons
+# stand in a lookahead, and what may be in a sentence excludes each other, so that no text is tried in several ways.
+_STOP = (
+    r"(?=\.(?:(?=\w)|(?<=[A-Z]\.)|(?<=\b[a-z]\.[a-z]\.)(?=\s+[a-z0-9])"
+    + "".join(rf"|(?<=\b{word}\.)" for word in _SHORTENED)
+    + "".join(rf"|(?<=\b{word}\.)(?=\s+[0-9])" for word in _NUMBERED)
+    + r"))\."
+)
+_WITHIN = rf"(?:[^.!?:]|:(?=[\w/])|{_STOP})"
 _IS = re.compile(
-    r"(?i)^(?:[^.!?]{0,200}[.!]\s+)?[^.!?:]{0,200}?\b(?:is|are|was|were)(?:\s*:)?\s+"
-    rf"(?P<answer>(?:[^.!?:]|(?<=[A-Z])\.|(?<=[0-9])[.:](?=[0-9])|{_SHORT}\.){{1,100}}?)[.!]?$"
+    rf"^(?:(?:[^.!?]|{_STOP}){{0,200}}?[.!]\s+)?{_WITHIN}{{0,200}}?\b(?i:is|are|was|were)(?:\s*:)?\s+"
+    rf"(?P<answer>{_WITHIN}{{1,100}}?)[.!]?$"
 )
 # What ends a stated answer: a sentence, or a remark on it.
 _BEHIND = re.compile(
-    r"(?<![A-Z])" + "".join(rf"(?<!\b{word})" for word in _SHORTENED) + r"(?!(?<=\bNo)\.\s+[0-9])[.!?;](?:\s+|$)"
+    rf"(?!{_STOP})[.!?;](?:\s+|$)"
     r"|,?\s+(?:because|since|instead of|rather than)\b"
     r"|,\s+(?:not|as|so|which|who)\b|\s+\((?=[^()]*[^\W\d_]{2})[^()]*\)[.!]?$|\s+[—–]\s"
 )
 # A second look at an answer that has been given: "This answer is correct."
 _REMARK = re.compile(
-    r"(?i)^[*_]{0,3}(?:correct|right|final|wrong|incorrect|consistent|confirmed|verified|unique|reasonable)\b"
+    r"(?i)[*_]{0,3}(?:correct|right|final|wrong|incorrect|consistent|confirmed|verified|unique|reasonable)\b"
 )
+_DISPLAY = re.compile(r"(?:\\\[|\$\$).{1,1000}?(?:\\\]|\$\$)", re.DOTALL)
 _OPENING = re.compile(r"(?i)^(?:clear|simple|obvious|as follows|the following)\s*:\s*")
 
 
@@ -80,10 +91,8 @@ def words(text: str) -> str | None:
     _, mark, tail = text.rpartition("####")
     if mark:
         return tail.strip().partition("\n")[0].strip() or None
-    stated = [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]
-    said = [text[m.end() :].partition("\n")[0] for m in stated]
-    if said:
-        return _sentence(next((line for line in reversed(said) if not _REMARK.match(line)), said[-1]))
+    if (stated := _stated(text)) is not None:
+        return _sentence(stated)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return None
@@ -95,6 +104,39 @@ def words(text: str) -> str | None:
     if said and not _NEGATED.search(last[: said.start("answer")]):
         return _sentence(said["answer"])
     return last
+
+
+def written(text: str) -> list[str]:
+    """The final answer as :func:`words` finds it, with every character of it.
+
+    First all that is marked or stated. Behind it, as the answer alone, the box's without its `\\text{…}`, the first
+    line, or the statement's without bold type around the whole and what ends it.
+    """
+    if (found := boxed(text)) is not None:
+        return [found, _without_command(found)]
+    if (found := marked(text)) is not None:
+        return [found]
+    _, mark, tail = text.rpartition("####")
+    found = [tail.strip()] if mark else [stated] if (stated := _stated(text)) is not None else []
+    return [*found, *filter(None, [words(text)])]
+
+
+def line(text: str) -> str:
+    """The first line of a text; a display that it begins with is one line, however many it is written on."""
+    display = _DISPLAY.match(text)
+    end = display.end() if display else 0
+    return " ".join(text[:end].split()) + text[end:].partition("\n")[0]
+
+
+def _stated(text: str) -> str | None:
+    """The line behind the last statement of an answer, or behind the one that later ones only comment on."""
+    stated = [m for m in _STATED.finditer(text) if not _NEGATED.search(_clause(text, m.start()))]
+    if not stated:
+        return None
+    meant = next((m for m in reversed(stated) if not _REMARK.match(text, m.end())), stated[-1])
+    found = line(text[meant.end() :]).strip()
+    # "**Answer: Paris**" opens its bold type before.
+    return found.removesuffix("**").strip() if found.count("**") % 2 else found
 
 
 def _clause(text: str, end: int) -> str:
@@ -112,7 +154,7 @@ def _sentence(text: str) -> str | None:
         return None
     if bold := re.match(r"\*\*([^*\n]+)\*\*", text):
         return bold[1].strip() or None
-    return _BEHIND.split(text, maxsplit=1)[0].strip(" *") or None
+    return _BEHIND.split(text, maxsplit=1)[0].strip() or None
 
 
 def _closing(text: str) -> dict[int, int]:
@@ -136,10 +178,14 @@ def unwrapped(answer: str) -> str:
         for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]")):
             if answer.startswith(opening) and answer.endswith(closing):
                 answer = answer[2:-2]
-        if (wrapped := _WRAPPED.fullmatch(answer)) and _balanced(wrapped[1]):
-            answer = wrapped[1]
+        answer = _without_command(answer)
         if answer == before:
             return answer
+
+
+def _without_command(answer: str) -> str:
+    wrapped = _WRAPPED.fullmatch(answer)
+    return wrapped[1] if wrapped and _balanced(wrapped[1]) else answer
 
 
 def _balanced(text: str) -> bool:

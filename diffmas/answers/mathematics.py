@@ -14,20 +14,30 @@ from typing import Any
 from diffmas.answers import expressions, final, numbers, reasoning
 from diffmas.answers.verifier import Verifier
 
-_STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is)?(?:\s*[:=]\s*|\s+is\s*:?\s*|\s*:\s*)(?:equal\s+to\s+)?(?=[^\n])")
-_END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b")
+_STATED = re.compile(r"(?i)\banswer\b\**(?:\s+is\s*[:=]?|\s*[:=])\**\s*(?:equal\s+to\s+)?(?=[^\n])")
+_END = re.compile(r"[.!?;](?:\s|$)|,?\s+(?:not|instead of|rather than|because|since)\b|,\s+as\b")
 # What comments on a number before it: "72 clips (48 + 24)", but no "2 (x + 1)"; "72 = 48 + 24"; "72 clips: 48 and 24".
 _REMARK = re.compile(
     r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
     r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
+# What says more of it, with numbers of its own: "18 per 100 km", "72 clips, 24 of them in May"; but no list.
+_MORE = re.compile(
+    r"\s+(?:per|for|in|at|on|from|after|with|during)\b|(?<=[^\W\d_]),\s+(?=[0-9$])|,\s+(?!(?:and|or|but)\b)(?=[^\W\d_])"
+)
+# Where it only leads to the answer: "20 eggs in 5 boxes, so 4".
+_LEADS = re.compile(r"=|\b(?:so|thus|hence|therefore|meaning|rounds)\b")
 _SIGN = ("", r"\circ", "°")
 # What an answer is not, up to where it says what it is.
-_DENIED = re.compile(r"(?i)^\W*not\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
+_DENIED = re.compile(r"(?i)^(?:n['’]t|\W*not)\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
 # These settle on nothing.
 _SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
+# Where a question asks for dozens or millions, the word behind the number is a unit.
+_ASKED = re.compile(rf"(?i)\b(?:how many|how much|in)(?: more| total)? ({'|'.join(numbers.SCALES)})s?\b")
 # Not "$5 and $6".
-_MATHS = re.compile(r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)")
+_MATHS = re.compile(
+    r"\$\$?(?!\s)([^$\n]+)(?<!\s)\$\$?(?!\d)|\$\$?\s+([^$\n]+?)\s+\$\$?(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]"
+)
 _WORDS = re.compile(r"[^\W\d_]+[.!]?|(?=.*[^\W\d_]{3})[^\W\d_]+(?:(?:\s+|['-])[^\W\d_]+)*[.!]?")
 # Times, ratios and dates are no sums: 12:30 is not 12/30.
 _TIME = re.compile(r"[0-9]+(?::[0-9]+)+(?:\s*[AaPp]\.?[Mm]\.?)?|[0-9]+([-/.])[0-9]+\1[0-9]+")
@@ -51,6 +61,8 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether the final answer of `text` equals the item's `gold` (or `answer`) mathematically."""
     gold, text = str(item.get("gold", item["answer"])), reasoning.removed(text)
     found = _final(text)
+    if found and (asked := _ASKED.search(str(item.get("question", "")))):
+        found = re.sub(rf"(?i)\b{asked[1]}s?\b", "", found)
     if numbers.parse(gold) is None and _repeats(text, gold):
         return True
     if found is None:
@@ -104,25 +116,29 @@ def _final(text: str) -> str | None:
         line = tail.strip().partition("\n")[0].strip()
         return next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), line or None)
     if stated := [m.end() for m in _STATED.finditer(text)]:
-        sentence = _END.split(text[stated[-1] :].partition("\n")[0], maxsplit=1)[0]
+        sentence = _END.split(final.line(text[stated[-1] :]), maxsplit=1)[0]
         if denied := _DENIED.match(sentence):
             sentence = sentence[denied.end() :]
             if not sentence.strip(" *."):
                 return None
         if _SEVERAL.search(sentence):
             return sentence.strip(" *.")
-        # A degree sign alone is none.
-        if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
-            return maths[-1]
         sentence = sentence.strip(" *")
         for head in (sentence, *_heads(sentence)):
             if numbers.parse(head) is not None:
                 return head
+        # A degree sign alone is none.
+        if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
+            return maths[-1]
         return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
     return numbers.last(text)
 
 
 def _heads(sentence: str) -> Iterator[str]:
     """What stands before each remark."""
-    for remark in _REMARK.finditer(sentence[: numbers.LONGEST]):
+    sentence = sentence[: numbers.LONGEST]
+    for remark in _REMARK.finditer(sentence):
         yield sentence[: remark.start()].strip(" *")
+    for remark in _MORE.finditer(sentence):
+        if not _LEADS.search(sentence, remark.start()):
+            yield sentence[: remark.start()].rpartition("=")[2].strip(" *")

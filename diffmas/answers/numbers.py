@@ -29,8 +29,8 @@ _UNIT = re.compile(
     r"(?:\s*\^\s*\{?[23]\}?|[²³])?$"
 )
 #: Words that multiply the number before them.
-_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_SCALED = re.compile(rf"(?i)^(?:\\(?:text|mathrm|textbf|mbox)\s*\{{)?\s*({'|'.join(_SCALES)})s?\b")
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALED = re.compile(rf"(?i)^(?:\\(?:text|mathrm|textbf|mbox)\s*\{{)?\s*({'|'.join(SCALES)})s?\b")
 _LOOSE = (
     (re.compile(r",\\!\s*"), ","),
     (re.compile(r"\\[,;!: ]|~|\\quad"), " "),
@@ -46,6 +46,7 @@ _SPACED = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _IN_TEXT = re.compile(
     rf"(?<![0-9.])(?:(?<![\w)])[-+−–])?\\?\$?(?:[0-9]{{1,3}} (?=[0-9]{{1,2}}/[0-9]))?{DIGITS}"
     r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]|\.[0-9]))?(?![0-9])"
+    rf"(?: (?i:{'|'.join(SCALES)})s?\b)?"
 )
 
 
@@ -63,9 +64,9 @@ def parse(text: str) -> Fraction | None:
     if not re.match(r"[-+]?\s*[$\\.0-9]", text):
         return None
     scale = 1
-    if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\s*$", text[: unit.start()]):
+    if (unit := _UNIT.search(text)) and re.search(r"[0-9}]\$?\s*$", text[: unit.start()]):
         if scaled := _SCALED.search(unit[0]):
-            scale = _SCALES[scaled[1].casefold()]
+            scale = SCALES[scaled[1].casefold()]
         text = text[: unit.start()].strip().rstrip("$%").strip()
     text = re.sub(r"^([-+])\s+", r"\1", text)
     if text.startswith("$") and not _NUMBER.fullmatch(text):

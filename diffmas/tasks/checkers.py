@@ -120,14 +120,36 @@ def _with_options(item: dict[str, Any], count: int) -> dict[str, Any]:
     if listed is None:
         return {**item, "gold": gold, "letters": ", ".join(choice.LETTERS[:count])}
     if isinstance(listed, Mapping):
-        listed = list(listed.values())
+        listed = _by_letter(listed)
     if not isinstance(listed, list) or gold not in list(choice.LETTERS[: len(listed)]):
         raise ValueError(f"the right answer is {item['gold']!r}; allowed: the letter of one of its options {listed!r}")
+    # "A. Paris" as option A is Paris.
+    behind = [re.match(rf"\(?{a}[).:]\s+(?=\S)", str(o)) for a, o in zip(choice.LETTERS, listed, strict=False)]
+    if behind and all(behind):
+        listed = [match.string[match.end() :] for match in behind]
     question = item["question"]
     made = options.item(item, question, listed, choice.LETTERS.index(gold))
-    # A question may list its options already.
-    shown = question if all(option in question for option in made["options"]) else made["question"]
+    shown = question if _lists(question, made["options"]) else made["question"]
     return {**made, "question": shown, "answer": item["answer"]}
+
+
+def _by_letter(listed: Mapping[str, Any]) -> list[Any]:
+    """The options in the order of their letters, of `{"A": …, "B": …}` or ARC's `{"text": […], "label": […]}`."""
+    labels, texts = list(listed), list(listed.values())
+    if set(labels) == {"text", "label"} and all(isinstance(value, list) for value in texts):
+        labels, texts = listed["label"], listed["text"]
+    found = sorted(zip((str(label).strip().upper() for label in labels), texts, strict=False), key=lambda pair: pair[0])
+    if len(labels) != len(texts) or "".join(letter for letter, _ in found) != choice.LETTERS[: len(found)]:
+        raise ValueError(f"the letters of its options are {labels!r}; allowed: A, B and so on, one for each option")
+    return [option for _, option in found]
+
+
+def _lists(question: str, texts: Sequence[str]) -> bool:
+    """Whether a question lists its options already, each behind its letter: "A) Paris", "(a) Paris", "**A.** Paris"."""
+    return all(
+        re.search(rf"(?<!\w)(?i:{letter})[*_ ]*[).:\]-][)*_\s]*{re.escape(option)}(?!\w)", question)
+        for letter, option in zip(choice.LETTERS, texts, strict=False)
+    )
 
 
 def _with_tests(item: dict[str, Any]) -> dict[str, Any]:

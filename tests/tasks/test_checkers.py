@@ -102,6 +102,64 @@ def test_options(load):
         load(["A", "D"], fields={"options": ["x", "y"]})
 
 
+SEA = "In 1492, 3 ships sailed west. How many days did they sail before turning 24 degrees?"
+ROME = "Capital of Italy?"
+CITIES = ["Paris", "Rome"]
+
+
+@pytest.mark.parametrize(
+    ("question", "listed", "shown"),
+    [
+        (SEA, ["1", "2", "3", "4"], False),
+        ("Which letter is a vowel in the word 'cab'?", ["a", "b", "c", "d"], False),
+        ("Is Paris or Rome the capital?", CITIES, False),
+        ("Which is best?\nParis\nRome", CITIES, False),
+        (f"{ROME} A) Rome B) Paris", CITIES, False),
+        (f"{ROME}\nA) Parisian\nB) Rome", CITIES, False),
+        (f"{ROME}\nA) Paris\nB) Rome", CITIES, True),
+        (f"{ROME} (a) Paris (b) Rome", CITIES, True),
+        (f"{ROME}\n**A.** Paris\n**B.** Rome", CITIES, True),
+        (f"{ROME}\nA: Paris, B: Rome", CITIES, True),
+        (f"{SEA}\nA. 1\nB. 2\nC. 3", [1, 2, 3], True),
+        (f"{ROME}\nA. Paris\nB. Rome", ["A. Paris", "B. Rome"], True),
+        (f"{SEA}\nA. 1\nB. 22", [1, 2], False),
+    ],
+)
+def test_options_are_shown_once(load, question, listed, shown):
+    (item,) = load(["A", "B"], fields={"question": question, "options": listed}).eval
+    lines = "".join(f"\n{letter}) {option}" for letter, option in zip("ABCD", listed, strict=False))
+    assert item["question"] == (question if shown else question + lines)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        ["A. Paris", "B. Rome"], ["(A) Paris", "(B) Rome"], {"A": "A) Paris", "B": "B) Rome"},
+        {"B": "Rome", "A": "Paris"}, {"A": "Paris", "B": "Rome"}, {"b": "Rome", "a": "Paris"},
+        {"text": ["Paris", "Rome"], "label": ["A", "B"]}, {"label": ["B", "A"], "text": ["Rome", "Paris"]},
+    ],
+)  # fmt: skip
+def test_options_keep_their_letters(load, listed):
+    task = load(["A", "B"], fields={"options": listed})
+    (item,) = task.eval
+    assert item["question"] == "q1\nA) Paris\nB) Rome" and item["options"] == ["Paris", "Rome"]
+    assert {s: task.check(s, item) for s in ("The answer is Rome", "B", "Paris", "A")} == {
+        "The answer is Rome": True, "B": True, "Paris": False, "A": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"A": "x", "C": "y"}, {"C": "x", "B": "y"}, {"1": "x", "2": "y"}, {"A": "x", "a": "y"}, {},
+        {"text": ["x", "y"], "label": ["A", "C"]}, {"text": ["x", "y"], "label": ["A"]}, {"text": "x", "label": "y"},
+    ],
+)  # fmt: skip
+def test_options_with_other_letters_are_refused(load, listed):
+    with pytest.raises(ValueError, match="data.jsonl item 1: the (letters of its options are|right answer is)"):
+        load(["A", "B"], fields={"options": listed})
+
+
 def test_ten_options(load):
     task = load(["A", "J"], fields={"options": [f"o{i}" for i in range(10)]})
     assert task.check("The answer is (J).", task.eval[0]) and task.check("o9", task.eval[0])
