@@ -19,10 +19,9 @@ from rich.table import Table
 
 from diffmas.agents.alignment import ALIGNMENTS
 from diffmas.agents.topology import Agent, Topology
-from diffmas.command_line import Parser
+from diffmas.command_line import LOWER, Parser, as_flags, integers
 from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison.report import accuracy, by_name
-from diffmas.eval import LOWER, as_flags, integers
 from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import run_program
@@ -35,7 +34,7 @@ from diffmas.training.report import REPORT_FILE
 PROGRAM = "python -m diffmas.ablate"
 #: What can be swept, and what a value is read as.
 AXES = {
-    "latent_steps": int, "agents": int, "lora_rank": int, "detach_trace": bool, "handover": str, "alignment": str,
+    "latent_steps": int, "agents": int, "lora_r": int, "detach_trace": bool, "handover": str, "alignment": str,
 }  # fmt: skip
 
 
@@ -46,7 +45,7 @@ class AblateArguments:
     run: str = field(metadata={"help": "Folder for trainings, answers and the report; made where there is none."})
     latent_steps: str | None = field(default=None, metadata={"help": "Latent steps m, e.g. 0,2,4,8."})
     agents: str | None = field(default=None, metadata={"help": "Agents kept: the first ones and the last, e.g. 1,2,4."})
-    lora_rank: str | None = field(default=None, metadata={"help": "Ranks of the adapter."})
+    lora_r: str | None = field(default=None, metadata={"help": "Ranks of the adapter."})
     detach_trace: str | None = field(default=None, metadata={"help": "false,true."})
     handover: str | None = field(default=None, metadata={"help": "full,latent."})
     alignment: str | None = field(default=None, metadata={"help": "identity,ridge,learned."})

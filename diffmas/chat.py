@@ -17,9 +17,10 @@ from diffmas.agents.topology import load_topology
 from diffmas.command_line import Parser
 from diffmas.evaluation.inspection import Inspection, inspect
 from diffmas.generation import Decoding
+from diffmas.models.loading import load_base
 from diffmas.prompts import Prompts
 from diffmas.prompts.shortened import cut_line, cut_summary
-from diffmas.runs.runs import SystemArguments, load_base, load_run
+from diffmas.runs.loading import load_run
 from diffmas.support.failures import run_program
 from diffmas.support.interrupts import raise_on_interrupt
 from diffmas.support.text_file import check_characters
@@ -37,11 +38,12 @@ class ChatArguments:
     """Whom to talk to; without a run, agents that were never trained to communicate (LatentMAS)."""
 
     run: str | None = field(default=None, metadata={"help": "Folder written by diffmas.train."})
-    model: str | None = field(
+    model_name_or_path: str | None = field(
         default=None,
         metadata={
+            "aliases": ["--model"],
             "help": "Hub id or folder of a causal language model; default: the run's own, or without --run the "
-            "embedded base."
+            "embedded base.",
         },
     )
     topology: str | None = field(
@@ -137,19 +139,19 @@ def load(args: ChatArguments) -> Chat:
         for name in ("topology", "latent_steps"):
             if (value := getattr(args, name)) is not None:
                 raise ValueError(f"{name} is {value!r} beside run {args.run!r}; allowed: one of the two")
-        run = load_run(args.run, model=args.model)
+        run = load_run(args.run, args.model_name_or_path)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
         family = args.prompts or run.task.prompts
         prompts = as_asked(Prompts.load(family), run.task) if family else load_task(run.task).prompts
     else:
-        topology = load_topology(args.topology or ("sequential" if args.model else "relay"))
-        model, tokenizer = load_base(SystemArguments(model=args.model))
+        topology = load_topology(args.topology or ("sequential" if args.model_name_or_path else "relay"))
+        model, tokenizer = load_base(args.model_name_or_path)
         steps = 10 if args.latent_steps is None else args.latent_steps
         system = MultiAgentSystem(model, topology, latent_steps=steps, alignment="ridge")
-        relay = args.model is None and topology.name in ("relay", "single")
+        relay = args.model_name_or_path is None and topology.name in ("relay", "single")
         family = args.prompts or ("reasoning" if not relay else None)
         prompts = Prompts.load(family) if family else load_task(TaskArguments()).prompts
-        defaults = {} if args.model else {"max_new_tokens": 4, "temperature": 0.0}
+        defaults = {} if args.model_name_or_path else {"max_new_tokens": 4, "temperature": 0.0}
     changes = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**defaults, **changes, "seed": args.seed, "samples": 1})
     if torch.cuda.is_available():

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from diffmas.runs.settings import SystemArguments
 from diffmas.support.yaml_file import read_yaml
-from diffmas.tasks.base import JSONL
+from diffmas.tasks.base import JSONL, TaskArguments
 from diffmas.training.arguments import settle, settle_updates
 from diffmas.training.launch import check_processes, settle_processes
 from diffmas.training.resuming import own_settings, run_folder
@@ -104,7 +105,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     argv = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
-    early.add_argument("--model")
+    early.add_argument("--model_name_or_path", "--model")
     early.add_argument("--resume_from_checkpoint")
     early.add_argument("--output_dir")
     early.add_argument("--num_train_epochs")
@@ -115,7 +116,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     run = resume and run_folder(resume, found.output_dir or values.get("output_dir"))
     known = {action.dest for action in parser._actions}
     own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
-    preset = "paper" if found.model or values.get("model") else "embedded"
+    preset = "paper" if found.model_name_or_path or values.get("model_name_or_path") else "embedded"
     base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
     if not own and (found.task or values.get("task") or "").endswith(JSONL):
         # As many items as relay draws, no file need have.
@@ -136,11 +137,23 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     return tuple(dataclasses)
 
 
+def parse_training(
+    argv: Sequence[str] | None, prog: str = "python -m diffmas.train", description: str | None = None
+) -> tuple[SystemArguments, TaskArguments, DecodingArguments, TrainArguments]:
+    """The flags of a training; exits with a message on a bad one."""
+    kinds = (SystemArguments, TaskArguments, DecodingArguments, TrainArguments)
+    return parse(Parser(kinds, prog=prog, description=description), argv)
+
+
 def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
     try:
         values = read_yaml(path, "config") or {}
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    if isinstance(values, dict):
+        # As on the command line, a short name will do.
+        names = {option.lstrip("-"): a.dest for a in parser._actions for option in a.option_strings}
+        values = {names.get(str(name), name): value for name, value in values.items()}
     known = {a.dest for a in parser._actions}
     if not isinstance(values, dict) or (unknown := sorted(map(str, set(values) - known))):
         what = f"unknown arguments {unknown}" if isinstance(values, dict) else "no mapping of arguments"
@@ -154,3 +167,20 @@ def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:
         # A text, which is read like that of a flag.
         values[name] = str(value)
     return values
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Flags for a mapping of arguments; None is left out."""
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def integers(name: str, text: str) -> list[int]:
+    """Different integers ≥ 0 from a list with commas.
+
+    Raises:
+        ValueError: anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise ValueError(f"{name} is {text!r}; allowed: different integers ≥ 0, separated by commas")
+    return [int(part) for part in parts]

@@ -10,7 +10,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import Topology
-from diffmas.command_line import Parser
+from diffmas.command_line import Parser, as_flags, integers
 from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings, changes
 from diffmas.comparison.report import print_comparison, write_comparison_report
 from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
@@ -28,7 +28,9 @@ from diffmas.evaluation.needs import check_prompts, method_left_out, print_left_
 from diffmas.generation import Decoding
 from diffmas.prompts.dates import print_date
 from diffmas.prompts.shortened import cut_line, cut_summary
-from diffmas.runs.runs import ADAPTER_FILE, SYSTEM_FILE, anchored, describe, load_run, read_description
+from diffmas.runs.description import anchored, describe, read_description
+from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
+from diffmas.runs.loading import load_run
 from diffmas.support.distributed import gathered, process
 from diffmas.support.failures import run_program
 from diffmas.support.folders import check_output
@@ -49,7 +51,7 @@ LOWER = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
 #: Settings that leave the weights a training gives as they are, up to rounding.
-SAME_WEIGHTS = {"implementation", "capture", "checkpointing", "loss", "data_dir"}
+SAME_WEIGHTS = {"implementation", "cuda_graphs", "checkpointing", "loss", "data_dir"}
 
 
 @dataclass
@@ -60,7 +62,10 @@ class EvalArguments:
     output_dir: str | None = field(
         default=None, metadata={"help": "Where results go; default: RUN/eval, with --methods RUN/methods or a new RUN."}
     )
-    model: str | None = field(default=None, metadata={"help": "The run's base model, where its folder has moved."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"aliases": ["--model"], "help": "The run's base model, where its folder has moved."},
+    )
     task: str | None = field(default=None, metadata={"help": "The task's .jsonl file, where it has moved."})
     variants: str | None = field(
         default=None, metadata={"help": f"Any of {', '.join(VARIANTS)}; default: all that say something about the run."}
@@ -117,7 +122,7 @@ def _evaluate(args: EvalArguments, held: contextlib.ExitStack) -> int:
     device = join()
     folder = Path(args.output_dir or Path(args.run, "eval"))
     check_output(folder, "output_dir")
-    run = load_run(args.run, model=args.model)
+    run = load_run(args.run, args.model_name_or_path)
     set_seed(args.seed)
     given = {k: v for k in ("task", "eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
     if args.task is not None and not (args.task.endswith(JSONL) and run.task.task.endswith(JSONL)):
@@ -181,7 +186,16 @@ def _compare(args: EvalArguments, flags: Sequence[str]) -> int:
     # The files of the run's own task, and how they are read, say nothing about another one's.
     own_task = parts[1].get("task")
     own_files = {name: parts[1].pop(name, None) for name in ("data_dir", "eval_file", "fields", "checker")}
-    shared = ("model", "task", "eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p")
+    shared = (
+        "model_name_or_path",
+        "task",
+        "eval_size",
+        "eval_file",
+        "data_dir",
+        "max_new_tokens",
+        "temperature",
+        "top_p",
+    )
     common = [f for part in parts for f in as_flags(part) if not f.startswith("--seed=")]
     common += [*as_flags({name: getattr(args, name) for name in shared}), *flags]
     per_task = _read_task_config(args.task_config)
@@ -282,23 +296,6 @@ def _check_used(args: EvalArguments) -> None:
     for f in fields(args):
         if f.name in names and (value := getattr(args, f.name)) != f.default:
             raise ValueError(f"{f.name} is {value!r}; allowed: only {how} --methods")
-
-
-def as_flags(values: Mapping[str, Any]) -> list[str]:
-    """Flags for a mapping of arguments; None is left out."""
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-
-def integers(name: str, text: str) -> list[int]:
-    """Different integers ≥ 0 from a list with commas.
-
-    Raises:
-        ValueError: anything else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts) or len(set(map(int, parts))) < len(parts):
-        raise ValueError(f"{name} is {text!r}; allowed: different integers ≥ 0, separated by commas")
-    return [int(part) for part in parts]
 
 
 def _read_task_config(path: str | None) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from diffmas.answers import reasoning
 from diffmas.evaluation.answering import evaluating
 from diffmas.generation import Decoding
 from diffmas.prompts import Prompts
-from diffmas.runs.runs import load_run
+from diffmas.runs.loading import load_run
 
 try:
     from lm_eval.api.model import LM

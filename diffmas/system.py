@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from diffmas.agents.alignment import Alignment
-from diffmas.agents.captured_runs import CapturedRuns, capture_latent_runs
+from diffmas.agents.captured_runs import CapturedRuns, asks_for_graphs
 from diffmas.agents.controls import Control
 from diffmas.agents.latent_runs import LatentRun
 from diffmas.agents.positions import check_positions
@@ -72,7 +72,7 @@ class MultiAgentSystem(nn.Module):
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_backward: "exact", or "sweeps:k": the gradient of each latent run by k parallel backward passes
             (:class:`diffmas.agents.sweeps.Sweeps`).
-        capture: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
+        cuda_graphs: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
             (:class:`diffmas.agents.captured_runs.CapturedRuns`; not yet run on one).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
@@ -94,7 +94,7 @@ class MultiAgentSystem(nn.Module):
         alignment_initial: str = "identity",
         detach_trace: bool = False,
         latent_backward: str = "exact",
-        capture: str = "off",
+        cuda_graphs: str = "off",
         checkpointing: str = "none",
         implementation: str = "auto",
         loss: str = "auto",
@@ -114,7 +114,7 @@ class MultiAgentSystem(nn.Module):
         self.decode_step: engine.Step = engine.eager_step
         self.latent_run: LatentRun = latent_run(latent_backward)
         self.allocate_trace = KVTrace.allocate
-        if capture_latent_runs(capture, latent_backward):
+        if asks_for_graphs(cuda_graphs, latent_backward):
             CapturedRuns().install(self)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(

@@ -1,4 +1,4 @@
-"""Latent runs, and their backward, that replay as CUDA graphs (`capture = "auto"`).
+"""Latent runs, and their backward, that replay as CUDA graphs (`cuda_graphs = "auto"`).
 
 A latent step launches some twenty small kernels a layer for one token a row: at small batches the launching takes
 longer than the kernels. A run's shapes never change (m calls of one token a row) and where in its trace it stands is
@@ -32,7 +32,7 @@ from diffmas_ops.trace import TraceStorage
 if TYPE_CHECKING:
     from diffmas.system import MultiAgentSystem
 
-CAPTURE = ("off", "auto")
+CUDA_GRAPHS = ("off", "auto")
 #: Capacities are multiples of this, so that batches of other lengths meet the same recordings.
 BUCKET = 256
 #: Recordings that are kept, each with the memory of a run's activations; the oldest goes.
@@ -42,17 +42,17 @@ MOST_RECORDINGS = 64
 Body = Callable[[], list[Tensor | None]]
 
 
-def capture_latent_runs(capture: str, latent_backward: str) -> bool:
+def asks_for_graphs(cuda_graphs: str, latent_backward: str) -> bool:
     """Whether these settings ask for captured runs.
 
     Raises:
         ValueError: an unknown setting, or captured runs with a latent backward other than "exact".
     """
-    if capture not in CAPTURE:
-        raise ValueError(f"capture is {capture!r}; allowed: {', '.join(CAPTURE)}")
-    if capture == "auto" and latent_backward != "exact":
-        raise ValueError(f"latent_backward is {latent_backward!r} with capture 'auto'; allowed: exact")
-    return capture == "auto"
+    if cuda_graphs not in CUDA_GRAPHS:
+        raise ValueError(f"cuda_graphs is {cuda_graphs!r}; allowed: {', '.join(CUDA_GRAPHS)}")
+    if cuda_graphs == "auto" and latent_backward != "exact":
+        raise ValueError(f"latent_backward is {latent_backward!r} with cuda_graphs 'auto'; allowed: exact")
+    return cuda_graphs == "auto"
 
 
 def _adapters(model: nn.Module) -> list[tuple]:

@@ -79,7 +79,7 @@ def check_adapter(model: nn.Module, rank: int, targets: str, copies: int = 1) ->
     ]
     needed = copies * rank * sum(m.in_features + m.out_features for m in layers) * torch.float32.itemsize
     if needed > (free := available_bytes("cpu")):
-        raise ValueError(f"lora_rank is {rank}, which takes at least {gb(needed)}, and {gb(free)} are free; "
+        raise ValueError(f"lora_r is {rank}, which takes at least {gb(needed)}, and {gb(free)} are free; "
                          f"allowed: up to {int(rank * free / needed)}")  # fmt: skip
 
 

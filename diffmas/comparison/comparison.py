@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from diffmas.agents.topology import Topology, load_topology
+from diffmas.command_line import parse_training
 from diffmas.comparison.summary import summarise
 from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
 from diffmas.evaluation.methods.base import Method, TraceChannel
@@ -22,7 +23,9 @@ from diffmas.evaluation.records import Record, RecordFile
 from diffmas.generation import Decoding
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
-from diffmas.runs.runs import ADAPTER_FILE, SYSTEM_FILE, build_system, load_weights
+from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
+from diffmas.runs.loading import build_system
+from diffmas.runs.weights import load_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
 from diffmas.support.machine import machine
@@ -30,8 +33,8 @@ from diffmas.support.valid_json import to_json
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, load_task
 from diffmas.tasks.content import fingerprints
-from diffmas.train import parse_arguments, train, weight_settings
 from diffmas.training.report import SUMMARY_FILE
+from diffmas.training.session import train, weight_settings
 
 ITEMS_FILE, SETTINGS_FILE, TRAININGS = "items.jsonl", "settings.json", "training"
 
@@ -67,7 +70,7 @@ class Settings:
     def __init__(self, flags: Sequence[str], prog: str):
         # Trainings of a comparison are not evaluated on the way: what needs that is refused before the first.
         self.flags = [*flags, "--eval_strategy=no"]
-        self.system, self.task, self.decoding, training = parse_arguments(self.flags, prog)
+        self.system, self.task, self.decoding, training = parse_training(self.flags, prog)
         self.topology = load_topology(self.system.topology, self.system.handover)
         self.training = weight_settings(training)
 
@@ -228,7 +231,7 @@ class Comparison:
         ]  # fmt: skip
         if (folder / SYSTEM_FILE).is_file():
             flags.append(f"--resume_from_checkpoint={folder}")
-        _, task_args, decoding_args, training_args = parse_arguments(flags)
+        _, task_args, decoding_args, training_args = parse_training(flags)
         status = train(
             self._system_args(method, settings), task_args, decoding_args, training_args, topology=topology,
             # Beside the methods and seeds of a task: what decides a text decides who shares it.

@@ -22,7 +22,9 @@ def check_source(model: str | None) -> None:
     if model is None or (model and Path(model).is_dir()):
         return
     if not model:
-        raise ValueError("model is ''; allowed: a folder, an id of the hub, or no model for the embedded base")
+        raise ValueError(
+            "model_name_or_path is ''; allowed: a folder, an id of the hub, or no model for the embedded base"
+        )
     path = Path(model)
     # "runs/mine", where there is a folder "runs", is meant to be in it.
     is_path = (
@@ -33,19 +35,19 @@ def check_source(model: str | None) -> None:
         and (path.parent != Path())
     )
     if is_path:
-        raise FileNotFoundError(f"model is {model!r}: no such folder; allowed: a folder, or an id of the hub")
+        raise FileNotFoundError(f"{named}: no such folder; allowed: a folder, or an id of the hub")
     if isinstance(try_to_load_from_cache(model, "config.json"), str):
         return
     if constants.is_offline_mode():
-        raise FileNotFoundError(f"model is {model!r}: no such folder, not in the hub's cache, and offline mode is on")
+        raise FileNotFoundError(f"{named}: no such folder, not in the hub's cache, and offline mode is on")
     try:
         HfApi().model_info(model, timeout=_PATIENCE)
     except GatedRepoError:
-        raise FileNotFoundError(f"model is {model!r}: access to it has to be asked for on the hub") from None
+        raise FileNotFoundError(f"{named}: access to it has to be asked for on the hub") from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise FileNotFoundError(f"model is {model!r}: no such folder, and no such model on the hub") from None
+        raise FileNotFoundError(f"{named}: no such folder, and no such model on the hub") from None
     except Exception as error:  # of the network, by whichever library the hub's client uses
         reason = " ".join(str(error).split()) or type(error).__name__
         raise FileNotFoundError(
-            f"model is {model!r}: no such folder, not in the hub's cache, and the hub does not answer ({reason})"
+            f"{named}: no such folder, not in the hub's cache, and the hub does not answer ({reason})"
         ) from None

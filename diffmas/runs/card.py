@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 CARD_FILE = "README.md"
 #: Of a run's description, what the card tells; in its order.
 _TOLD = {
-    "system": ("latent_steps", "alignment", "detach_trace", "latent_backward", "lora_rank", "lora_alpha",
-        "lora_targets"),
+    "system": ("latent_steps", "alignment", "detach_trace", "latent_backward", "lora_r", "lora_alpha",
+        "lora_target_modules"),
     "task": ("task", "fields", "prompts", "date"),
     "training": ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "seed"),
 }  # fmt: skip
@@ -32,7 +32,7 @@ def write_card(system: MultiAgentSystem, folder: str | Path, described: Path | N
 def card(system: MultiAgentSystem, description: dict[str, Any]) -> str:
     """The card's Markdown; a folder of this machine is called by its name alone."""
     topology = system.topology
-    model = description.get("system", {}).get("model")
+    model = description.get("system", {}).get("model_name_or_path")
     head = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["diffmas", "lora", "multi-agent"]}
     if model is None:
         base = "the base embedded in DiffMAS"

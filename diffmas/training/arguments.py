@@ -52,7 +52,7 @@ REFUSED = {
     "label_smoothing_factor": "0, the loss is the plain cross-entropy",
     "length_column_name": "its default, lengths are counted",
     "neftune_noise_alpha": "its default; noise would differ in what --checkpointing computes again",
-    "optim_target_modules": "its default, with --lora_targets instead",
+    "optim_target_modules": "its default, with --lora_target_modules instead",
     "parallelism_config": _PARTS,
     "prediction_loss_only": _EVALUATION,
     "push_to_hub": _UPLOAD,

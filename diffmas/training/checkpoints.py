@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffmas.runs.runs import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
+from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
 from diffmas.support.text_file import read_text
 
 STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trainer_state.json", "optimizer.pt", "scheduler.pt"

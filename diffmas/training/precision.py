@@ -7,7 +7,7 @@ import os
 import torch
 from transformers import TrainingArguments
 
-from diffmas.runs.runs import SystemArguments
+from diffmas.runs.settings import SystemArguments
 
 _INSTEAD = "allowed: --bf16 True or --dtype bfloat16, which need no loss scaling"
 

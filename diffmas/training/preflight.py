@@ -66,7 +66,7 @@ def check_training_memory(
     free -= trained * (adapter_copies(args) - 1)
     if free < 0:
         raise ValueError(f"gradients and optimizer of {trained / 1e6:.3g} MB of weights do not fit; allowed: a smaller "
-                         "lora_rank")  # fmt: skip
+                         "lora_r")  # fmt: skip
     autocast, rows = autocast_dtype(args), min(rows, lengths.count)
     bare = counted(system, autocast)
 

@@ -61,7 +61,7 @@ def write_report(folder: str | Path) -> Path:
         "latent steps": summary["system"]["latent_steps"],
         "gradient": "cut at every hand-over" if summary["system"]["detach_trace"] else "exact, through every trace",
         "task": summary["task"]["task"],
-        "model": summary["system"]["model"] or "embedded base",
+        "model": summary["system"]["model_name_or_path"] or "embedded base",
         "training steps": summary.get("steps"),
         "time": f"{summary['seconds']} s, peak memory {summary['peak_memory_mb']} MB",
         "machine": ", ".join(f"{k} {v}" for k, v in summary["machine"].items()),

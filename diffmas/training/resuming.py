@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from diffmas.runs.runs import SYSTEM_FILE, read_description
+from diffmas.runs.description import read_description
+from diffmas.runs.files import SYSTEM_FILE
 from diffmas.tasks.base import JSONL
 from diffmas.training.arguments import BY_METRIC
 from diffmas.training.checkpoints import ONLY_MODEL, STATE_FILE, damage, latest, step_of
@@ -16,7 +17,7 @@ from diffmas.training.launch import launched
 #: Training arguments that say where and from what a run goes on, and so are none of its settings.
 PLACES = ("output_dir", "resume_from_checkpoint")
 #: What may be another on going on: it decides neither what is computed nor on what, up to rounding.
-FREE = {"implementation", "capture", "checkpointing", "loss"}
+FREE = {"implementation", "cuda_graphs", "checkpointing", "loss"}
 #: Training arguments that an optimizer's or a schedule's state may depend on.
 UPDATES = ("optim", "lr_scheduler_type", "learning_rate")
 #: Where items are read from; their content is compared instead.
@@ -112,8 +113,8 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
                 continue  # what they come to is compared
             if key == "checker" and was is None:
                 continue  # chosen anew from the same right answers
-            if key == "model" and _has_moved(was, value):
-                notes.append(f"model is {value!r}; the run had {was!r}, which is gone")
+            if key == "model_name_or_path" and _has_moved(was, value):
+                notes.append(f"{key} is {value!r}; the run had {was!r}, which is gone")
                 continue
             if part == "arguments" and key in UPDATES and _changes_updates(key, was, value, old, new):
                 raise ValueError(

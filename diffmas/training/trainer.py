@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from diffmas.evaluation.evaluator import Evaluator
-from diffmas.runs.runs import load_weights, save_weights
+from diffmas.runs.weights import load_weights, save_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.distributed import any_process, process, processes
 from diffmas.support.failures import out_of_memory, writing

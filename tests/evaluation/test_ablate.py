@@ -53,7 +53,7 @@ def test_the_report_escapes_names(tmp_path):
         ([], "no axis has several values"),
         (["--latent_steps=4"], "no axis has several values"),
         (["--latent_steps=4,x"], "latent_steps is '4,x'"),
-        (["--lora_rank=4,4"], "lora_rank is '4,4'; allowed: different values"),
+        (["--lora_r=4,4"], "lora_r is '4,4'; allowed: different values"),
         (["--detach_trace=yes,no"], "detach_trace is 'yes,no'"),
         (["--handover=full,half"], "handover is 'half'"),
         (["--agents=1,9"], "agents is 9; allowed: 1 to 2"),

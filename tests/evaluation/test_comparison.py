@@ -17,14 +17,15 @@ from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import load_topology
+from diffmas.command_line import parse_training
 from diffmas.comparison.comparison import ITEMS_FILE, Comparison, Options, Settings
 from diffmas.evaluation.methods import METHODS, TextChannel, choose_methods
 from diffmas.evaluation.methods.text_cache import TextCache, base_fingerprint
 from diffmas.evaluation.records import read_records
 from diffmas.generation import Decoding
-from diffmas.runs.runs import ADAPTER_FILE, build_system
+from diffmas.runs.files import ADAPTER_FILE
+from diffmas.runs.loading import build_system
 from diffmas.tasks import TaskArguments, load_task
-from diffmas.train import parse_arguments
 from diffmas.training.checkpoints import latest
 
 #: Fewer tokens than the prompts of relay have.
@@ -88,7 +89,7 @@ def test_methods_agree_with_the_run_s_own_evaluation(flags, tmp_path):
 
 
 def text_channel(flags, topology):
-    system_args, task_args, _, _ = parse_arguments(flags)
+    system_args, task_args, _, _ = parse_training(flags)
     task, team = load_task(task_args), load_topology(str(topology))
     system, tokenizer = build_system(system_args, METHODS["text"].topology(team))
     return TextChannel(system, task, tokenizer, team, Decoding(max_new_tokens=4, temperature=0)), task, tokenizer
@@ -227,7 +228,7 @@ def test_a_cache_of_texts_that_is_none(tmp_path):
 
 
 def test_another_base_is_another_one(flags):
-    system, _ = build_system(parse_arguments(flags())[0])
+    system, _ = build_system(parse_training(flags())[0])
     before = base_fingerprint(system.model)
     trained, frozen = (
         next(p for p in system.model.parameters() if p.requires_grad == wanted) for wanted in (True, False)

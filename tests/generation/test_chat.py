@@ -14,7 +14,11 @@ import time
 import pytest
 
 from diffmas import chat
-from diffmas.runs.runs import SYSTEM_FILE, SystemArguments, build_system, describe, save_weights
+from diffmas.runs.description import describe
+from diffmas.runs.files import SYSTEM_FILE
+from diffmas.runs.loading import build_system
+from diffmas.runs.settings import SystemArguments
+from diffmas.runs.weights import save_weights
 from diffmas.tasks import TaskArguments, load_task
 
 ITEM = load_task(TaskArguments(slots=3)).eval[0]

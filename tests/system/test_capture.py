@@ -189,16 +189,16 @@ def test_what_cannot_be_captured_runs_step_by_step_and_says_why_once():
 
 
 def test_settings():
-    assert build().latent_run is build(capture="off").latent_run is step_by_step
-    system = build(capture="auto")
+    assert build().latent_run is build(cuda_graphs="off").latent_run is step_by_step
+    system = build(cuda_graphs="auto")
     assert isinstance(system.latent_run, CapturedRuns)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_equal_training(train(system, steps=1), train(build(), steps=1))  # nothing to capture on a CPU
     with pytest.raises(ValueError, match="capture is 'on'; allowed: off, auto"):
-        build(capture="on")
+        build(cuda_graphs="on")
     with pytest.raises(ValueError, match="latent_backward is 'sweeps:2' with capture 'auto'; allowed: exact"):
-        build(capture="auto", latent_backward="sweeps:2")
+        build(cuda_graphs="auto", latent_backward="sweeps:2")
 
 
 def test_skipped_columns():

@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
 from diffmas.agents.topology import load_topology
+from diffmas.command_line import parse_training
 from diffmas.comparison.comparison import Comparison
 from diffmas.evaluation import records
-from diffmas.runs import runs
+from diffmas.runs import loading as runs
 from diffmas.support import failures
 from diffmas.support.atomic import write_atomically
 from diffmas.system import MultiAgentSystem
@@ -179,8 +180,8 @@ def test_a_name_given_twice_in_yaml(flags, tmp_path, capsys, argument):
 def test_how_many_items_are_held_out_of_a_file(tmp_path):
     """A tenth, and not as many as the preset of another task says."""
     (tmp_path / "items.jsonl").write_text('{"question": "q", "answer": "1"}\n' * 30)
-    args = train.parse_arguments([f"--task={tmp_path / 'items.jsonl'}"])[1]
-    assert args.eval_size is None and train.parse_arguments([])[1].eval_size == 1024
+    args = parse_training([f"--task={tmp_path / 'items.jsonl'}"])[1]
+    assert args.eval_size is None and parse_training([])[1].eval_size == 1024
     assert len(load_task(args).eval) == 3
 
 

@@ -6,7 +6,7 @@ import re
 import torch
 
 from diffmas import train
-from diffmas.runs.runs import ADAPTER_FILE
+from diffmas.runs.files import ADAPTER_FILE
 from diffmas.training.trainer import SystemTrainer
 
 

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import eval as evaluate
 from diffmas import train
+from diffmas.command_line import parse_training
 from diffmas.evaluation.records import read_records
+from diffmas.training import session
 
 KINDS = ["ddp", "fsdp"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -189,13 +191,13 @@ def test_fsdp1_is_refused(flags, capsys, monkeypatch):
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
 @pytest.mark.parametrize("asked", [dict(auto_batch=True), dict(checkpointing="auto")], ids=str)
 def test_no_micro_batch_is_found_for_weights_in_parts(name, asked, flags, monkeypatch):
-    parsed = train.parse_arguments(flags(**asked))
+    parsed = parse_training(flags(**asked))
     # Set by the launcher; set here once transformers has looked, since not every engine is installed.
     for variable, value in {f"ACCELERATE_USE_{name}": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "",
                             "FSDP_CPU_RAM_EFFICIENT_LOADING": ""}.items():  # fmt: skip
         monkeypatch.setenv(variable, value)
     with pytest.raises(ValueError, match=f"with {name}; allowed: both without it"):
-        train.train(*parsed)
+        session.train(*parsed)
 
 
 def test_no_micro_batch_is_found_with_fsdp_by_flag(flags, capsys, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 
 from diffmas import ablate, sandbox, train
 from diffmas import eval as evaluate
+from diffmas.command_line import parse_training
 from diffmas.system import MultiAgentSystem
 
 PROMPTS = [
@@ -83,13 +84,13 @@ def test_a_config_file_s_values_are_those_of_flags(tmp_path):
         "{latent_steps: 3, prompts: 3, learning_rate: 1e-3, temperature: 1, logging_steps: 5, use_cpu: true, "
         "lr_scheduler_kwargs: {num_cycles: 2}, lr_scheduler_type: cosine_with_restarts, data_dir: null}"
     )
-    system, task, decoding, training = train.parse_arguments([f"--config={path}"])
+    system, task, decoding, training = parse_training([f"--config={path}"])
     assert (system.latent_steps, task.prompts, task.data_dir, decoding.temperature) == (3, "3", None, 1.0)
     assert (training.learning_rate, training.logging_steps, training.use_cpu) == (1e-3, 5, True)
     assert training.lr_scheduler_kwargs == {"num_cycles": 2}
     path.write_text("label_names: [a]")
     with pytest.raises(ValueError, match=r"^label_names is \['a'\]"):
-        train.parse_arguments([f"--config={path}"])
+        parse_training([f"--config={path}"])
 
 
 def test_a_file_that_is_no_text(flags, tmp_path, capsys):

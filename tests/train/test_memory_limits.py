@@ -39,8 +39,8 @@ def test_latent_steps(flags, tmp_path, capsys, steps):
 
 @pytest.mark.parametrize("rank", [10**9, 10**12])
 def test_rank(flags, capsys, rank):
-    said = refused(capsys, flags(lora_rank=rank))
-    assert f"lora_rank is {rank}, which takes at least" in said and "allowed: up to" in said
+    said = refused(capsys, flags(lora_r=rank))
+    assert f"lora_r is {rank}, which takes at least" in said and "allowed: up to" in said
 
 
 def test_chat_with_too_many_latent_steps(base, capsys):

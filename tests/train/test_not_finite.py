@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.evaluation.records import Record, RecordFile, read_records
-from diffmas.runs.runs import ADAPTER_FILE
+from diffmas.runs.files import ADAPTER_FILE
 from diffmas.support.valid_json import to_json
 from diffmas.training.report import write_records, write_summary
 from diffmas.training.trainer import SystemTrainer
@@ -126,7 +126,7 @@ def test_no_answer_is_made_up(flags, base, broken, tmp_path, capsys, temperature
     if temperature == 0:
         assert train.main(flags(max_steps=1, disable_final_eval=True, output_dir=tmp_path / "good")) == 0
         description = json.loads((tmp_path / "good" / "system.json").read_text())
-        description["system"]["model"] = str(broken)
+        description["system"]["model_name_or_path"] = str(broken)
         (tmp_path / "good" / "system.json").write_text(json.dumps(description))
         assert evaluate.main([f"--run={tmp_path / 'good'}", "--disable_tqdm"]) == 2
         assert "error: the model's logits are not finite" in capsys.readouterr().err

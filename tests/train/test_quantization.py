@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from diffmas import train
-from diffmas.runs import runs
-from diffmas.runs.runs import load_run
+from diffmas.runs import loading as runs
+from diffmas.runs.loading import load_run
 
 
 def test_what_to_install(flags, capsys, monkeypatch):

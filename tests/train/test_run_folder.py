@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from diffmas import chat, train
 from diffmas import eval as evaluate
+from diffmas.command_line import parse_training
 from diffmas.evaluation.records import read_records
 from diffmas.support.lock import locked
 from diffmas.training.checkpoints import STAGING, checkpoints, damage, rotate
@@ -176,7 +177,7 @@ class TestOwnSettings:
         ("flag", "message"),
         [
             ("--latent_steps=3", "latent_steps is 3, but the run to go on with had 2"),
-            ("--lora_rank=4", "lora_rank is 4, but the run to go on with had 8"),
+            ("--lora_r=4", "lora_r is 4, but the run to go on with had 8"),
             ("--task_seed=1", "task_seed is 1, but the run to go on with had 0"),
             ("--alignment=ridge", "alignment is 'ridge', but the run to go on with had 'identity'"),
             ("--slots=4", "slots is 4, but the run to go on with had 8"),
@@ -208,10 +209,10 @@ class TestOwnSettings:
     def test_epochs_win_over_steps_nobody_asked_for_now(self, run, capsys):
         given = [f"--resume_from_checkpoint={run}", "--num_train_epochs=2", "--train_size=24", "--disable_final_eval"]
         assert "train_size is 24, but the run" in error_of(capsys, given)
-        args = train.parse_arguments([given[0], given[1]])[3]
+        args = parse_training([given[0], given[1]])[3]
         assert (args.max_steps, args.num_train_epochs) == (-1, 2)
-        assert train.parse_arguments([given[0]])[3].max_steps == 6
-        assert train.parse_arguments(["--num_train_epochs=2"])[3].max_steps == -1
+        assert parse_training([given[0]])[3].max_steps == 6
+        assert parse_training(["--num_train_epochs=2"])[3].max_steps == -1
 
     def test_where_nothing_is_trained_settings_stay(self, run, whole, capsys):
         given = [f"--resume_from_checkpoint={run}", "--learning_rate=1", "--seed=7", "--disable_final_eval"]
@@ -421,7 +422,7 @@ class TestDamage:
         assert (run / "system.json").read_bytes() == before
 
     def test_an_empty_name_is_no_model(self, module_flags, capsys):
-        assert "model is ''; allowed:" in error_of(capsys, [*module_flags, "--model="])
+        assert "model_name_or_path is ''; allowed:" in error_of(capsys, [*module_flags, "--model="])
 
 
 class TestOneWriter:
@@ -526,7 +527,7 @@ class TestOnItsOwn:
     def test_a_model_folder_that_has_moved_can_be_given_anew(self, own_files, base, capsys):
         shutil.copytree(base, own_files / "base")
         description = json.loads((own_files / "run" / "system.json").read_text())
-        description["system"]["model"] = str(own_files / "gone")
+        description["system"]["model_name_or_path"] = str(own_files / "gone")
         (own_files / "run" / "system.json").write_text(json.dumps(description))
         assert "no such folder" in error_of(capsys, ["--run=run", "--disable_tqdm"], evaluate)
         given = f"--model={own_files / 'base'}"
@@ -558,5 +559,5 @@ class TestOnItsOwn:
         (tmp_path / "runs").mkdir()
         began = time.monotonic()
         said = error_of(capsys, [*module_flags, f"--model={model}"])
-        assert f"model is {model!r}: no such folder" in said and time.monotonic() - began < 10
+        assert f"model_name_or_path is {model!r}: no such folder" in said and time.monotonic() - began < 10
         assert not list((tmp_path / "runs").iterdir())

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.evaluation.records import read_records
-from diffmas.runs.runs import ADAPTER_FILE, load_run
+from diffmas.runs.files import ADAPTER_FILE
+from diffmas.runs.loading import load_run
 
 ACCURACIES = {"accuracy", *(f"accuracy_{v}" for v in ("mismatched", "zero", "noise", "training_free", "single"))}
 
@@ -122,7 +123,7 @@ def test_ctrl_c_saves_and_resume_goes_on(flags, tmp_path):
         ({"dtype": "float16"}, "allowed: --bf16 True or --dtype bfloat16"),
         ({"bf16": True, "dtype": "float32"}, "bf16 is True and dtype is 'float32'; allowed: auto, bfloat16"),
         ({"fp16": True}, "fp16 is True; allowed: --bf16 True"),
-        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"lora_r": 0}, "lora_r is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1}, "temperature is -1"),
         ({"per_device_eval_batch_size": 1}, "batch_size is 1"),
@@ -172,10 +173,10 @@ def test_a_folder_that_cannot_be_made(flags, tmp_path, capsys):
 
 def test_config_file_and_flags_win_over_presets(flags, tmp_path):
     (tmp_path / "run.yaml").write_text("latent_steps: 1\nlearning_rate: 2e-2\nlora_rank: 4\n")
-    given = [f for f in flags(lora_rank=3) if not f.startswith(("--latent_steps", "--learning_rate"))]
+    given = [f for f in flags(lora_r=3) if not f.startswith(("--latent_steps", "--learning_rate"))]
     assert train.main([*given, f"--config={tmp_path / 'run.yaml'}"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert (summary["system"]["latent_steps"], summary["system"]["lora_rank"]) == (1, 3)
+    assert (summary["system"]["latent_steps"], summary["system"]["lora_r"]) == (1, 3)
 
 
 def test_config_file_with_unknown_keys(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from diffmas import train
-from diffmas.runs.runs import ADAPTER_FILE
+from diffmas.runs.files import ADAPTER_FILE
 from diffmas.training.arguments import OPTIMIZERS
 from diffmas.training.trainer import read_metrics
 

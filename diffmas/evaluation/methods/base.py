@@ -69,7 +69,7 @@ class Method:
     Args:
         name: on the command line and in records. `label`: in tables.
         trained: it has an adapter of its own; otherwise the base model answers.
-        settings: what it sets differently from the run's :class:`~diffmas.runs.runs.SystemArguments`.
+        settings: what it sets differently from the run's :class:`~diffmas.runs.settings.SystemArguments`.
         topology: its topology, from the run's.
         channel: makes what turns items into prompts, for training and answering alike.
         controls: trace controls that say something about it.

@@ -1,0 +1,112 @@
+"""What a run keeps of how it was made: `system.json`, prompts and topology, and fingerprints of its items."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffmas.agents.topology import TOPOLOGIES
+from diffmas.runs.files import PROMPTS_FILE, SYSTEM_FILE, TOPOLOGY_FILE
+from diffmas.runs.settings import SystemArguments
+from diffmas.support.atomic import write_atomically
+from diffmas.support.failures import reading
+from diffmas.support.text_file import read_text
+from diffmas.support.valid_json import to_json
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Task, TaskArguments
+from diffmas.tasks.base import JSONL
+from diffmas.tasks.content import fingerprints
+
+#: Part and name of the settings that a file in the run's folder stands for.
+OWN_FILES = (("task", "prompts", PROMPTS_FILE), ("system", "topology", TOPOLOGY_FILE))
+
+
+def describe(
+    system: MultiAgentSystem, args: SystemArguments, task: TaskArguments, decoding: dict[str, Any]
+) -> dict[str, Any]:
+    """What `system.json` holds: everything but the weights that :func:`load_run` needs. Paths hold in any folder."""
+    return {
+        "system": asdict(
+            replace(
+                args,
+                model_name_or_path=_anchored(args.model_name_or_path),
+                topology=_anchored(args.topology),
+            )
+        ),
+        "topology": system.topology.to_dict(),
+        "task": asdict(anchored(task)),
+        "decoding": decoding,
+    }
+
+
+def anchored(task: TaskArguments) -> TaskArguments:
+    """The same arguments with paths that hold in any working folder."""
+    source = _anchored(task.task) if task.task.endswith(JSONL) else task.task
+    files = {name: _anchored(getattr(task, name)) for name in ("data_dir", "eval_file", "prompts")}
+    return replace(task, task=source, **files)
+
+
+def _anchored(path: str | None) -> str | None:
+    """`path` from the root where it is one of something that is there; a name stays a name."""
+    # A link keeps its own name: what it points to may be called otherwise, as in the hub's cache.
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
+
+
+def write_description(folder: str | Path, description: dict[str, Any], task: Task) -> None:
+    """Write what a run is made from into its folder, `system.json` last."""
+    folder = Path(folder)
+    if (folder / SYSTEM_FILE).is_file():
+        # Going on, its own files are what it was given: where they first came from is kept.
+        before = json.loads(read_text(folder / SYSTEM_FILE, "run"))
+        for part, name, file in OWN_FILES:
+            if description[part][name] == str((folder / file).resolve()):
+                description[part][name] = before[part][name]
+    roles = {"roles": {name: dict(role) for name, role in task.prompts.roles.items()}}
+    _write_yaml(folder / PROMPTS_FILE, roles)
+    if description["system"]["topology"] not in TOPOLOGIES:
+        _write_yaml(folder / TOPOLOGY_FILE, description["topology"])
+    else:
+        (folder / TOPOLOGY_FILE).unlink(missing_ok=True)
+    write_atomically(folder / SYSTEM_FILE, to_json(description, indent=2) + "\n")
+
+
+def _write_yaml(path: Path, value: Any) -> None:
+    write_atomically(path, yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120))
+
+
+def content(task: Task) -> dict[str, Any]:
+    """Fingerprints of what a run is made from and its settings do not say: items and prompts."""
+    return {"data": fingerprints(task), "prompts": {n: dict(r) for n, r in task.prompts.roles.items()}}
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What `system.json` holds, with the files of which the run has its own named by their place in its folder.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is no JSON, or not what :func:`describe` writes.
+    """
+    folder = Path(folder)
+    path = folder / SYSTEM_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"run {folder} has no {SYSTEM_FILE}; allowed: a folder written by diffmas.train")
+    text = read_text(path, "run")
+    with reading(str(path)):
+        description = json.loads(text)
+    parts = ("system", "topology", "task", "decoding")
+    if not isinstance(description, dict) or (missing := [p for p in parts if not isinstance(description.get(p), dict)]):
+        what = f"no {', '.join(missing)}" if isinstance(description, dict) else f"{type(description).__name__} in it"
+        raise ValueError(f"{path} has {what}; allowed: the file that diffmas.train wrote")
+    more = ("arguments", "training", "data", "prompts")
+    if wrong := [p for p in more if not isinstance(description.get(p, {}), dict)]:
+        raise ValueError(f"{path} has no mapping as its {wrong[0]}; allowed: the file that diffmas.train wrote")
+    named = (("system", "model_name_or_path"), ("task", "task"))
+    if missing := [name for part, name in named if name not in description[part]]:
+        raise ValueError(f"{path} does not say its {' and '.join(missing)}; allowed: the file that diffmas.train wrote")
+    for part, name, file in OWN_FILES:
+        if (folder / file).is_file():
+            description[part][name] = str((folder / file).resolve())
+    return description

@@ -1,0 +1,73 @@
+"""What a system is made of, as flags and as a run keeps it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from diffmas.models.loading import DTYPES, QUANTIZATIONS
+from diffmas.models.loss import LOSSES
+
+
+@dataclass
+class SystemArguments:
+    """The model and the agents on it."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--model"],
+            "help": "Hub id or folder of a causal language model; default: the embedded base.",
+        },
+    )
+    dtype: str = field(default="auto", metadata={"help": f"Of the base model's weights: {', '.join(DTYPES)}."})
+    quantization: str = field(
+        default="none", metadata={"help": f"Of the base model's weights: {', '.join(QUANTIZATIONS)} (bitsandbytes)."}
+    )
+    random_weights: bool = field(
+        default=False, metadata={"help": "Take only the model's configuration and tokenizer (for tests and timing)."}
+    )
+    topology: str = field(
+        default="sequential",
+        metadata={"help": "sequential, hierarchical, stitch, relay, single, or the path of a .yaml file."},
+    )
+    handover: str | None = field(
+        default=None, metadata={"help": "What receivers attend to: full or latent; default: the topology's own."}
+    )
+    latent_steps: int = field(default=10, metadata={"help": "Latent steps m of every agent but the last."})
+    alignment: str = field(default="identity", metadata={"help": "identity, ridge or learned."})
+    alignment_initial: str = field(
+        default="identity", metadata={"help": "What a learned alignment starts at: identity or ridge."}
+    )
+    detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
+    latent_backward: str = field(
+        default="exact",
+        metadata={"help": "Gradient of latent runs: exact, or sweeps:k, k parallel backward passes (exact for k = m)."},
+    )
+    cuda_graphs: str = field(
+        default="off",
+        metadata={
+            "aliases": ["--capture"],
+            "help": "Latent runs as CUDA graphs: off, or auto (where they can be captured; not yet run on a GPU).",
+        },
+    )
+    checkpointing: str = field(
+        default="none",
+        metadata={
+            "help": "Calls whose activations the backward recomputes: none, prefill, all, or auto (what memory needs)."
+        },
+    )
+    lora_r: int = field(default=8, metadata={"aliases": ["--lora_rank"], "help": "Rank of the LoRA adapter."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter."})
+    lora_target_modules: str = field(
+        default="all-linear",
+        metadata={
+            "aliases": ["--lora_targets"],
+            "help": "Modules to adapt: all-linear, or names separated by commas.",
+        },
+    )
+    implementation: str = field(
+        default="auto", metadata={"help": "Operators: auto, or one implementation to insist on."}
+    )
+    loss: str = field(
+        default="auto", metadata={"help": f"How training takes the loss: {', '.join(LOSSES)}; see docs/training.md."}
+    )

@@ -1,0 +1,80 @@
+"""The weights of a run: what training changes, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffmas.runs.card import write_card
+from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
+from diffmas.support.distributed import is_sharded, like, process, whole
+from diffmas.support.failures import reading, writing
+from diffmas.support.quiet import quiet_loading
+from diffmas.system import MultiAgentSystem
+
+
+def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
+    """Write what training changes: the adapter, as stock PEFT loads it, and a learned alignment.
+
+    Of several processes the first writes; all of them have to call this, since sharded weights are gathered.
+    """
+    folder, first = Path(folder), process() == 0
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = None
+    if is_sharded(system):
+        trained = {n: whole(p.detach()).cpu() for n, p in system.model.named_parameters() if p.requires_grad}
+    weight = whole(system.alignment.weight.detach()) if system.alignment.kind == "learned" else None
+    if not first:
+        return
+    # Beside, and then renamed, the adapter last: where it is, all else is, and nothing is half written.
+    beside = folder / ".weights"
+    shutil.rmtree(beside, ignore_errors=True)
+    with writing(folder / ADAPTER_FILE):
+        system.model.save_pretrained(beside, state_dict=trained)
+    # Of a checkpoint, the description is in the run's folder, above the one it is written in.
+    described = (path / SYSTEM_FILE for path in (folder, *folder.parents[:2]))
+    write_card(system, beside, next((path for path in described if path.is_file()), None))
+    if weight is not None:
+        with writing(folder / ALIGNMENT_FILE):
+            save_file({"weight": weight.cpu().contiguous()}, beside / ALIGNMENT_FILE)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == ADAPTER_FILE):
+        os.replace(path, folder / path.name)
+    beside.rmdir()
+
+
+def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
+    """Read what :func:`save_weights` wrote into `system`."""
+    folder = Path(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
+    with reading(str(folder / ADAPTER_FILE)):
+        _load_adapter(system, folder)
+    if system.alignment.kind == "learned":
+        load_alignment(system, folder)
+
+
+def _load_adapter(system: MultiAgentSystem, folder: Path) -> None:
+    if is_sharded(system):
+        adapter = {n.replace(".default", ""): p for n, p in system.model.named_parameters() if p.requires_grad}
+        for name, value in load_file(folder / ADAPTER_FILE).items():
+            _copy(value, adapter[name])
+    else:
+        with quiet_loading():
+            system.model.load_adapter(str(folder), "default", is_trainable=True)
+
+
+@torch.no_grad()
+def _copy(value: torch.Tensor, parameter: torch.Tensor) -> None:
+    parameter.copy_(like(value, parameter))
+
+
+def load_alignment(system: MultiAgentSystem, folder: Path) -> None:
+    path = folder / ALIGNMENT_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"run {folder} has no {ALIGNMENT_FILE}, which a learned alignment is kept in")
+    with reading(str(path)):
+        _copy(load_file(path)["weight"], system.alignment.weight)

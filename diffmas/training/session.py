@@ -1,0 +1,285 @@
+"""One training from its settings to its report: what `python -m diffmas.train` does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Subset
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from diffmas.agents.collator import Collator
+from diffmas.agents.topology import Topology, load_topology
+from diffmas.command_line import DecodingArguments, TrainArguments
+from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.methods.base import TraceChannel
+from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
+from diffmas.generation import Decoding
+from diffmas.models.liger import check_liger, fuse_liger
+from diffmas.models.source import check_source
+from diffmas.prompts.dates import print_date, today
+from diffmas.prompts.shortened import cut_line, cut_summary
+from diffmas.runs.description import content, describe, read_description, write_description
+from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
+from diffmas.runs.loading import build_system
+from diffmas.runs.settings import SystemArguments
+from diffmas.runs.weights import save_weights
+from diffmas.support.distributed import (
+    asked_sharding,
+    decided_by_first,
+    gathered,
+    is_sharded,
+    process,
+    processes,
+    settle_sharding,
+)
+from diffmas.support.folders import check_output
+from diffmas.support.lock import locked
+from diffmas.support.machine import machine, peak_memory_mb
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Task, TaskArguments, load_task
+from diffmas.training.arguments import check_batches
+from diffmas.training.batching import ItemLengths, adapt, autocast_dtype, print_fit
+from diffmas.training.checkpoints import bring_best, clear_staging, set_aside, step_of
+from diffmas.training.precision import check_base, settle_precision
+from diffmas.training.preflight import (
+    adapter_copies,
+    check_evaluation,
+    check_training_memory,
+    check_training_positions,
+    length_bound,
+)
+from diffmas.training.profiling import ProfileStep
+from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
+from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
+from diffmas.training.trainer import Items, MetricsFile, StopOnInterrupt, SystemTrainer
+
+EVAL_DURING_TRAINING = 256
+#: Of the training arguments, besides the seed, what decides which weights come out.
+WEIGHT_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
+    "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "data_seed",
+    "dataloader_drop_last", "bf16", "fp16",
+)  # fmt: skip
+MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Collator]
+
+
+def train(
+    system_args: SystemArguments,
+    task_args: TaskArguments,
+    decoding_args: DecodingArguments,
+    args: TrainArguments,
+    *,
+    topology: Topology | None = None,
+    collator: MakeCollator = lambda system, task, tokenizer: Collator(system.topology, task.prompts, tokenizer),
+) -> int:
+    """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
+    with contextlib.ExitStack() as held:
+        return _train(system_args, task_args, decoding_args, args, topology, collator, held)
+
+
+def _train(
+    system_args: SystemArguments,
+    task_args: TaskArguments,
+    decoding_args: DecodingArguments,
+    args: TrainArguments,
+    topology: Topology | None,
+    collator: MakeCollator,
+    held: contextlib.ExitStack,
+) -> int:
+    started = time.perf_counter()
+    check_source(system_args.model_name_or_path)
+    if args.output_dir is not None:
+        check_output(args.output_dir, "output_dir")
+    if settle_sharding(args) and system_args.quantization != "none":
+        raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
+    adapting = args.auto_batch or system_args.checkpointing == "auto"
+    if adapting and (sharding := asked_sharding(args)):
+        raise ValueError(
+            f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
+            "both without it, since they need whole weights in every process; with it, neither auto_batch nor auto"
+        )
+    if args.fsdp and processes() == 1:
+        raise ValueError("fsdp is True in one process; allowed: False, or several processes (torchrun)")
+    settle_precision(system_args, args)
+    if args.use_liger_kernel:
+        check_liger(args.device, args.liger_kernel_config)
+    decoding = Decoding(**asdict(decoding_args), seed=args.seed)
+    task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
+    task = load_task(task_args)
+    topology = topology or load_topology(system_args.topology, system_args.handover)
+    task_args = replace(task_args, checker=task.checker)
+    if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
+        raise ValueError("the training set is empty; allowed: at least one item")
+    check_batches(args, len(task.train))
+    check_prompts(task, roles_of(topology), training=True)
+    left_out = {} if args.disable_final_eval else variants_left_out(task, topology)
+    if process() == 0:
+        print_left_out(left_out)
+    if not args.disable_final_eval or args.eval_strategy != "no":
+        task.ready()
+    set_seed(args.seed)
+    system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
+    check_base(system.language_model.dtype)
+    if process() == 0:
+        print_date(tokenizer, task_args.date)
+    if args.use_liger_kernel:
+        fuse_liger(system.model, args.device, args.liger_kernel_config)
+        # Done: the Trainer would look for a transformers model and find a system.
+        args.use_liger_kernel = False
+    description = describe(system, system_args, task_args, asdict(decoding_args))
+    description["training"] = {"seed": args.seed, **weight_settings(args)}
+    description["arguments"] = given_settings(args)
+    description |= content(task)
+    collate = collator(system, task, tokenizer)
+    lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
+    own_prompts = Collator(system.topology, task.prompts, tokenizer)
+    own_lengths = lengths if type(collate) in (Collator, TraceChannel) else ItemLengths(task.train, own_prompts)
+    bound = length_bound(own_prompts, task.train)
+    check_training_memory(system, args, 1 if args.auto_batch else args.per_device_train_batch_size, own_lengths, bound)
+    check_training_positions(system, own_lengths, bound)
+    if not args.disable_final_eval or args.eval_strategy != "no":
+        check_evaluation(system, own_prompts, task.eval, decoding, args.per_device_eval_batch_size)
+    fitted: dict[str, Any] = {}
+    if adapting:
+        fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
+        print_fit(args, fitted["fit"])
+        check_batches(args, len(task.train))
+    args.output_dir, checkpoint, description = decided_by_first(lambda: _open_folder(args, task, description, held))
+    if checkpoint is not None:
+        # It was evaluated before its first step.
+        args.eval_on_start = False
+
+    evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
+    args.remove_unused_columns = False
+    args.dataloader_pin_memory &= torch.cuda.is_available()
+    stop = StopOnInterrupt()
+    trainer = SystemTrainer(
+        model=system,
+        args=args,
+        train_dataset=Items(task.train),
+        eval_dataset=Subset(Items(task.eval), range(min(EVAL_DURING_TRAINING, len(task.eval)))),
+        data_collator=collate,
+        evaluator=evaluator,
+        lengths=lengths,
+        callbacks=[MetricsFile(), stop, *([ProfileStep(system, autocast_dtype(args))] if args.profile else [])],
+    )
+    if checkpoint is not None and step_of(checkpoint) >= _steps(args, len(task.train)):
+        trainer.finish_from(checkpoint)
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    first = trainer.is_world_process_zero()
+    if stop.interrupted:
+        if first:
+            way = f"go on with --resume_from_checkpoint {args.output_dir}"
+            if args.save_only_model:
+                way = "the checkpoint holds weights alone (save_only_model): nothing can go on from it"
+            print(f"stopped at step {trainer.state.global_step}; {way}")
+        return 130
+    if first and args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
+        print("load_best_model_at_end: no checkpoint was evaluated: these are the last weights")
+    folder = Path(args.output_dir)
+    save_weights(system, folder)
+    summary: dict[str, Any] = {}
+    if not args.disable_final_eval:
+        variants = [variant for variant in VARIANTS if variant not in left_out]
+        accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
+        if first:
+            write_records(folder, records)
+        summary.update(accuracy_fields(accuracies), eval_items=len(task.eval), left_out=left_out)
+    peak = max(gathered([peak_memory_mb()]))
+    cut = cut_summary(task.prompts)
+    if not first:
+        return 0
+    if line := cut_line(cut):
+        print(line)
+    summary.update(
+        seconds=round(time.perf_counter() - started, 1),
+        peak_memory_mb=round(peak),
+        steps=trainer.state.global_step,
+        **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
+        parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
+        machine=machine(),
+        parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
+        **({"cut": cut} if cut else {}),
+        **fitted,
+        **{k: v for k, v in description.items() if k != "prompts"},
+    )
+    write_summary(folder, summary)
+    report = write_report(folder)
+    print_accuracies(summary)
+    Console().print(f"{summary['seconds']} s, {summary['peak_memory_mb']} MB at most; report: {report}")
+    return 0
+
+
+def _steps(args: TrainArguments, items: int) -> int:
+    """Optimizer steps of the whole training."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = items / (args.per_device_train_batch_size * processes())
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(math.ceil(batches / args.gradient_accumulation_steps), 1))
+
+
+def _open_folder(
+    args: TrainArguments, task: Task, description: dict[str, Any], held: contextlib.ExitStack
+) -> tuple[str, str | None, dict[str, Any]]:
+    """The run's folder, held against others; the checkpoint to go on from; the description that is written there.
+
+    Nothing finished is overwritten: where no step is left to train, the weights stay those of the settings they were
+    trained with; where some are, a finished run's adapter is set aside until they are.
+    """
+    resume, output_dir, checkpoint = args.resume_from_checkpoint, args.output_dir, None
+    run = None if resume is None else run_folder(resume, output_dir)
+    if run is not None:
+        output_dir = output_dir or str(run)
+        if run.is_dir() and Path(output_dir).resolve() == run.resolve():
+            held.enter_context(locked(output_dir))
+        checkpoint = checkpoint_of(resume, run)
+        if (run / SYSTEM_FILE).is_file():
+            for note in check_same(before := read_description(run), description):
+                print(note)
+    elif output_dir is None:
+        candidates = (Path("runs", task.name if i == 1 else f"{task.name}-{i}") for i in range(1, sys.maxsize))
+        output_dir = str(next(c for c in candidates if not c.exists()))
+    elsewhere = run is None or Path(output_dir).resolve() != run.resolve()
+    if elsewhere and (any(Path(output_dir).glob("checkpoint-*")) or Path(output_dir, ADAPTER_FILE).exists()):
+        raise ValueError(
+            f"output_dir is {output_dir!r}, which holds a run already; allowed: another folder, or "
+            f"--resume_from_checkpoint {output_dir}"
+        )
+    if elsewhere:
+        held.enter_context(locked(output_dir))
+    clear_staging(output_dir)
+    if not elsewhere:
+        step = 0 if checkpoint is None else step_of(checkpoint)
+        finished = Path(output_dir, ADAPTER_FILE)
+        if step >= _steps(args, len(task.train)):
+            print("no step is left to train: the run's training settings stay as they were")
+            description |= {part: before[part] for part in ("training", "arguments") if part in before}
+        elif finished.is_file():
+            finished.rename(old := finished.with_suffix(".old.safetensors"))
+            print(f"{finished} is kept as {old.name}")
+        for path in set_aside(output_dir, step):
+            print(f"{path} is kept as {path.name}.old")
+    if checkpoint is not None and args.load_best_model_at_end:
+        bring_best(checkpoint, output_dir)
+    write_description(output_dir, description, task)
+    return output_dir, None if checkpoint is None else str(checkpoint), description
+
+
+def weight_settings(args: TrainArguments) -> dict[str, Any]:
+    """The arguments named in :data:`WEIGHT_SETTINGS`, ready for JSON."""
+    settings = {k: v for k, v in args.to_dict().items() if k in WEIGHT_SETTINGS}
+    # As one value: settings that only one of two runs has do not count as a difference.
+    return {k: json.dumps(v, sort_keys=True) if isinstance(v, dict) else v for k, v in settings.items()}
