@@ -19,7 +19,7 @@ from rich.table import Table
 
 from diffmas.agents.alignment import ALIGNMENTS
 from diffmas.agents.topology import Agent, Topology
-from diffmas.command_line import LOWER, Parser, as_flags, integers
+from diffmas.command_line import LESS_MEMORY, Parser, as_flags, integers
 from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison.report import accuracy, by_name
 from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise_on_interrupt()
     parser = Parser(AblateArguments, prog=PROGRAM, description=__doc__)
     args, flags = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    return run_program(PROGRAM, lambda: _ablate(args, flags), lower=LOWER)
+    return run_program(PROGRAM, lambda: _ablate(args, flags), lower=LESS_MEMORY)
 
 
 def _ablate(args: AblateArguments, flags: list[str]) -> int:

@@ -19,6 +19,8 @@ from diffmas.training.arguments import settle, settle_updates
 from diffmas.training.launch import check_processes, settle_processes
 from diffmas.training.resuming import own_settings, run_folder
 
+#: Flags of an evaluation that take less memory where they are smaller.
+LESS_MEMORY = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 PRESETS = Path(__file__).parent / "presets"
 
 

@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import Topology
-from diffmas.command_line import Parser, as_flags, integers
+from diffmas.command_line import LESS_MEMORY, Parser, as_flags, integers
 from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings, changes
 from diffmas.comparison.report import print_comparison, write_comparison_report
 from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
@@ -45,8 +45,6 @@ from diffmas.training.launch import check_alone, join
 from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 
 PROGRAM = "python -m diffmas.eval"
-#: What takes less memory where it is smaller.
-LOWER = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
@@ -110,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.ExitStack() as held:
             return _evaluate(args, held) if args.methods is None else _compare(args, unknown)
 
-    return run_program(PROGRAM, work, lower=LOWER)
+    return run_program(PROGRAM, work, lower=LESS_MEMORY)
 
 
 def _evaluate(args: EvalArguments, held: contextlib.ExitStack) -> int:

@@ -21,10 +21,9 @@ def check_source(model: str | None) -> None:
     """
     if model is None or (model and Path(model).is_dir()):
         return
+    named = f"model_name_or_path is {model!r}"
     if not model:
-        raise ValueError(
-            "model_name_or_path is ''; allowed: a folder, an id of the hub, or no model for the embedded base"
-        )
+        raise ValueError(f"{named}; allowed: a folder, an id of the hub, or none for the embedded base")
     path = Path(model)
     # "runs/mine", where there is a folder "runs", is meant to be in it.
     is_path = (
