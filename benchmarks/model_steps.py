@@ -59,11 +59,11 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
     runs = CapturedRuns()
 
     def replayed() -> KVTrace:
-        runs.install(system)
+        system.trajectory = replace(system.trajectory, latent_run=runs, allocate=runs.allocate)
         return traced()
 
     def stepwise() -> KVTrace:
-        system.latent_run, system.allocate_trace = step_by_step, KVTrace.allocate
+        system.trajectory = replace(system.trajectory, latent_run=step_by_step, allocate=KVTrace.allocate)
         return traced()
 
     def run_captured(trace) -> Tensor:
@@ -73,9 +73,13 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
         return last
 
     def traced() -> KVTrace:
-        trace = system._allocate(case.batch, capacity=case.prompt + case.latent)
+        model = system.agent_model
+        trace = system.trajectory.allocate(
+            batch=case.batch, capacity=case.prompt + case.latent, implementation=model.implementation,
+            **model.trace_sizes,
+        )  # fmt: skip
         with torch.no_grad():
-            system.read(trace, lengths, input_ids=prompt.flatten())
+            model.read(trace, lengths, input_ids=prompt.flatten())
         return trace
 
     def run(trace) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -94,17 +94,19 @@ def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
 
     def captured() -> None:
         without()
-        runs.install(system)
+        system.trajectory = replace(system.trajectory, latent_run=runs, allocate=runs.allocate)
 
     runs = CapturedRuns()
 
     def without() -> None:
-        system.latent_run, system.allocate_trace = step_by_step, KVTrace.allocate
-        system.language_model.gradient_checkpointing_disable()
+        system.trajectory = replace(system.trajectory, latent_run=step_by_step, allocate=KVTrace.allocate)
+        system.agent_model.language_model.gradient_checkpointing_disable()
 
     def checkpointing() -> None:
         without()
-        system.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        system.agent_model.language_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
 
     trace = 2 * case.layers * case.batch * case.kv_heads * case.columns * case.head_dim * case.item
     contenders = {

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def measure(label: str, system: MultiAgentSystem, inputs: Inputs, *, seconds: fl
     system.train()
 
     def prepare(name: str) -> None:
-        system.latent_run = latent_run(name)
+        system.trajectory = replace(system.trajectory, latent_run=latent_run(name))
         system.zero_grad()
 
     def run(_) -> None:

@@ -17,12 +17,12 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from diffmas.agents.alignment import ALIGNMENTS
 from diffmas.agents.topology import Agent, Topology
 from diffmas.command_line import LESS_MEMORY, Parser, as_flags, integers
 from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison.report import accuracy, by_name
 from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
+from diffmas.models.alignment import ALIGNMENTS
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import run_program
 from diffmas.support.folders import check_output

@@ -134,7 +134,7 @@ class HarnessModel(LM):
         return [ids for ids, _ in packed], [lengths for _, lengths in packed]
 
     def _score(self, ids, lengths, answer_ids, answer_lengths) -> list[tuple[float, bool]]:
-        device = self.system.language_model.device
+        device = self.system.agent_model.language_model.device
         answer_ids = answer_ids.to(device)
         with evaluating(self.system, adapter=self.adapter):
             logits = self.system([t.to(device) for t in ids], lengths, answer_ids, answer_lengths).logits

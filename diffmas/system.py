@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import index
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from diffmas.agents.alignment import Alignment
 from diffmas.agents.captured_runs import CapturedRuns, asks_for_graphs
 from diffmas.agents.controls import Control
-from diffmas.agents.latent_runs import LatentRun
 from diffmas.agents.positions import check_positions
 from diffmas.agents.sweeps import latent_run
-from diffmas.agents.topology import Agent, Topology
+from diffmas.agents.topology import Topology
+from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
-from diffmas.models.activation_checkpointing import ActivationCheckpointing
-from diffmas.models.attention import attach, rotary_of
-from diffmas.models.decoder_layer import fuse_layers
-from diffmas.models.lora import fuse_lora
-from diffmas.models.loss import AnswerLoss, plain_loss
-from diffmas.models.norm import fuse_norms
-from diffmas.support.distributed import is_sharded, reach
-from diffmas_ops import Call, KVTrace, Segment, kv_concat
-
-Lengths = Sequence[int]
+from diffmas.models.agent_model import AgentModel, Lengths
+from diffmas.models.loss import plain_loss
+from diffmas_ops import KVTrace
 
 
 @dataclass
@@ -43,18 +33,6 @@ class TrajectoryOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-
-
-@dataclass
-class AgentState:
-    """The trace an agent writes, and where in it each agent's segment stands.
-
-    `segments[name]`: per row, the columns `begin … prompt_end` of the prompt part and `prompt_end … end` of the
-    latent part.
-    """
-
-    trace: KVTrace
-    segments: dict[str, tuple[list[int], list[int], list[int]]]
 
 
 class MultiAgentSystem(nn.Module):
@@ -100,46 +78,42 @@ class MultiAgentSystem(nn.Module):
         loss: str = "auto",
     ):
         super().__init__()
-        self.loss = AnswerLoss(loss)
-        if index(latent_steps) < 0:
-            raise ValueError(f"latent_steps is {latent_steps}; allowed: integers ≥ 0")
-        self.model, self.topology = model, topology
-        self.latent_steps, self.detach_trace, self.implementation = latent_steps, detach_trace, implementation
-        base = self.language_model
-        attach(base)
-        fuse_lora(base)
-        fuse_norms(base)
-        fuse_layers(base)
-        self.rotary = rotary_of(base)
-        self.decode_step: engine.Step = engine.eager_step
-        self.latent_run: LatentRun = latent_run(latent_backward)
-        self.allocate_trace = KVTrace.allocate
-        if asks_for_graphs(cuda_graphs, latent_backward):
-            CapturedRuns().install(self)
-        self.checkpointing = ActivationCheckpointing(base, checkpointing)
-        self.alignment = Alignment(
-            base.get_input_embeddings().weight,
-            base.get_output_embeddings().weight,
-            alignment,
-            initial=alignment_initial,
+        self.agent_model = AgentModel(
+            model,
+            alignment=alignment,
+            alignment_initial=alignment_initial,
+            checkpointing=checkpointing,
             implementation=implementation,
+            loss=loss,
         )
+        captured = CapturedRuns() if asks_for_graphs(cuda_graphs, latent_backward) else None
+        self.trajectory = Trajectory(
+            self.agent_model,
+            topology,
+            latent_steps,
+            detach_trace,
+            latent_run=captured or latent_run(latent_backward),
+            allocate=captured.allocate if captured else KVTrace.allocate,
+        )
+
+    @property
+    def topology(self) -> Topology:
+        return self.trajectory.topology
+
+    @property
+    def latent_steps(self) -> int:
+        return self.trajectory.latent_steps
 
     @property
     def _no_split_modules(self) -> list[str]:
         """What accelerate shards one by one: transformers' layers."""
-        return self.language_model._no_split_modules
+        return self.agent_model.language_model._no_split_modules
 
     @property
     def has_unreached_parameters(self) -> bool:
         """Whether a learned Wₐ takes no part in the gradient."""
-        reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.detach_trace
-        return self.alignment.kind == "learned" and not reached
-
-    @property
-    def language_model(self) -> PreTrainedModel:
-        """The transformers model, without PEFT around it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
+        return self.agent_model.alignment.kind == "learned" and not reached
 
     def forward(
         self,
@@ -160,25 +134,24 @@ class MultiAgentSystem(nn.Module):
             num_items_in_batch: what to divide the summed loss by; default the number of answer tokens.
             return_logits: without, the loss does not need the logits of all answer tokens at once.
         """
-        self._check(prompt_ids, prompt_lengths)
-        rows = len(prompt_lengths[0])
+        rows = len(prompt_lengths[-1])
         if len(answer_lengths) != rows or min(answer_lengths) < 1 or sum(answer_lengths) != answer_ids.numel():
             raise ValueError(
                 f"answer_lengths is {list(answer_lengths)} for {answer_ids.numel()} tokens; allowed: "
                 f"{rows} lengths ≥ 1 that sum to the number of tokens"
             )
-        trace = self.communicate(prompt_ids, prompt_lengths, answer_lengths)
+        model = self.agent_model
+        trace = self.trajectory.communicate(prompt_ids, prompt_lengths, answer_lengths).trace
         lengths = prompt_lengths[-1]
         ids = _interleave(prompt_ids[-1], lengths, answer_ids, answer_lengths)
         totals = [p + a for p, a in zip(lengths, answer_lengths, strict=True)]
         longest = max(before + more for before, more in zip(trace.host_lengths, totals, strict=True))
-        check_positions(self, longest, "a training batch")
+        check_positions(model.language_model, longest, "a training batch")
         # The tokens that predict the answer's.
         predicting = [(p - 1, p - 1 + a) for p, a in zip(lengths, answer_lengths, strict=True)]
-        states = self.read(trace, totals, input_ids=ids, outputs=predicting)
-        head = self.language_model.get_output_embeddings()
-        logits = head(states) if return_logits else None
-        loss = plain_loss(logits, answer_ids) if return_logits else self.loss(head, states, answer_ids)
+        states = model.read(trace, totals, input_ids=ids, outputs=predicting)
+        logits = model.head(states) if return_logits else None
+        loss = plain_loss(logits, answer_ids) if return_logits else model.answer_loss(model.head, states, answer_ids)
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch
         return TrajectoryOutput(loss=loss / count, logits=logits)
 
@@ -193,8 +166,9 @@ class MultiAgentSystem(nn.Module):
         control: Control | None = None,
     ) -> list[list[Completion]]:
         """The last agent's answers, `[row][sample]`; see :class:`diffmas.generation.Engine` for the arguments."""
-        self._check(prompt_ids, prompt_lengths)
-        return engine.generate(self, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control)
+        return engine.generate(
+            self.trajectory, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control
+        )
 
     def stream(
         self,
@@ -207,139 +181,9 @@ class MultiAgentSystem(nn.Module):
         control: Control | None = None,
     ) -> Iterator[Event]:
         """The same token by token, as they come; every answer's last event carries its completion."""
-        self._check(prompt_ids, prompt_lengths)
-        return engine.stream(self, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control)
-
-    def communicate(
-        self,
-        prompt_ids: Sequence[Tensor],
-        prompt_lengths: Sequence[Lengths],
-        reserve: Lengths | None = None,
-    ) -> KVTrace:
-        """Run every agent but the last and return the trace the last one attends to, before its own prompt.
-
-        `reserve`: columns a row to leave room for behind the last prompt; None lets the trace grow.
-        """
-        return self.hand_over(prompt_ids, prompt_lengths, reserve).trace
-
-    def hand_over(
-        self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None
-    ) -> AgentState:
-        """Like :meth:`communicate`, with the places of the agents' segments in the trace."""
-        states: dict[str, AgentState] = {}
-        agents = self.topology.agents
-        lengths = dict(zip((a.name for a in agents), prompt_lengths, strict=True))
-        for agent, ids in zip(agents[:-1], prompt_ids[:-1], strict=True):
-            with torch.no_grad() if self.detach_trace else contextlib.nullcontext():
-                state = self._receive(agent, states, lengths, reserve)
-                self._write(agent, state, ids, lengths[agent.name])
-            states[agent.name] = state
-        received = self._receive(agents[-1], states, lengths, reserve)
-        if self.detach_trace:
-            received.trace.detach_()
-        return received
-
-    def read(
-        self,
-        trace: KVTrace,
-        lengths: Lengths | Call,
-        *,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        outputs: Sequence[tuple[int, int]] | None = None,
-    ) -> Tensor:
-        """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row.
-
-        `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
-        `outputs`: per row, the range of its new tokens whose hidden states are returned; None: all.
-        """
-        if isinstance(lengths, Call) and outputs is not None:
-            raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
-        call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
-        hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if is_sharded(self) and hidden.requires_grad:
-            trace.order = reach(trace.order, hidden)
-        return hidden
-
-    def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Like :meth:`read`, of a call that is open already."""
-        inputs = {"input_ids": input_ids[None]} if inputs_embeds is None else {"inputs_embeds": inputs_embeds[None]}
-        decoder = self.language_model.get_decoder()
-        with self.checkpointing.for_call(latent=inputs_embeds is not None):
-            output = decoder(**inputs, position_ids=call.position_ids, use_cache=False, trace_call=call)
-        hidden, wanted = output.last_hidden_state[0], call.outputs
-        # A fused last layer has left the others out already.
-        return hidden if wanted is None or len(hidden) == wanted.total else hidden[wanted.index]
-
-    def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:
-        trace = state.trace
-        begin = trace.host_lengths
-        hidden = self.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
-        prompt_end = trace.host_lengths
-        if self.latent_steps:
-            self.latent_run(self, trace, hidden)
-        state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
-
-    def _receive(
-        self, agent: Agent, states: dict[str, AgentState], lengths: dict[str, Lengths], reserve: Lengths | None
-    ) -> AgentState:
-        if (sender := self.topology.continues(agent)) is not None:
-            return states[sender]
-        segments, located = [], {}
-        length = [0] * len(lengths[agent.name])
-        for name in self.topology.ancestors(agent.name):
-            holder = next(states[s] for s in agent.senders if name in states[s].segments)
-            begin, prompt_end, end = holder.segments[name]
-            begin = begin if self.topology.handover == "full" else prompt_end
-            segments.append(Segment(holder.trace, begin, end))
-            moved = [at - b for at, b in zip(length, begin, strict=True)]
-            located[name] = tuple([x + by for x, by in zip(xs, moved, strict=True)] for xs in (begin, prompt_end, end))
-            length = located[name][2]
-        capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
-        trace_options = dict(capacity=capacity, grow=reserve is None, implementation=self.implementation)
-        if segments:
-            trace = kv_concat(segments, rotary=self.rotary, allocate=self.allocate_trace, **trace_options)
-            return AgentState(trace, located)
-        return AgentState(self._allocate(len(length), **trace_options), located)
-
-    def _allocate(self, batch: int, **options) -> KVTrace:
-        config = self.language_model.config.get_text_config(decoder=True)
-        device = self.language_model.device
-        autocast = torch.is_autocast_enabled(device.type)
-        return self.allocate_trace(
-            num_layers=config.num_hidden_layers,
-            batch=batch,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=torch.get_autocast_dtype(device.type) if autocast else self.language_model.dtype,
-            device=device,
-            **options,
+        return engine.stream(
+            self.trajectory, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control
         )
-
-    def _room(self, agent: Agent, lengths: dict[str, Lengths], reserve: Lengths | None) -> list[int]:
-        """Columns a row that `agent`, and those who go on writing its trace, will add."""
-        own = list(lengths[agent.name])
-        if agent is self.topology.last:
-            return own if reserve is None else [n + more for n, more in zip(own, reserve, strict=True)]
-        own = [n + self.latent_steps for n in own]
-        for heir in self.topology.agents:
-            if self.topology.continues(heir) == agent.name:
-                return [n + more for n, more in zip(own, self._room(heir, lengths, reserve), strict=True)]
-        return own
-
-    def _check(self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths]) -> None:
-        names = [a.name for a in self.topology.agents]
-        if not len(prompt_ids) == len(prompt_lengths) == len(names):
-            raise ValueError(
-                f"prompt_ids has {len(prompt_ids)} and prompt_lengths {len(prompt_lengths)} entries; "
-                f"allowed: one per agent ({', '.join(names)})"
-            )
-        for name, ids, lengths in zip(names, prompt_ids, prompt_lengths, strict=True):
-            if len(lengths) != len(prompt_lengths[0]) or min(lengths, default=0) < 1 or sum(lengths) != ids.numel():
-                raise ValueError(
-                    f"prompt_lengths of agent {name} is {list(lengths)} for {ids.numel()} tokens; allowed: "
-                    f"{len(prompt_lengths[0])} lengths ≥ 1 that sum to the number of tokens"
-                )
 
 
 def _interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: Lengths) -> Tensor:

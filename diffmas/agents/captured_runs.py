@@ -18,19 +18,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffmas.agents.latent_runs import step_by_step
+from diffmas.models.agent_model import AgentModel
 from diffmas_ops import KVTrace
 from diffmas_ops.gradients import TraceGradients
 from diffmas_ops.trace import TraceStorage
-
-if TYPE_CHECKING:
-    from diffmas.system import MultiAgentSystem
 
 CUDA_GRAPHS = ("off", "auto")
 #: Capacities are multiples of this, so that batches of other lengths meet the same recordings.
@@ -167,7 +164,8 @@ class _Run:
 
     def __init__(
         self,
-        system: MultiAgentSystem,
+        model: AgentModel,
+        steps: int,
         storage: _Leased,
         hidden: Tensor,
         starts: Tensor,
@@ -175,24 +173,22 @@ class _Run:
         recording: bool,
         executor: Eager | CudaGraphs,
     ):
-        self._system, self._recording, self._parameters = weakref.ref(system), recording, list(parameters)
+        self._model, self._steps = weakref.ref(model), steps
+        self._recording, self._parameters = recording, list(parameters)
         self._hidden = hidden.detach().clone().requires_grad_(recording)
         # The last columns a run can start at: launches are sized for them, and read the real ones on the device.
-        self._latest = [storage.keys.shape[3] - system.latent_steps] * len(hidden)
-        self._trace = KVTrace(
-            _Recorded(storage.buffers), self._latest, grow=False, implementation=system.implementation
-        )
+        self._latest = [storage.keys.shape[3] - steps] * len(hidden)
+        self._trace = KVTrace(_Recorded(storage.buffers), self._latest, grow=False, implementation=model.implementation)
         self._starts = starts.clone()
         self.deferred: dict | None = None
         self._forward, *backward = executor.record([self._step, self._differentiate][: 1 + recording])
         self._backward = backward[0] if recording else None
 
-    def forward(self, hidden: Tensor, starts: Tensor) -> Tensor:
-        """The steps' inputs `[m, batch, hidden]`."""
+    def forward(self, hidden: Tensor, starts: Tensor) -> None:
         with torch.no_grad():
             self._hidden.copy_(hidden)
             self._starts.copy_(starts)
-        return self._forward()[0].clone()
+        self._forward()
 
     def backward(self) -> list[Tensor | None]:
         """Gradients of `hidden` and of the parameters; the next replay writes over them."""
@@ -206,9 +202,9 @@ class _Run:
         trace.host_lengths, trace.lengths = self._latest, self._starts
         trace.detach_()
         with torch.set_grad_enabled(self._recording):
-            inputs = step_by_step(self._system(), trace, self._hidden)
+            step_by_step(self._model(), self._steps, trace, self._hidden)
         self._order = trace.order
-        return [torch.stack([x.detach() for x in inputs])]
+        return []
 
     def _differentiate(self) -> list[Tensor | None]:
         leaves = [self._hidden, *self._parameters]
@@ -235,10 +231,9 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx, order, hidden, place, starts, *parameters):
         ctx.place = place
-        inputs = place.run.forward(hidden, starts)
-        ctx.mark_non_differentiable(inputs)
+        place.run.forward(hidden, starts)
         ctx.set_materialize_grads(False)
-        return order.new_empty(0), inputs
+        return order.new_empty(0)
 
     @staticmethod
     def backward(ctx, *_):
@@ -274,10 +269,6 @@ class CapturedRuns:
         self._runs: dict[tuple, _Run | None] = {}
         self._warned: set[str] = set()
 
-    def install(self, system: MultiAgentSystem) -> None:
-        """Take the system's latent runs, and give it its traces."""
-        system.latent_run, system.allocate_trace = self, self.allocate
-
     def allocate(
         self, *, capacity: int, device: torch.device | str, grow: bool = False, implementation: str = "auto", **sizes
     ) -> KVTrace:
@@ -297,24 +288,29 @@ class CapturedRuns:
         """How many runs have been recorded."""
         return sum(run is not None for run in self._runs.values())
 
-    def __call__(self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
-        parameters = [p for p in system.parameters() if p.requires_grad]
+    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
+        parameters = [p for p in model.parameters() if p.requires_grad]
         differentiable = hidden.requires_grad or trace.order.requires_grad or parameters
         recording = torch.is_grad_enabled() and bool(differentiable)
-        run = self._find(system, trace, hidden, parameters if recording else [], recording)
+        run = self._find(model, steps, trace, hidden, parameters if recording else [], recording)
         if run is None:
-            return step_by_step(system, trace, hidden)
+            return step_by_step(model, steps, trace, hidden)
         starts = trace.lengths
-        number = trace.skip(system.latent_steps)
+        number = trace.skip(steps)
         if not recording:
-            return list(run.forward(hidden, starts).unbind())
+            return run.forward(hidden, starts)
         place = _Place(run, trace.gradients, number, trace.lengths, max(trace.host_lengths))
-        trace.order, inputs = _Replay.apply(trace.order, hidden, place, starts, *parameters)
+        trace.order = _Replay.apply(trace.order, hidden, place, starts, *parameters)
         trace.differentiable = trace.host_lengths
-        return list(inputs.unbind())
 
     def _find(
-        self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor, parameters: list[Tensor], recording: bool
+        self,
+        model: AgentModel,
+        steps: int,
+        trace: KVTrace,
+        hidden: Tensor,
+        parameters: list[Tensor],
+        recording: bool,
     ) -> _Run | None:
         """The recording of this run, made now where it is the first of its kind; or None."""
         storage = trace.storage
@@ -322,32 +318,30 @@ class CapturedRuns:
             return None
         position = storage.runs
         storage.runs += 1
-        if (reason := self._refusal(system, trace, parameters, recording)) is not None:
+        if (reason := self._refusal(model, trace, parameters, recording)) is not None:
             return self._warn(reason)
         key = (
-            id(storage.buffers), position, system.latent_steps, hidden.dtype, system.training, recording,
-            *(p.data_ptr() for p in parameters), *_adapters(system.model),
+            id(storage.buffers), position, steps, hidden.dtype, model.training, recording,
+            *(p.data_ptr() for p in parameters), *_adapters(model.model),
         )  # fmt: skip
         if key not in self._runs:
             while len(self._runs) >= MOST_RECORDINGS:
                 self._runs.pop(next(iter(self._runs)))
             try:
                 self._runs[key] = _Run(
-                    system, storage, hidden, trace.lengths, parameters, recording, self._executor()
+                    model, steps, storage, hidden, trace.lengths, parameters, recording, self._executor()
                 )  # fmt: skip
             except RuntimeError as error:
                 self._runs[key] = self._warn(f"{type(error).__name__}: {error}")
         return self._runs[key]
 
-    def _refusal(
-        self, system: MultiAgentSystem, trace: KVTrace, parameters: list[Tensor], recording: bool
-    ) -> str | None:
-        if "run" in vars(system):
+    def _refusal(self, model: AgentModel, trace: KVTrace, parameters: list[Tensor], recording: bool) -> str | None:
+        if model.observers:
             # Profiling marks every call; a replay makes none.
             return "calls are watched"
         if torch.is_autocast_enabled(trace.device.type):
             return "autocast is enabled"
-        if system.checkpointing.mode == "all" and recording:
+        if model.checkpointing.mode == "all" and recording:
             return "activations of latent steps are checkpointed"
         if any(type(p.data).__name__ == "DTensor" for p in parameters):
             return "the parameters are sharded"

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from diffmas.models.agent_model import AgentModel
 from diffmas_ops import KVTrace
 
-if TYPE_CHECKING:
-    from diffmas.system import MultiAgentSystem
-
-#: `run(system, trace, hidden)` takes `system.latent_steps` ≥ 1 latent steps behind what `trace` holds, starting from
-#: the rows' last hidden states h₀ `[batch, hidden]`, and returns their inputs e₁ … e_m, each `[batch, hidden]`.
-LatentRun = Callable[["MultiAgentSystem", KVTrace, Tensor], list[Tensor]]
+#: `run(model, steps, trace, hidden)` takes `steps` ≥ 1 latent steps behind what `trace` holds, starting from the rows'
+#: last hidden states h₀ `[batch, hidden]`.
+LatentRun = Callable[[AgentModel, int, KVTrace, Tensor], None]
 
 
-def step_by_step(system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
-    """One call per latent step: `eₜ = align(hₜ₋₁)`, then hₜ; autograd differentiates them last to first."""
+def step_by_step(model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
+    """One call per latent step; autograd differentiates them last to first."""
+    take_steps(model, steps, trace, hidden)
+
+
+def take_steps(model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
+    """`eₜ = align(hₜ₋₁)`, then hₜ, one call each; returns the inputs e₁ … e_m, each `[batch, hidden]`."""
     inputs = []
-    for _ in range(system.latent_steps):
-        inputs.append(system.alignment(hidden))
-        hidden = system.read(trace, trace.one_each, inputs_embeds=inputs[-1])
+    for _ in range(steps):
+        inputs.append(model.alignment(hidden))
+        hidden = model.read(trace, trace.one_each, inputs_embeds=inputs[-1])
     return inputs

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
 
 from diffmas.agents.costs import Lengths, Plan
+from diffmas.agents.trajectory import Trajectory
 from diffmas.models.attention import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from diffmas.system import MultiAgentSystem
 
 _logger = logging.getLogger(__name__)
 _TOLD = "_told_about_positions"
@@ -31,24 +28,23 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit if limit is None or not original or not factor else max(limit, int(original * factor))
 
 
-def row_positions(system: MultiAgentSystem, prompts: Sequence[int], answer: int) -> int:
+def row_positions(trajectory: Trajectory, prompts: Sequence[int], answer: int) -> int:
     """Positions that a row with these prompt lengths, by agent, and this answer takes in its longest trace."""
-    return max(Plan.of(system.topology, system.latent_steps, [[n] for n in prompts], [answer]).columns)
+    return max(Plan.of(trajectory.topology, trajectory.latent_steps, [[n] for n in prompts], [answer]).columns)
 
 
-def longest_row(system: MultiAgentSystem, prompt_lengths: Sequence[Lengths], answers: Lengths) -> int:
+def longest_row(trajectory: Trajectory, prompt_lengths: Sequence[Lengths], answers: Lengths) -> int:
     """The most positions that one of the rows takes."""
     rows = zip(zip(*prompt_lengths, strict=True), answers, strict=True)
-    return max((row_positions(system, prompts, answer) for prompts, answer in set(rows)), default=0)
+    return max((row_positions(trajectory, prompts, answer) for prompts, answer in set(rows)), default=0)
 
 
-def check_positions(system: MultiAgentSystem, positions: int, what: str) -> None:
+def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
     """Warn, once a model, where `what` takes more `positions` than it was made for.
 
     Raises:
         UnsupportedModelError: the model has no code for the last of them.
     """
-    model = system.language_model
     limit = position_limit(model)
     if limit is None or positions <= limit or getattr(model, _TOLD, False):
         return

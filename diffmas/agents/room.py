@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from diffmas.agents.costs import Lengths, Plan
+from diffmas.agents.trajectory import Trajectory
+from diffmas.models.agent_model import AgentModel
 
 if TYPE_CHECKING:
-    from diffmas.generation import Decoding
-    from diffmas.system import MultiAgentSystem
+    from diffmas.generation.decoding import Decoding
 
 _CGROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 #: Files of a control group's limit and use, and what of the use is a cache that can be dropped: version 2, version 1.
@@ -84,7 +85,7 @@ def check_adapter(model: nn.Module, rank: int, targets: str, copies: int = 1) ->
 
 
 def check_decoding(
-    system: MultiAgentSystem, prompt_lengths: Sequence[Lengths], decoding: Decoding, *, all_rows: bool
+    trajectory: Trajectory, prompt_lengths: Sequence[Lengths], decoding: Decoding, *, all_rows: bool
 ) -> None:
     """Raise `ValueError` where the traces of rows that are read together cannot fit, before any answer is begun.
 
@@ -99,29 +100,27 @@ def check_decoding(
         )
     at_once = decoding.max_rows if all_rows else math.ceil(decoding.max_rows / decoding.samples)
     prompts = [list(lengths[:at_once]) for lengths in prompt_lengths]
-    column = column_bytes(system)
+    column = column_bytes(trajectory.model)
 
     def needed(rows: Sequence[Lengths], steps: int) -> int:
-        return column * sum(Plan.of(system.topology, steps, rows, [1] * len(rows[0])).columns)
+        return column * sum(Plan.of(trajectory.topology, steps, rows, [1] * len(rows[0])).columns)
 
-    if (bytes_ := needed(prompts, system.latent_steps)) > (free := available_bytes(system.language_model.device)):
+    if (bytes_ := needed(prompts, trajectory.latent_steps)) > (free := available_bytes(trajectory.model.device)):
         longest = max(range(len(prompts[0])), key=lambda row: sum(lengths[row] for lengths in prompts))
         one = [[lengths[longest]] for lengths in prompts]
         if needed(one, 0) > free:
             what = f"the prompts of row {longest + 1} are {sum(n for (n,) in one)} tokens long"
-        elif needed(one, system.latent_steps) > free:
-            what = f"latent_steps is {system.latent_steps}"
+        elif needed(one, trajectory.latent_steps) > free:
+            what = f"latent_steps is {trajectory.latent_steps}"
         else:
             what = f"{len(prompts[0])} rows are decoded together (batch_size)"
         raise ValueError(f"{what}: the traces take {gb(bytes_)}, and {gb(free)} are free; allowed: what fits")
 
 
-def column_bytes(system: MultiAgentSystem) -> int:
+def column_bytes(model: AgentModel) -> int:
     """Bytes of one column of a trace, keys and values of all layers together."""
-    config = system.language_model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * system.language_model.dtype.itemsize
+    sizes = model.trace_sizes
+    return 2 * sizes["num_layers"] * sizes["num_kv_heads"] * sizes["head_dim"] * sizes["dtype"].itemsize
 
 
 def gb(count: float) -> str:

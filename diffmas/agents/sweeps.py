@@ -15,17 +15,14 @@ the paths of k or more hops from a latent step to a later one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffmas.agents.latent_runs import LatentRun, step_by_step
+from diffmas.agents.latent_runs import LatentRun, step_by_step, take_steps
+from diffmas.models.agent_model import AgentModel
 from diffmas_ops import Call, KVTrace
-
-if TYPE_CHECKING:
-    from diffmas.system import MultiAgentSystem
 
 
 def latent_run(latent_backward: str) -> LatentRun:
@@ -53,23 +50,22 @@ class Sweeps:
 
     sweeps: int
 
-    def __call__(self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
-        first = system.alignment(hidden)
-        if system.latent_steps == 1 or not (torch.is_grad_enabled() and first.requires_grad):
-            return step_by_step(system, trace, hidden)
+    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
+        first = model.alignment(hidden)
+        if steps == 1 or not (torch.is_grad_enabled() and first.requires_grad):
+            return step_by_step(model, steps, trace, hidden)
         begin = trace.host_lengths
         with torch.no_grad():
-            rest = step_by_step(system, trace, hidden)[1:]
+            rest = take_steps(model, steps, trace, hidden)[1:]
         trace.rewind(begin)
-        call = trace.open(system.latent_steps)
+        call = trace.open(steps)
         # Packed row by row, a row's steps in order.
         inputs = torch.stack([first, *rest], dim=1)
         width = inputs.shape[2]
-        outputs = system.read(trace, call, inputs_embeds=inputs.view(-1, width)).view_as(inputs)
-        aligned = system.alignment(outputs[:, :-1].reshape(-1, width)).view(*outputs[:, :-1].shape)
-        rehearsals = min(self.sweeps, system.latent_steps) - 1
+        outputs = model.read(trace, call, inputs_embeds=inputs.view(-1, width)).view_as(inputs)
+        aligned = model.alignment(outputs[:, :-1].reshape(-1, width)).view(*outputs[:, :-1].shape)
+        rehearsals = min(self.sweeps, steps) - 1
         trace.order = _Solve.apply(trace.order, aligned, _Rehearsals(rehearsals, call, trace.order, inputs, aligned))
-        return list(inputs.unbind(1))
 
 
 @dataclass(frozen=True)

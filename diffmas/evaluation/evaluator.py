@@ -70,7 +70,7 @@ class Evaluator:
             if variant == "single":
                 system = _on_same_model(system, topology=alone(system.topology))
             elif variant == "training_free":
-                system = _on_same_model(system, alignment=system.alignment.initial)
+                system = _on_same_model(system, alignment=system.agent_model.alignment.initial)
             with evaluating(system, adapter=variant in CONTROLS):
                 return self._share(system, variant, items, advance)
 
@@ -109,9 +109,9 @@ def evaluate_all(
 
 def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "identity") -> MultiAgentSystem:
     return MultiAgentSystem(
-        system.model,
+        system.agent_model.model,
         topology or system.topology,
         latent_steps=system.latent_steps,
         alignment=alignment,
-        implementation=system.implementation,
+        implementation=system.agent_model.implementation,
     )

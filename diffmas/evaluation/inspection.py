@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffmas.agents.latent_runs import step_by_step
-from diffmas.generation.engine import evaluating
-from diffmas_ops import Call, backends
-
-if TYPE_CHECKING:
-    from diffmas.system import Lengths, MultiAgentSystem
+from diffmas.agents.trajectory import Trajectory
+from diffmas.models.agent_model import Lengths, evaluating
+from diffmas.system import MultiAgentSystem
+from diffmas_ops import Call, KVTrace, backends
 
 # Queries whose probabilities are held at once.
 _BLOCK = 64
@@ -85,11 +82,14 @@ def inspect(
     """
     if len(prompt_lengths[-1]) != 1:
         raise ValueError(f"prompt_lengths has {len(prompt_lengths[-1])} rows; allowed: 1")
-    model = system.language_model
+    model = system.agent_model
     ids = [agent.to(model.device) for agent in prompt_ids]
-    with evaluating(system), _last_states(system) as states:
-        received = system.hand_over(ids, prompt_lengths)
-    steps = _latent_steps(system, states, top)
+    # Whatever else takes latent steps may not call the model once for each.
+    trajectory = replace(system.trajectory, latent_run=step_by_step, allocate=KVTrace.allocate)
+    states: list[Tensor] = []
+    with evaluating(model), model.observed(lambda call, latent: lambda hidden: states.append(hidden[-1])):
+        received = trajectory.communicate(ids, prompt_lengths)
+    steps = _latent_steps(trajectory, states, top)
 
     answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
     ids = torch.cat((ids[-1], answer))
@@ -102,8 +102,8 @@ def inspect(
     parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(ids))]
     call = received.trace.open([len(ids)])
     call.attend = _Masses(call, len(answer) + 1)
-    with evaluating(system):
-        system.run(call, input_ids=ids)
+    with evaluating(model):
+        model.run(call, input_ids=ids)
     masses = call.attend.mean()
     found = [
         Part(
@@ -150,33 +150,16 @@ class _Masses:
         return torch.stack([self._layers[layer] for layer in sorted(self._layers)]).cpu()
 
 
-@contextlib.contextmanager
-def _last_states(system: MultiAgentSystem) -> Iterator[list[Tensor]]:
-    """The hidden state `[hidden]` at the last token of every call of a row, after the final norm, in order."""
-    states: list[Tensor] = []
-
-    def keep(module: nn.Module, args, output) -> None:
-        states.append(output.last_hidden_state[0, -1])
-
-    handle = system.language_model.get_decoder().register_forward_hook(keep)
-    # Whatever else runs latent steps may not go through the decoder's forward, one by one.
-    latent_run, system.latent_run = system.latent_run, step_by_step
-    try:
-        yield states
-    finally:
-        system.latent_run = latent_run
-        handle.remove()
-
-
-def _latent_steps(system: MultiAgentSystem, states: list[Tensor], top: int) -> list[LatentStep]:
-    model, m = system.language_model, system.latent_steps
-    embedding = F.normalize(model.get_input_embeddings().weight.float(), dim=-1)
+def _latent_steps(trajectory: Trajectory, states: list[Tensor], top: int) -> list[LatentStep]:
+    """`states`: the hidden state `[hidden]` at the last token of every call, in order."""
+    model, m = trajectory.model, trajectory.latent_steps
+    embedding = F.normalize(model.language_model.get_input_embeddings().weight.float(), dim=-1)
     steps = []
-    for i, agent in enumerate(system.topology.agents[:-1]):
+    for i, agent in enumerate(trajectory.topology.agents[:-1]):
         # The state after the prompt, then one after every step; the last one is nobody's input.
         sources = torch.stack(states[i * (m + 1) : (i + 1) * (m + 1)])[:m]
-        said = model.get_output_embeddings()(sources).float().softmax(-1).topk(top)
-        nearest = (F.normalize(system.alignment(sources).float(), dim=-1) @ embedding.T).topk(top) if m else said
+        said = model.head(sources).float().softmax(-1).topk(top)
+        nearest = (F.normalize(model.alignment(sources).float(), dim=-1) @ embedding.T).topk(top) if m else said
         for t in range(m):
             steps.append(LatentStep(agent.name, t + 1, *(_pairs(found, t) for found in (said, nearest))))
     return steps

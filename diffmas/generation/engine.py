@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import index
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,29 +16,28 @@ from transformers import PreTrainedTokenizerBase
 from diffmas.agents.controls import Control
 from diffmas.agents.positions import check_positions, longest_row
 from diffmas.agents.room import check_decoding
+from diffmas.agents.trajectory import Trajectory
 from diffmas.generation.decoding import Completion, Decoding, Event
 from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.generation.text import TextStream, cut, decode
+from diffmas.models.agent_model import AgentModel, Lengths, evaluating
 from diffmas.support.not_finite import NotFiniteError
 
-if TYPE_CHECKING:
-    from diffmas.system import Lengths, MultiAgentSystem
-
-#: `step(system, pool, tokens)` runs one decoding step: the logits `[answers, vocab]` behind `tokens [answers]`, which
-#: the pool's traces hold afterwards. What a system's `decode_step` has to be.
-Step = Callable[["MultiAgentSystem", OwnTraces, Tensor], Tensor]
+#: `step(model, pool, tokens)` runs one decoding step: the logits `[answers, vocab]` behind `tokens [answers]`, which
+#: the pool's traces hold afterwards.
+Step = Callable[[AgentModel, OwnTraces, Tensor], Tensor]
 
 #: Room for new tokens that a trace starts with; from there on it grows by doubling.
 _FIRST_ROOM = 64
 
 
-def eager_step(system: MultiAgentSystem, pool: OwnTraces, tokens: Tensor) -> Tensor:
+def eager_step(model: AgentModel, pool: OwnTraces, tokens: Tensor) -> Tensor:
     """One forward of the model, operation by operation."""
     pool.open()
-    hidden = system.run(pool, input_ids=tokens)
+    hidden = model.run(pool, input_ids=tokens)
     pool.close()
-    return system.language_model.get_output_embeddings()(hidden)
+    return model.head(hidden)
 
 
 @dataclass(eq=False)
@@ -69,14 +66,16 @@ class Engine:
     whatever the number of samples. A row's tokens do not depend on the rows it is decoded with, or when.
 
     Args:
-        system: decodes in evaluation mode, without gradient; :func:`generate` and :func:`stream` see to both.
-        prompt_ids, prompt_lengths: as in :meth:`MultiAgentSystem.forward`, which are checked by the system.
+        trajectory: its model decodes in evaluation mode, without gradient; :func:`generate` and :func:`stream` see to
+            both.
+        prompt_ids, prompt_lengths: as :meth:`~diffmas.agents.trajectory.Trajectory.communicate` takes them.
         tokenizer: of the answers; its end-of-sequence token, and those of the model's generation configuration, stop.
         seeds: one a row, of its samples and of the control; default `decoding.seed + row`.
         control: what happens to the trace the last agent receives; it sees the rows in consecutive blocks of
             `max_rows` (a last block of one row joins the block before it), since one row's trace may be given to
             another.
         streaming: keep track of every answer's text.
+        step: how one token of every answer is decoded.
 
     Raises:
         ValueError: prompts or seeds that do not fit, named.
@@ -84,7 +83,7 @@ class Engine:
 
     def __init__(
         self,
-        system: MultiAgentSystem,
+        trajectory: Trajectory,
         prompt_ids: Sequence[Tensor],
         prompt_lengths: Sequence[Lengths],
         tokenizer: PreTrainedTokenizerBase,
@@ -93,19 +92,22 @@ class Engine:
         seeds: Sequence[int] | None = None,
         control: Control | None = None,
         streaming: bool = False,
+        step: Step = eager_step,
     ):
+        trajectory.check(prompt_ids, prompt_lengths)
         self.rows, self.samples = rows, samples = len(prompt_lengths[0]), decoding.samples
         self._seeds = [decoding.seed + row for row in range(rows)] if seeds is None else [index(s) for s in seeds]
         if len(self._seeds) != rows or min(self._seeds) < 0:
             raise ValueError(f"seeds is {self._seeds}; allowed: {rows} integers ≥ 0, one per row")
-        check_decoding(system, prompt_lengths, decoding, all_rows=control is not None)
-        longest = longest_row(system, prompt_lengths, [decoding.max_new_tokens] * rows)
-        check_positions(system, longest, "an answer of max_new_tokens")
-        self._system, self._tokenizer, self._decoding = system, tokenizer, decoding
-        self._control = control
-        device = system.language_model.device
+        check_decoding(trajectory, prompt_lengths, decoding, all_rows=control is not None)
+        longest = longest_row(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows)
+        self._trajectory, self._model = trajectory, trajectory.model
+        check_positions(self._model.language_model, longest, "an answer of max_new_tokens")
+        self._tokenizer, self._decoding = tokenizer, decoding
+        self._control, self._step = control, step
+        device = self._model.device
         self._ids = [ids.to(device).split(list(n)) for ids, n in zip(prompt_ids, prompt_lengths, strict=True)]
-        self._stops = stop_ids(system, tokenizer)
+        self._stops = stop_ids(self._model, tokenizer)
         self._uniforms = Uniforms(device)
         self._waiting = deque(
             Answer(
@@ -126,10 +128,10 @@ class Engine:
 
     def run(self) -> Iterator[list[Answer]]:
         """Step by step, the answers that have one more token; those with `finish` set are done."""
-        tokens = torch.empty(0, dtype=torch.long, device=self._system.language_model.device)
+        tokens = torch.empty(0, dtype=torch.long, device=self._model.device)
         while self._waiting or self._active:
             if self._active:
-                logits = self._system.decode_step(self._system, self._pool, tokens)
+                logits = self._step(self._model, self._pool, tokens)
                 answers = self._active
             if count := self._admissible():
                 entering = [self._waiting.popleft() for _ in range(count)]
@@ -187,12 +189,12 @@ class Engine:
         ids = [torch.cat(agent[rows.start : rows.stop]) for agent in self._ids]
         lengths = [[len(agent[row]) for row in rows] for agent in self._ids]
         room = [min(self._decoding.max_new_tokens, _FIRST_ROOM)] * len(rows)
-        trace = self._system.communicate(ids, lengths, room)
+        trace = self._trajectory.communicate(ids, lengths, room).trace
         if self._control is not None:
             trace = self._control(trace, [self._seeds[row] for row in rows])
         last = [(n - 1, n) for n in lengths[-1]]
-        hidden = self._system.read(trace, lengths[-1], input_ids=ids[-1], outputs=last)
-        logits = self._system.language_model.get_output_embeddings()(hidden)
+        hidden = self._model.read(trace, lengths[-1], input_ids=ids[-1], outputs=last)
+        logits = self._model.head(hidden)
         for i, row in enumerate(rows):
             self._prompts[row], self._started[row] = Prompt(trace, i, logits[i], self.samples), started
 
@@ -224,11 +226,11 @@ class Engine:
 
 
 @torch.no_grad()
-def generate(system: MultiAgentSystem, *args, **kwargs) -> list[list[Completion]]:
+def generate(trajectory: Trajectory, *args, **kwargs) -> list[list[Completion]]:
     """All answers, `[row][sample]`; arguments as for :class:`Engine`."""
-    engine = Engine(system, *args, **kwargs)
+    engine = Engine(trajectory, *args, **kwargs)
     finished: dict[tuple[int, int], Completion] = {}
-    with evaluating(system):
+    with evaluating(trajectory.model):
         for answers in engine.run():
             for answer in answers:
                 if answer.finish is not None:
@@ -237,10 +239,10 @@ def generate(system: MultiAgentSystem, *args, **kwargs) -> list[list[Completion]
 
 
 @torch.no_grad()
-def stream(system: MultiAgentSystem, *args, **kwargs) -> Iterator[Event]:
-    """Tokens as they come; arguments as for :class:`Engine`. The system is in evaluation mode until it is exhausted."""
-    engine = Engine(system, *args, streaming=True, **kwargs)
-    with evaluating(system):
+def stream(trajectory: Trajectory, *args, **kwargs) -> Iterator[Event]:
+    """Tokens as they come; arguments as for :class:`Engine`. The model is in evaluation mode until it is exhausted."""
+    engine = Engine(trajectory, *args, streaming=True, **kwargs)
+    with evaluating(trajectory.model):
         for answers in engine.run():
             for answer in answers:
                 completion, piece = None, answer.piece
@@ -250,19 +252,8 @@ def stream(system: MultiAgentSystem, *args, **kwargs) -> Iterator[Event]:
                 yield Event(answer.row, answer.sample, answer.last, piece, completion)
 
 
-@contextlib.contextmanager
-def evaluating(system: torch.nn.Module) -> Iterator[None]:
-    """`system` in evaluation mode, and back."""
-    training = system.training
-    system.eval()
-    try:
-        yield
-    finally:
-        system.train(training)
-
-
-def stop_ids(system: MultiAgentSystem, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def stop_ids(model: AgentModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Token ids that end an answer: the tokenizer's and those of the model's generation configuration."""
-    configured = system.language_model.generation_config.eos_token_id
+    configured = model.language_model.generation_config.eos_token_id
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
     return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}

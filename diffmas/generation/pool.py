@@ -3,7 +3,7 @@
 A pool stands for a call (:class:`diffmas_ops.Call`) over one new token of every planned answer. A step is::
 
     pool.open()
-    system.run(pool, input_ids=tokens)
+    model.run(pool, input_ids=tokens)
     pool.close()
 """
 

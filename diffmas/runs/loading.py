@@ -113,7 +113,7 @@ def load_run(folder: str | Path, model_name_or_path: str | None = None) -> Run:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     with announced("setting up the system"):
         system = _assemble(adapted, topology, args)
-    if system.alignment.kind == "learned":
+    if system.agent_model.alignment.kind == "learned":
         load_alignment(system, folder)
     return Run(system, tokenizer, args, task, description["decoding"], description.get("data", {}))
 

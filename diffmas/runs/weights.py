@@ -24,17 +24,18 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     """
     folder, first = Path(folder), process() == 0
     folder.mkdir(parents=True, exist_ok=True)
+    model, alignment = system.agent_model.model, system.agent_model.alignment
     trained = None
     if is_sharded(system):
-        trained = {n: whole(p.detach()).cpu() for n, p in system.model.named_parameters() if p.requires_grad}
-    weight = whole(system.alignment.weight.detach()) if system.alignment.kind == "learned" else None
+        trained = {n: whole(p.detach()).cpu() for n, p in model.named_parameters() if p.requires_grad}
+    weight = whole(alignment.weight.detach()) if alignment.kind == "learned" else None
     if not first:
         return
     # Beside, and then renamed, the adapter last: where it is, all else is, and nothing is half written.
     beside = folder / ".weights"
     shutil.rmtree(beside, ignore_errors=True)
     with writing(folder / ADAPTER_FILE):
-        system.model.save_pretrained(beside, state_dict=trained)
+        model.save_pretrained(beside, state_dict=trained)
     # Of a checkpoint, the description is in the run's folder, above the one it is written in.
     described = (path / SYSTEM_FILE for path in (folder, *folder.parents[:2]))
     write_card(system, beside, next((path for path in described if path.is_file()), None))
@@ -53,18 +54,19 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
         raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
     with reading(str(folder / ADAPTER_FILE)):
         _load_adapter(system, folder)
-    if system.alignment.kind == "learned":
+    if system.agent_model.alignment.kind == "learned":
         load_alignment(system, folder)
 
 
 def _load_adapter(system: MultiAgentSystem, folder: Path) -> None:
     if is_sharded(system):
-        adapter = {n.replace(".default", ""): p for n, p in system.model.named_parameters() if p.requires_grad}
+        parameters = system.agent_model.model.named_parameters()
+        adapter = {n.replace(".default", ""): p for n, p in parameters if p.requires_grad}
         for name, value in load_file(folder / ADAPTER_FILE).items():
             _copy(value, adapter[name])
     else:
         with quiet_loading():
-            system.model.load_adapter(str(folder), "default", is_trainable=True)
+            system.agent_model.model.load_adapter(str(folder), "default", is_trainable=True)
 
 
 @torch.no_grad()
@@ -77,4 +79,4 @@ def load_alignment(system: MultiAgentSystem, folder: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"run {folder} has no {ALIGNMENT_FILE}, which a learned alignment is kept in")
     with reading(str(path)):
-        _copy(load_file(path)["weight"], system.alignment.weight)
+        _copy(load_file(path)["weight"], system.agent_model.alignment.weight)

@@ -151,18 +151,18 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
         with announced(f"measuring the memory of checkpointing {mode}", show=show):
             models[mode] = _calibrated(system, mode, autocast)
     with announced("measuring what this machine computes and copies a second", show=show):
-        rates = measure_ceilings(args.device, autocast or system.language_model.dtype)
+        rates = measure_ceilings(args.device, autocast or system.agent_model.language_model.dtype)
     choice = fit(
         models,
         lambda count: plan_of(system, *lengths.longest(count)),
-        Shape.of(system.language_model, autocast),
+        Shape.of(system.agent_model.language_model, autocast),
         rows=[n for n in range(1, asked + 1) if asked % n == 0]
         if args.auto_batch
         else [args.per_device_train_batch_size],
         budget=budget,
         rates=rates,
     )
-    system.checkpointing.mode = choice.checkpointing
+    system.agent_model.checkpointing.mode = choice.checkpointing
     args.per_device_train_batch_size = choice.rows
     args.gradient_accumulation_steps = asked // choice.rows
     return choice
@@ -188,8 +188,8 @@ def _modes(checkpointing: str) -> Sequence[str]:
 
 
 def _calibrated(system: MultiAgentSystem, mode: str, autocast: torch.dtype | None) -> MemoryModel:
-    before, system.checkpointing.mode = system.checkpointing.mode, mode
+    before, system.agent_model.checkpointing.mode = system.agent_model.checkpointing.mode, mode
     try:
         return calibrate(system, autocast)
     finally:
-        system.checkpointing.mode = before
+        system.agent_model.checkpointing.mode = before

@@ -104,12 +104,13 @@ class MemoryModel:
 
 def plan_of(system: MultiAgentSystem, prompts: Sequence[Lengths], answers: Lengths) -> Plan:
     """The plan of a trajectory of `system`."""
-    return Plan.of(system.topology, system.latent_steps, prompts, answers, detach_trace=system.detach_trace)
+    return Plan.of(system.topology, system.latent_steps, prompts, answers, detach_trace=system.trajectory.detach_trace)
 
 
 def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
     """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
-    shape, dtype = Shape.of(system.language_model, autocast), autocast or system.language_model.dtype
+    model = system.agent_model.language_model
+    shape, dtype = Shape.of(model, autocast), autocast or model.dtype
     return MemoryModel(
         column=shape.column * shape.item,
         accumulator=shape.column * shape.accumulator,
@@ -153,8 +154,11 @@ class _Sample:
 
     @classmethod
     def measure(cls, system: MultiAgentSystem, rows: int, length: int, autocast: torch.dtype | None) -> _Sample:
-        device = system.language_model.device
-        ids = torch.arange(rows * length, device=device) % system.language_model.get_input_embeddings().weight.shape[0]
+        device = system.agent_model.language_model.device
+        ids = (
+            torch.arange(rows * length, device=device)
+            % system.agent_model.language_model.get_input_embeddings().weight.shape[0]
+        )
         agents = len(system.topology.agents)
         prompts = [[length] * rows] * agents
         training, steps, gradients = system.training, system.latent_steps, [(p, p.grad) for p in system.parameters()]

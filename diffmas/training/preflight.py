@@ -90,27 +90,27 @@ def check_training_memory(
 
 def check_training_positions(system: MultiAgentSystem, lengths: ItemLengths, bound: Sequence[int]) -> None:
     """Warn, or refuse, where the longest training row has more positions than the model was made for."""
-    limit = position_limit(system.language_model)
-    if limit is None or row_positions(system, bound[:-1], bound[-1]) <= limit:
+    limit = position_limit(system.agent_model.language_model)
+    if limit is None or row_positions(system.trajectory, bound[:-1], bound[-1]) <= limit:
         return
     *prompts, answers = zip(*lengths.rows, strict=True)
-    check_positions(system, longest_row(system, prompts, answers), "the longest training item")
+    longest = longest_row(system.trajectory, prompts, answers)
+    check_positions(system.agent_model.language_model, longest, "the longest training item")
 
 
 def check_evaluation(system: MultiAgentSystem, collator: Collator, items, decoding: Decoding, batch_size: int) -> None:
     """Refuse an evaluation that cannot fit, and warn of positions, before the training it would follow."""
     *prompts, _ = length_bound(collator, items, answers=False)
-    limit, longest = position_limit(system.language_model), row_positions(system, prompts, decoding.max_new_tokens)
-    free = available_bytes(system.language_model.device)
-    if decoding.max_rows * column_bytes(system) * row_positions(system, prompts, 1) * len(prompts) <= free and (
-        limit is None or longest <= limit
-    ):
+    model, trajectory = system.agent_model, system.trajectory
+    limit, longest = position_limit(model.language_model), row_positions(trajectory, prompts, decoding.max_new_tokens)
+    least = decoding.max_rows * column_bytes(model) * row_positions(trajectory, prompts, 1) * len(prompts)
+    if least <= available_bytes(model.device) and (limit is None or longest <= limit):
         return
     for indices in batches(len(items), batch_size):
         lengths = collator.encode_prompts([items[i] for i in indices])["prompt_lengths"]
-        check_decoding(system, lengths, decoding, all_rows=False)
-        longest = longest_row(system, lengths, [decoding.max_new_tokens] * len(indices))
-        check_positions(system, longest, "an answer of max_new_tokens")
+        check_decoding(trajectory, lengths, decoding, all_rows=False)
+        longest = longest_row(trajectory, lengths, [decoding.max_new_tokens] * len(indices))
+        check_positions(model.language_model, longest, "an answer of max_new_tokens")
 
 
 def _refuse(system, model: MemoryModel, prompts, answers, free: float, args, lengths: ItemLengths | None = None):

@@ -71,7 +71,7 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
     A call's backward begins when a gradient reaches its hidden states, or the attention of its last layer where only
     later calls used it. What follows a call up to the next one counts as that call's.
     """
-    run, signature = system.run, inspect.signature(system.forward)
+    signature = inspect.signature(system.forward)
     batches: list[tuple[Any, Any]] = []
     reads, backward = 0, False
 
@@ -81,21 +81,21 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
         batches.append((given["prompt_lengths"], given["answer_lengths"]))
         reads = 0
 
-    def marked(call, **inputs) -> Tensor:
+    def marked(call, latent: bool) -> Callable[[Tensor], None] | None:
         nonlocal reads
-        latent = inputs.get("inputs_embeds") is not None
         if backward:
-            mark(("latent" if latent else "prefill") + BACKWARD)
-            return run(call, **inputs)
+            return mark(("latent" if latent else "prefill") + BACKWARD)
         reads += not latent
         name = "latent" if latent else "answer" if reads == len(system.topology.agents) else "prefill"
         mark(name)
-        hidden = run(call, **inputs)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda grad: mark(name + BACKWARD))
-        if (order := call.order) is not None and order.grad_fn is not None:
-            order.grad_fn.register_prehook(lambda grads: mark(name + BACKWARD))
-        return hidden
+
+        def ran(hidden: Tensor) -> None:
+            if hidden.requires_grad:
+                hidden.register_hook(lambda grad: mark(name + BACKWARD))
+            if (order := call.order) is not None and order.grad_fn is not None:
+                order.grad_fn.register_prehook(lambda grads: mark(name + BACKWARD))
+
+        return ran
 
     def after(module, args, output):
         if output.loss.requires_grad:
@@ -113,11 +113,10 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
         mark(OTHER)
 
     hooks = [system.register_forward_pre_hook(before, with_kwargs=True), system.register_forward_hook(after)]
-    system.run = marked
     try:
-        yield batches
+        with system.agent_model.observed(marked):
+            yield batches
     finally:
-        del system.run
         for hook in hooks:
             hook.remove()
 
@@ -176,9 +175,9 @@ class ProfileStep(TrainerCallback):
             print(f"--profile: needs {WARM_UP + 2} steps, {self._steps} were made; nothing or not all was written")
 
     def _summarise(self, seconds: float, device: torch.device) -> dict[str, Any]:
-        model = self.system.language_model
+        model = self.system.agent_model.language_model
         dtype = self.autocast or model.dtype
-        shape, mode = Shape.of(model, dtype), self.system.checkpointing.mode
+        shape, mode = Shape.of(model, dtype), self.system.agent_model.checkpointing.mode
         plans = [plan_of(self.system, *batch) for batch in self._batches]
         work = {name: Work() for phase in PHASES for name in (phase, phase + BACKWARD)}
         for plan in plans:

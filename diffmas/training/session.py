@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.agents.collator import Collator
 from diffmas.agents.topology import Topology, load_topology
-from diffmas.command_line import DecodingArguments, TrainArguments
 from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
@@ -61,6 +60,7 @@ from diffmas.training.preflight import (
 from diffmas.training.profiling import ProfileStep
 from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
+from diffmas.training.settings import DecodingArguments, TrainArguments
 from diffmas.training.trainer import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 
 EVAL_DURING_TRAINING = 256
@@ -130,11 +130,11 @@ def _train(
         task.ready()
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
-    check_base(system.language_model.dtype)
+    check_base(system.agent_model.language_model.dtype)
     if process() == 0:
         print_date(tokenizer, task_args.date)
     if args.use_liger_kernel:
-        fuse_liger(system.model, args.device, args.liger_kernel_config)
+        fuse_liger(system.agent_model.model, args.device, args.liger_kernel_config)
         # Done: the Trainer would look for a transformers model and find a system.
         args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))

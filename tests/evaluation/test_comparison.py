@@ -229,15 +229,15 @@ def test_a_cache_of_texts_that_is_none(tmp_path):
 
 def test_another_base_is_another_one(flags):
     system, _ = build_system(parse_training(flags())[0])
-    before = base_fingerprint(system.model)
+    before = base_fingerprint(system.agent_model.model)
     trained, frozen = (
-        next(p for p in system.model.parameters() if p.requires_grad == wanted) for wanted in (True, False)
+        next(p for p in system.agent_model.model.parameters() if p.requires_grad == wanted) for wanted in (True, False)
     )
     with torch.no_grad():
         trained += 1
-        assert base_fingerprint(system.model) == before
+        assert base_fingerprint(system.agent_model.model) == before
         frozen.view(-1)[0] += 1e-3
-        assert base_fingerprint(system.model) != before
+        assert base_fingerprint(system.agent_model.model) != before
 
 
 @pytest.mark.parametrize(

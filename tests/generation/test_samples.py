@@ -19,32 +19,32 @@ def system(tokenizer):
     return MultiAgentSystem(causal_lm("qwen3", vocab_size=len(tokenizer)), TOPOLOGIES["single"])
 
 
-def decode(system, rows, tokenizer, **options):
+def decode(system, rows, tokenizer, step=engine.eager_step, **options):
     ids, lengths = packed(rows)
     decoding = Decoding(**dict(max_new_tokens=12) | options)
-    found = system.generate([ids], [lengths], tokenizer, decoding)
+    found = engine.generate(system.trajectory, [ids], [lengths], tokenizer, decoding, step=step)
     return [[answer.tokens for answer in row] for row in found]
 
 
 @pytest.mark.parametrize("max_rows", [3, 8, 64])
 def test_prompts_are_read_and_kept_once(system, tokenizer, max_rows):
     reads, columns = [], []
-    read = system.read
+    read = system.agent_model.read
 
     def counting(trace, lengths, **inputs):
         reads.extend(lengths)
         return read(trace, lengths, **inputs)
 
-    def step(system, traces, tokens):
+    def step(model, traces, tokens):
         used = [c for c in (traces.storage, getattr(traces, "_shared", None)) if c is not None]
         columns.append(sum(c.keys.shape[1] * c.keys.shape[3] for c in used))
         assert len(tokens) <= max_rows
-        return engine.eager_step(system, traces, tokens)
+        return engine.eager_step(model, traces, tokens)
 
-    system.read, system.decode_step = counting, step
+    system.agent_model.read = counting
     rows = prompts(3, 500, longest=400)
     samples = 7
-    shared = decode(system, rows, tokenizer, samples=samples, max_rows=max_rows)
+    shared = decode(system, rows, tokenizer, step, samples=samples, max_rows=max_rows)
     assert sorted(reads) == sorted(map(len, rows))
     assert len({tuple(tokens) for row in shared for tokens in row}) > 1
     # Three prompts with room, and short tails: 21 copies of the longest prompt would be 8400 columns.

@@ -112,8 +112,8 @@ def test_frequencies(temperature, top_p, tokenizer):
     assert len(drawn) > 0.98 * count
 
     def check(drawn, context):
-        trace = system.communicate([context], [[len(context)]])
-        logits = model.get_output_embeddings()(system.read(trace, [len(context)], input_ids=context)[-1])
+        trace = system.trajectory.communicate([context], [[len(context)]]).trace
+        logits = model.get_output_embeddings()(system.agent_model.read(trace, [len(context)], input_ids=context)[-1])
         tokens, probabilities = nucleus(logits.detach(), temperature, top_p)
         assert set(drawn) <= set(tokens)
         counts, expected = torch.tensor(

@@ -5,8 +5,8 @@ import torch
 import transformers
 from models import arguments, causal_lm, packed, ragged
 
-from diffmas.agents.alignment import Alignment
 from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models.alignment import Alignment
 from diffmas.models.attention import UnsupportedModelError, attach, rotary_of, trace_attention
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace

@@ -7,6 +7,7 @@ buffer that is shared by two that live at once, or bookkeeping that only the rec
 import gc
 import warnings
 import weakref
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -37,7 +38,7 @@ def build(topology="sequential", handover="full", *, runs=None, device="cpu", dt
         **dict(latent_steps=3, alignment="learned") | options,
     ).to(device)  # fmt: skip
     if runs is not None:
-        runs.install(system)
+        system.trajectory = replace(system.trajectory, latent_run=runs, allocate=runs.allocate)
     return system
 
 
@@ -47,7 +48,7 @@ def on_cpu(bucket=64):
 
 def batch(system, seed, rows=3, longest=11):
     inputs = arguments(*ragged([a.name for a in system.topology.agents], rows, seed=seed, longest=longest))
-    device = system.language_model.device
+    device = system.agent_model.language_model.device
     return [
         x.to(device) if isinstance(x, torch.Tensor) else x for x in ([y.to(device) for y in inputs[0]], *inputs[1:])
     ]
@@ -140,7 +141,7 @@ def test_buckets_and_buffers_are_used_again():
     with torch.no_grad():
         system(*batch(system, 0))
     assert len(runs._runs) == 6  # runs without gradients are other ones
-    with torch.no_grad(), system.model.disable_adapter():
+    with torch.no_grad(), system.agent_model.model.disable_adapter():
         without = system(*batch(system, 0)).loss
     plain = build()
     with torch.no_grad(), plain.model.disable_adapter():
@@ -189,9 +190,9 @@ def test_what_cannot_be_captured_runs_step_by_step_and_says_why_once():
 
 
 def test_settings():
-    assert build().latent_run is build(cuda_graphs="off").latent_run is step_by_step
+    assert build().trajectory.latent_run is build(cuda_graphs="off").trajectory.latent_run is step_by_step
     system = build(cuda_graphs="auto")
-    assert isinstance(system.latent_run, CapturedRuns)
+    assert isinstance(system.trajectory.latent_run, CapturedRuns)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_equal_training(train(system, steps=1), train(build(), steps=1))  # nothing to capture on a CPU

@@ -58,7 +58,7 @@ def check(family, tied, topology, handover, latent_steps, detach, checkpointing,
         detach_trace=detach,
         implementation=implementation,
     )
-    system.alignment.weight.data.copy_(alignment_weight())
+    system.agent_model.alignment.weight.data.copy_(alignment_weight())
     prompts, answers = ragged(list(dag), rows, longest=longest)
     output = system(*arguments(prompts, answers))
     output.loss.backward()
@@ -70,7 +70,7 @@ def check(family, tied, topology, handover, latent_steps, detach, checkpointing,
         grads = {n: g for n, g in grads.items() if n != "weight"}
     actual = gradients(model)
     assert sum("lora_" in name for name in actual) == 2 * 7 * 2
-    if (weight := system.alignment.weight.grad) is not None:
+    if (weight := system.agent_model.alignment.weight.grad) is not None:
         actual["weight"] = weight
     assert_same(actual, grads, TOLERANCE)
     reached = not detach and latent_steps

@@ -130,11 +130,11 @@ def test_last_layer_leaves_out_what_is_not_wanted():
     def trace():
         return KVTrace.allocate(num_layers=2, batch=2, num_kv_heads=2, capacity=8, head_dim=8, dtype=torch.float64)
 
-    whole = system.read(trace(), lengths, input_ids=ids)
-    some = system.read(trace(), lengths, input_ids=ids, outputs=wanted)
+    whole = system.agent_model.read(trace(), lengths, input_ids=ids)
+    some = system.agent_model.read(trace(), lengths, input_ids=ids, outputs=wanted)
     assert error(some, whole[[3, 5, 6]]) < 1e-12
     with pytest.raises(ValueError, match="outputs is"):
-        system.read(trace(), lengths, input_ids=ids, outputs=[(0, 5), (0, 1)])
+        system.agent_model.read(trace(), lengths, input_ids=ids, outputs=[(0, 5), (0, 1)])
     with pytest.raises(ValueError, match="outputs is .* beside an open call"):
         opened = trace()
-        system.read(opened, opened.open(lengths), input_ids=ids, outputs=wanted)
+        system.agent_model.read(opened, opened.open(lengths), input_ids=ids, outputs=wanted)

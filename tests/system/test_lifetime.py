@@ -75,7 +75,7 @@ def test_evaluation_leaves_no_graph(traces):
     system, inputs = make()
     with torch.no_grad():
         output = system(*inputs)
-        trace = system.communicate(inputs[0], inputs[1])
+        trace = system.trajectory.communicate(inputs[0], inputs[1]).trace
     assert output.loss.grad_fn is None and output.logits.grad_fn is None
     assert trace.order.grad_fn is None and not trace.keys.requires_grad
     del output, trace

@@ -32,19 +32,19 @@ def told(caplog):
 
 
 def test_positions_of_a_row(system):
-    assert row_positions(system, [5, 6, 7, 8], 4) == 5 + 6 + 7 + 8 + 3 * 3 + 4
+    assert row_positions(system.trajectory, [5, 6, 7, 8], 4) == 5 + 6 + 7 + 8 + 3 * 3 + 4
     stitched = MultiAgentSystem(model(), TOPOLOGIES["stitch"], latent_steps=3)
-    assert row_positions(stitched, [5, 6, 7, 8], 4) == 5 + 6 + 7 + 8 + 3 * 3 + 4
+    assert row_positions(stitched.trajectory, [5, 6, 7, 8], 4) == 5 + 6 + 7 + 8 + 3 * 3 + 4
     relay = MultiAgentSystem(model(), TOPOLOGIES["relay"], latent_steps=3)
-    assert row_positions(relay, [50, 8], 4) == 53, "the sender's own trace is the longest"
+    assert row_positions(relay.trajectory, [50, 8], 4) == 53, "the sender's own trace is the longest"
 
 
 def test_told_once_with_numbers(system, caplog):
     with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
-        check_positions(system, 32, "the longest row")
+        check_positions(system.agent_model.language_model, 32, "the longest row")
         assert told(caplog) == []
-        check_positions(system, 33, "the longest row")
-        check_positions(system, 99, "the longest row")
+        check_positions(system.agent_model.language_model, 33, "the longest row")
+        check_positions(system.agent_model.language_model, 99, "the longest row")
     (message,) = told(caplog)
     assert re.search("takes up to 33 positions .* made for 32 .*--latent_steps", message)
 
@@ -63,11 +63,11 @@ def test_a_table_that_ends_is_refused(system, monkeypatch, kind):
         places = position_ids if kind == "ends" else position_ids.clamp(max=31)
         return table[places].cos(), table[places].sin()
 
-    decoder = system.language_model.get_decoder()
+    decoder = system.agent_model.language_model.get_decoder()
     monkeypatch.setattr(type(decoder.rotary_emb), "forward", lambda self, *args: rotary(*args))
-    check_positions(system, 32, "the longest row")
+    check_positions(system.agent_model.language_model, 32, "the longest row")
     with pytest.raises(UnsupportedModelError, match=r"takes 33 positions, .* allowed: up to 32"):
-        check_positions(system, 33, "the longest row")
+        check_positions(system.agent_model.language_model, 33, "the longest row")
 
 
 @pytest.fixture

@@ -94,10 +94,10 @@ def test_trajectory_errs_no_more_than_plain_peft(dtype, checkpointing, implement
         clone(model).train(), topology, latent_steps=3, alignment="learned", checkpointing=checkpointing,
         implementation=implementation,
     )  # fmt: skip
-    system.alignment.weight.data.copy_(weight)
+    system.agent_model.alignment.weight.data.copy_(weight)
     output = system(*arguments(prompts, answers))
     output.loss.backward()
-    actual = gradients(system.model) | {"weight": system.alignment.weight.grad}
+    actual = gradients(system.agent_model.model) | {"weight": system.agent_model.alignment.weight.grad}
     assert {g.dtype for g in actual.values()} == {torch.float32}
 
     truth, reference = plain(exact, torch.float64), plain(clone(model), dtype)

@@ -1,5 +1,6 @@
 """Latent runs differentiated by sweeps: exact from k = m on; below, exactly the paths of k or more hops are missing."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -81,14 +82,12 @@ def test_any_number_of_steps(latent_steps, sweeps, implementation):
 def damped(factor):
     """Latent steps whose gradient is multiplied by `factor` at every hop from one to the next."""
 
-    def run(system, trace, hidden):
-        inputs = [system.alignment(hidden)]
-        for _ in range(system.latent_steps - 1):
-            hidden = system.read(trace, trace.one_each, inputs_embeds=inputs[-1])
-            inputs.append(system.alignment(hidden))
-            inputs[-1].register_hook(lambda gradient: factor * gradient)
-        system.read(trace, trace.one_each, inputs_embeds=inputs[-1])
-        return inputs
+    def run(model, steps, trace, hidden):
+        step = model.alignment(hidden)
+        for _ in range(steps - 1):
+            step = model.alignment(model.read(trace, trace.one_each, inputs_embeds=step))
+            step.register_hook(lambda gradient: factor * gradient)
+        model.read(trace, trace.one_each, inputs_embeds=step)
 
     return run
 
@@ -100,7 +99,7 @@ def test_truncation_leaves_out_the_paths_of_k_or_more_hops():
     factors = torch.linspace(-1, 1, m, dtype=torch.float64)
     damped_gradients = []
     for factor in factors.tolist():
-        system.latent_run = damped(factor)
+        system.trajectory = replace(system.trajectory, latent_run=damped(factor))
         damped_gradients.append(flat(differentiate(system)[1]))
     hops = torch.linalg.solve(torch.linalg.vander(factors), torch.stack(damped_gradients))
     whole = hops.sum(0)
@@ -175,4 +174,4 @@ def test_bad_values_are_named(given):
 
 
 def test_exact_is_the_default():
-    assert build().latent_run is build(latent_backward="exact").latent_run is step_by_step
+    assert build().trajectory.latent_run is build(latent_backward="exact").trajectory.latent_run is step_by_step

@@ -7,9 +7,9 @@ from models import arguments, causal_lm, clone, packed, ragged, with_lora
 from oracle import batch
 from transformers import GlmConfig, GlmForCausalLM
 
-from diffmas.agents.alignment import Alignment, ridge_alignment
 from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.models import decoder_layer
+from diffmas.models.alignment import Alignment, ridge_alignment
 from diffmas.models.attention import rotary_of
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import cached_attention
@@ -54,8 +54,8 @@ def test_fixed_alignment(alignment, tied, implementation):
     model = with_lora(causal_lm("llama", tied=tied))
     weight = ridge_weight(model.get_base_model()) if alignment == "ridge" and not tied else None
     system = check(model, alignment=alignment, weight=weight, implementation=implementation)
-    assert (system.alignment.weight is None) == (weight is None)
-    assert not list(system.alignment.parameters())
+    assert (system.agent_model.alignment.weight is None) == (weight is None)
+    assert not list(system.agent_model.alignment.parameters())
 
 
 def test_ridge_of_tied_embeddings_is_the_identity_up_to_lambda():
@@ -69,7 +69,7 @@ def test_learned_alignment_starts_where_told(initial, implementation):
     weight = torch.eye(16).double() if initial == "identity" else ridge_weight(model.get_base_model())
     weight.requires_grad_()
     system = check(model, alignment="learned", alignment_initial=initial, weight=weight, implementation=implementation)
-    assert error(system.alignment.weight.grad, weight.grad) <= TOLERANCE
+    assert error(system.agent_model.alignment.weight.grad, weight.grad) <= TOLERANCE
 
 
 def test_target_norm_is_the_mean_row_norm_of_the_input_embedding():
@@ -203,16 +203,18 @@ def test_communicate_without_a_reserve_makes_a_trace_that_grows():
     prompts, answers = ragged([a.name for a in system.topology.agents], 3)
     ids, lengths = zip(*(packed(rows) for rows in prompts.values()), strict=True)
     with torch.no_grad():
-        trace = system.communicate(ids, lengths)
-        hidden = [system.read(trace, lengths[-1], input_ids=ids[-1])]
+        trace = system.trajectory.communicate(ids, lengths).trace
+        hidden = [system.agent_model.read(trace, lengths[-1], input_ids=ids[-1])]
         before = trace.capacity
         for _ in range(4):
-            hidden.append(system.read(trace, 1, input_ids=torch.zeros(3, dtype=torch.int64)))
+            hidden.append(system.agent_model.read(trace, 1, input_ids=torch.zeros(3, dtype=torch.int64)))
         assert trace.capacity > before
         # The same tokens in one call over a trace that was large enough from the start.
         rows = [torch.cat((p, torch.zeros(4, dtype=torch.int64))) for p in prompts["solver"]]
-        whole = system.communicate(ids, lengths, [4] * 3)
-        together = system.read(whole, [len(r) for r in rows], input_ids=torch.cat(rows)).split([len(r) for r in rows])
+        whole = system.trajectory.communicate(ids, lengths, [4] * 3).trace
+        together = system.agent_model.read(whole, [len(r) for r in rows], input_ids=torch.cat(rows)).split(
+            [len(r) for r in rows]
+        )
     assert whole.capacity == max(whole.host_lengths)
     for b, row in enumerate(hidden[0].split(lengths[-1])):
         alone = torch.cat([row, *(h[b : b + 1] for h in hidden[1:])])

@@ -6,8 +6,8 @@ from accelerate.state import AcceleratorState
 
 from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
-from diffmas.command_line import TrainArguments
 from diffmas.training import launch
+from diffmas.training.settings import TrainArguments
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TOGETHER = dict(zip(VARIABLES, ("2", "1", "1", "2", "localhost", "1"), strict=True))

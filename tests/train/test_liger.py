@@ -49,19 +49,19 @@ def test_which_modules_are_patched(monkeypatch):
     for name in ("apply_rotary_pos_emb", "Qwen3RMSNorm", "Qwen3MLP"):
         monkeypatch.setattr(modeling_qwen3, name, getattr(modeling_qwen3, name))
     patched = system()
-    decoder = patched.language_model.get_decoder()
+    decoder = patched.agent_model.language_model.get_decoder()
     layer = decoder.layers[0]
     before = layer.mlp.gate_proj.forward
-    own = patched.language_model.forward
-    fuse_liger(patched.model, CUDA)
+    own = patched.agent_model.language_model.forward
+    fuse_liger(patched.agent_model.model, CUDA)
     norms = (decoder.norm, layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn.q_norm)
     assert all(norm.forward.__func__ is LigerRMSNorm.forward for norm in norms)
     assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
     assert modeling_qwen3.apply_rotary_pos_emb is liger_rotary_pos_emb
     # LoRA layers keep their fused forward, the model its own loss.
     assert layer.mlp.gate_proj.forward == before and before.__func__.__module__ == "diffmas.models.lora"
-    assert patched.language_model.forward == own
-    fuse_liger(patched.model, CUDA, {"rope": False})
-    patched.model.config.model_type = "unheard-of"
+    assert patched.agent_model.language_model.forward == own
+    fuse_liger(patched.agent_model.model, CUDA, {"rope": False})
+    patched.agent_model.model.config.model_type = "unheard-of"
     with pytest.raises(ValueError, match="no kernels for models of type 'unheard-of'"):
-        fuse_liger(patched.model, CUDA)
+        fuse_liger(patched.agent_model.model, CUDA)

@@ -63,7 +63,7 @@ def test_a_delay_shows_in_its_phase(phase, backward, options, monkeypatch):
                 clock.wait()
         return output
 
-    system.language_model.get_decoder().layers[0].register_forward_hook(slow_down)
+    system.agent_model.language_model.get_decoder().layers[0].register_forward_hook(slow_down)
     mark = Phases(torch.device("cpu"))
     ids = torch.arange(7)
     with watch(system, mark) as batches:

@@ -211,7 +211,7 @@ def test_gsm8k_from_a_local_folder_trains_and_evaluates(flags, tmp_path):
 def test_bf16_means_a_bfloat16_base_under_a_float32_adapter(flags, tmp_path):
     assert train.main(flags(bf16=True, alignment="learned", disable_final_eval=True)) == 0
     run = load_run(tmp_path / "run")
-    assert (run.args.dtype, run.system.language_model.dtype) == ("bfloat16", torch.bfloat16)
+    assert (run.args.dtype, run.system.agent_model.language_model.dtype) == ("bfloat16", torch.bfloat16)
     trained = {p.dtype for p in run.system.parameters() if p.requires_grad}
     saved = adapter(tmp_path / "run") | load_file(tmp_path / "run" / "alignment.safetensors")
     assert trained == {t.dtype for t in saved.values()} == {torch.float32}

@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.command_line import TrainArguments
 from diffmas.training.arguments import REFUSED
+from diffmas.training.settings import TrainArguments
 
 #: A value other than the default of every refused argument.
 GIVEN = {

@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.agents.topology import Agent, Topology
-from diffmas.command_line import TrainArguments
 from diffmas.support.distributed import is_sharded, process, processes, settle_sharding, whole
 from diffmas.system import MultiAgentSystem
+from diffmas.training.settings import TrainArguments
 from diffmas.training.trainer import SystemTrainer
 
 CHAIN = {"a": (), "b": ("a",), "c": ("b",)}

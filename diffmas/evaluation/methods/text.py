@@ -56,7 +56,7 @@ class TextChannel(TraceChannel):
         longest = getattr(self.prompts, "max_tokens", None)
         decided_by = [self.team.to_dict(), self.prompts.roles, longest, asdict(self.decoding), tokenizer, *dated]
         with announced("taking the base model's fingerprint"):
-            self._decided_by = fingerprint([base_fingerprint(self.system.model), decided_by])
+            self._decided_by = fingerprint([base_fingerprint(self.system.agent_model.model), decided_by])
         return self
 
     def encode_prompts(self, items) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class TextChannel(TraceChannel):
         training = self.system.training
         self.system.eval()
         try:
-            with torch.no_grad(), self.system.model.disable_adapter():
+            with torch.no_grad(), self.system.agent_model.model.disable_adapter():
                 rows = self.system.generate([ids], [lengths], self.tokenizer, self.decoding, seeds=seeds)
         finally:
             self.system.train(training)

@@ -1,0 +1,148 @@
+"""The trajectory of DiffMAS (arXiv 2604.21794): agents read, think in latent steps, and hand their traces over.
+
+Every agent reads its prompt behind what its senders handed over, then takes m latent steps: its last hidden state,
+aligned and rescaled, is its next input. The last agent takes none: it answers. Nothing here knows how latent steps are
+executed (:data:`~diffmas.agents.latent_runs.LatentRun`), how answers are decoded, or what is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import index
+
+import torch
+from torch import Tensor
+
+from diffmas.agents.latent_runs import LatentRun, step_by_step
+from diffmas.agents.topology import Agent, Topology
+from diffmas.models.agent_model import AgentModel, Lengths
+from diffmas_ops import KVTrace, Segment, kv_concat
+
+
+@dataclass
+class AgentState:
+    """The trace an agent writes, and where in it each agent's segment stands.
+
+    `segments[name]`: per row, the columns `begin … prompt_end` of the prompt part and `prompt_end … end` of the
+    latent part.
+    """
+
+    trace: KVTrace
+    segments: dict[str, tuple[list[int], list[int], list[int]]]
+
+
+@dataclass
+class Trajectory:
+    """Who reads what, behind whose trace.
+
+    Args:
+        model: what the agents run on.
+        topology: who hands over to whom, and what.
+        latent_steps: m ≥ 0, for every agent but the last.
+        detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
+        latent_run: how latent steps are executed.
+        allocate: makes traces, as :meth:`KVTrace.allocate` does.
+
+    Raises:
+        ValueError: `latent_steps` below 0.
+    """
+
+    model: AgentModel
+    topology: Topology
+    latent_steps: int = 10
+    detach_trace: bool = False
+    latent_run: LatentRun = step_by_step
+    allocate: Callable[..., KVTrace] = KVTrace.allocate
+
+    def __post_init__(self):
+        if index(self.latent_steps) < 0:
+            raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
+
+    def communicate(
+        self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None
+    ) -> AgentState:
+        """Run every agent but the last; what the last one attends to, before its own prompt.
+
+        Args:
+            prompt_ids: per agent in the order of the topology, int64 `[tokens]`, the rows' prompts packed.
+            prompt_lengths: per agent, the rows' prompt lengths, each ≥ 1.
+            reserve: columns a row to leave room for behind the last prompt; None lets the trace grow.
+
+        Raises:
+            ValueError: prompts that do not fit the agents, or each other, named.
+        """
+        self.check(prompt_ids, prompt_lengths)
+        states: dict[str, AgentState] = {}
+        agents = self.topology.agents
+        lengths = dict(zip((a.name for a in agents), prompt_lengths, strict=True))
+        for agent, ids in zip(agents[:-1], prompt_ids[:-1], strict=True):
+            with torch.no_grad() if self.detach_trace else contextlib.nullcontext():
+                state = self._receive(agent, states, lengths, reserve)
+                self._write(agent, state, ids, lengths[agent.name])
+            states[agent.name] = state
+        received = self._receive(agents[-1], states, lengths, reserve)
+        if self.detach_trace:
+            received.trace.detach_()
+        return received
+
+    def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:
+        """The agent reads its prompt and thinks: both are behind what its trace held."""
+        trace = state.trace
+        begin = trace.host_lengths
+        hidden = self.model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
+        prompt_end = trace.host_lengths
+        if self.latent_steps:
+            self.latent_run(self.model, self.latent_steps, trace, hidden)
+        state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
+
+    def _receive(
+        self, agent: Agent, states: dict[str, AgentState], lengths: dict[str, Lengths], reserve: Lengths | None
+    ) -> AgentState:
+        """What its senders hand over: the trace the agent goes on with, or their segments put together in a new one."""
+        if (sender := self.topology.continues(agent)) is not None:
+            return states[sender]
+        segments, located = [], {}
+        length = [0] * len(lengths[agent.name])
+        for name in self.topology.ancestors(agent.name):
+            holder = next(states[s] for s in agent.senders if name in states[s].segments)
+            begin, prompt_end, end = holder.segments[name]
+            begin = begin if self.topology.handover == "full" else prompt_end
+            segments.append(Segment(holder.trace, begin, end))
+            moved = [at - b for at, b in zip(length, begin, strict=True)]
+            located[name] = tuple([x + by for x, by in zip(xs, moved, strict=True)] for xs in (begin, prompt_end, end))
+            length = located[name][2]
+        capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
+        options = dict(capacity=capacity, grow=reserve is None, implementation=self.model.implementation)
+        if segments:
+            trace = kv_concat(segments, rotary=self.model.rotary, allocate=self.allocate, **options)
+        else:
+            trace = self.allocate(batch=len(length), **self.model.trace_sizes, **options)
+        return AgentState(trace, located)
+
+    def _room(self, agent: Agent, lengths: dict[str, Lengths], reserve: Lengths | None) -> list[int]:
+        """Columns a row that `agent`, and those who go on writing its trace, will add."""
+        own = list(lengths[agent.name])
+        if agent is self.topology.last:
+            return own if reserve is None else [n + more for n, more in zip(own, reserve, strict=True)]
+        own = [n + self.latent_steps for n in own]
+        for heir in self.topology.agents:
+            if self.topology.continues(heir) == agent.name:
+                return [n + more for n, more in zip(own, self._room(heir, lengths, reserve), strict=True)]
+        return own
+
+    def check(self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths]) -> None:
+        """Raise `ValueError` where prompts do not fit the agents, or each other."""
+        names = [a.name for a in self.topology.agents]
+        if not len(prompt_ids) == len(prompt_lengths) == len(names):
+            raise ValueError(
+                f"prompt_ids has {len(prompt_ids)} and prompt_lengths {len(prompt_lengths)} entries; "
+                f"allowed: one per agent ({', '.join(names)})"
+            )
+        for name, ids, lengths in zip(names, prompt_ids, prompt_lengths, strict=True):
+            if len(lengths) != len(prompt_lengths[0]) or min(lengths, default=0) < 1 or sum(lengths) != ids.numel():
+                raise ValueError(
+                    f"prompt_lengths of agent {name} is {list(lengths)} for {ids.numel()} tokens; allowed: "
+                    f"{len(prompt_lengths[0])} lengths ≥ 1 that sum to the number of tokens"
+                )

@@ -1,0 +1,158 @@
+"""A language model as agents use it: calls that attend through traces, and the way from a hidden state to an input."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from diffmas.models.activation_checkpointing import ActivationCheckpointing
+from diffmas.models.alignment import Alignment
+from diffmas.models.attention import attach, rotary_of
+from diffmas.models.decoder_layer import fuse_layers
+from diffmas.models.lora import fuse_lora
+from diffmas.models.loss import AnswerLoss
+from diffmas.models.norm import fuse_norms
+from diffmas.support.distributed import is_sharded, reach
+from diffmas_ops import Call, KVTrace
+
+Lengths = Sequence[int]
+#: Told of every call before it runs, and whether it is a latent step; may return what is to be told its hidden states.
+Observer = Callable[[Call, bool], "Callable[[Tensor], None] | None"]
+
+
+class AgentModel(nn.Module):
+    """One transformers model, with what agents on it share.
+
+    Args:
+        model: a causal language model, possibly inside PEFT.
+        alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
+        checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
+        implementation: "auto", or the operators' implementation to insist on.
+        loss: as in :class:`~diffmas.models.loss.AnswerLoss`.
+
+    Attributes:
+        rotary: how its keys turn with their positions. observers: told of every call, see :data:`Observer`.
+
+    Raises:
+        ValueError: an argument outside its range, named.
+        UnsupportedModelError: a model whose attention a trace cannot express.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        alignment: str = "identity",
+        alignment_initial: str = "identity",
+        checkpointing: str = "none",
+        implementation: str = "auto",
+        loss: str = "auto",
+    ):
+        super().__init__()
+        self.answer_loss = AnswerLoss(loss)
+        self.model, self.implementation = model, implementation
+        self.observers: list[Observer] = []
+        base = self.language_model
+        attach(base)
+        fuse_lora(base)
+        fuse_norms(base)
+        fuse_layers(base)
+        self.rotary = rotary_of(base)
+        self.checkpointing = ActivationCheckpointing(base, checkpointing)
+        self.alignment = Alignment(
+            base.get_input_embeddings().weight,
+            self.head.weight,
+            alignment,
+            initial=alignment_initial,
+            implementation=implementation,
+        )
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        """The transformers model, without PEFT around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def head(self) -> nn.Module:
+        """From hidden states after the final norm to logits."""
+        return self.language_model.get_output_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.device
+
+    @property
+    def trace_sizes(self) -> dict[str, Any]:
+        """Of a trace that the model writes: what :meth:`KVTrace.allocate` takes besides rows and capacity."""
+        config = self.language_model.config.get_text_config(decoder=True)
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return dict(
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            dtype=torch.get_autocast_dtype(self.device.type) if autocast else self.language_model.dtype,
+            device=self.device,
+        )
+
+    def read(
+        self,
+        trace: KVTrace,
+        lengths: Lengths | Call,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        outputs: Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
+        """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row.
+
+        `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
+        `outputs`: per row, the range of its new tokens whose hidden states are returned; None: all.
+        """
+        if isinstance(lengths, Call) and outputs is not None:
+            raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
+        call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
+        hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if is_sharded(self) and hidden.requires_grad:
+            trace.order = reach(trace.order, hidden)
+        return hidden
+
+    def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Like :meth:`read`, of a call that is open already."""
+        latent = inputs_embeds is not None
+        inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
+        watching = [observer(call, latent) for observer in self.observers]
+        with self.checkpointing.for_call(latent=latent):
+            output = self.language_model.get_decoder()(
+                **inputs, position_ids=call.position_ids, use_cache=False, trace_call=call
+            )
+        hidden, wanted = output.last_hidden_state[0], call.outputs
+        # A fused last layer has left the others out already.
+        hidden = hidden if wanted is None or len(hidden) == wanted.total else hidden[wanted.index]
+        for told in filter(None, watching):
+            told(hidden)
+        return hidden
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """With `observer` among those who are told."""
+        self.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.observers.remove(observer)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` in evaluation mode, and back."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -1,0 +1,64 @@
+"""Settings of a training and of its evaluation, as flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+from transformers import TrainingArguments
+
+from diffmas.training.arguments import settle, settle_updates
+from diffmas.training.launch import check_processes, settle_processes
+
+
+@dataclass
+class DecodingArguments:
+    """How answers are generated when evaluating."""
+
+    max_new_tokens: int = field(default=2048, metadata={"help": "Longest answer."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
+    top_p: float = field(default=0.95, metadata={"help": "Nucleus of sampling."})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers' training arguments, with an output folder named after the task by default."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for adapter, system.json, metrics and report; default: runs/<task>."}
+    )
+    report_to: str = field(default="none", metadata={"help": "Trackers, e.g. tensorboard or tensorboard,wandb."})
+    liger_kernel_config: dict | str | None = field(
+        default=None, metadata={"help": 'Model parts that use_liger_kernel fuses, e.g. {"rope": false}.'}
+    )
+    auto_batch: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the largest micro-batch the memory allows; micro-batch × accumulation stays as asked for."
+        },
+    )
+    memory_limit_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 %% of what is free."
+        },
+    )
+    profile: bool = field(
+        default=False, metadata={"help": "Time the second step by phase and trace the third: profile.json, trace.json."}
+    )
+    disable_final_eval: bool = field(
+        default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
+    )
+
+    def __post_init__(self):
+        #: As they were given, for a run that goes on later.
+        self.given = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = self.output_dir
+        settle(self)
+        settle_processes(self)
+        super().__post_init__()
+        # transformers has filled in a folder of its own.
+        self.output_dir = chosen
+        # One process trains on one GPU: without a launcher, transformers would copy the model to all there are.
+        self._n_gpu = min(self._n_gpu, 1)
+        check_processes(self.world_size)
+        settle_updates(self)
