@@ -65,7 +65,9 @@ def _defined(code: str, methods: bool = False) -> set[str]:
                 continue
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target] if node.value else []
-            stored = (n for target in targets for n in ast.walk(target) if isinstance(getattr(n, "ctx", None), ast.Store))
+            stored = (
+                n for target in targets for n in ast.walk(target) if isinstance(getattr(n, "ctx", None), ast.Store)
+            )
             names |= {n.id for n in stored if isinstance(n, ast.Name)}
         waiting += [n for n in ast.iter_child_nodes(node) if isinstance(n, (ast.stmt, ast.excepthandler))]
     return names

@@ -35,7 +35,7 @@ _TAGS = [
     for opening, closing in [*_BLOCKS, *_CHANNELS]
 ]
 _OPENED = re.compile(rf"(?:{'|'.join(opening for opening, _ in _BLOCKS)})\s*$", re.IGNORECASE)
-_MARKS = re.compile(r"(?<![\"'`])(?:<\|channel\|>final\b[^<]{0,80}<\|message\|>|<\|return\|>)")
+_MARKS = re.compile(r"<\|channel\|>final\b[^<]{0,80}<\|message\|>|<\|return\|>(?![\"'`])")
 _QUOTES = ('"', "'", "`")
 
 
