@@ -40,10 +40,10 @@ _GOES_ON = re.compile(
     r"[)\]}*_\"'`$]*(?:\s*$|\s*[.,:;!?)]|\s*\n|\s+(?:because|since|as|for|due|which|so|and\s+not|not|rather)\b|\s+[—–(-])"
 )
 _SEVERAL = re.compile(
-    r"[)\]}*_\"'`$]*(?:\s*(?:[,;/&+]|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*(?!I['’]|I\s+[a-z])[A-Z]\b"
+    r"[)\]}*_\"'`$]{0,9}(?:\s*(?:[,;/&+]|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*(?!I['’]|I\s+[a-z])[A-Z]\b"
     r"(?!\s+(?:is|was|has|does|would|can|cannot|fails)\b)[)\]*$.]*(?!\w)"
     # "(A)(B)", "A B"
-    r"|[ \t]*(?:[(\[]+[A-Z][)\]]|(?<=[\s)\]*])[*$]*[A-Z][*$.]*[ \t]*(?:\n|\Z)))"
+    r"|[ \t]*(?:[(\[]+[A-Z][)\]]|(?<=[\s)\]*])[*$]{0,3}[A-Z][*$.]*[ \t]*(?:\n|\Z)))"
 )
 _SEVERAL_BEFORE = re.compile(r"\b[A-Z][)\]*]*\s*(?:/|&|\bor\b|\band\b|\bnor\b)\s*[(\[*]*\Z")
 # What denies, or only supposes, what comes up to four words later in the same clause.

@@ -170,7 +170,9 @@ def test_plain_and_misleading(text, letter):
     assert [choice.check(text, {**item, "gold": other}) for other in "ABCD"] == [other == letter for other in "ABCD"]
 
 
-@pytest.mark.parametrize("piece", [" ", "\n", "`", "(", "A; ", "A because ", "so ", "not ", "B is correct ", "option "])
+@pytest.mark.parametrize(
+    "piece", [" ", "\n", "`", "(", "A; ", "A because ", "so ", "not ", "B is correct ", "option ", "**"]
+)
 def test_long_texts(piece):
     for text in (piece * (50_000 // len(piece)), "The answer is A" + piece * (50_000 // len(piece))):
         started = time.process_time()
