@@ -17,11 +17,11 @@ _LETTER = rf"{_OPEN}(?P<letter>[A-Za-j]){_CLOSE}"
 _STATED = [
     # "the correct answer is (B)", "Answer: B", "option: C", "my choice would be D"
     re.compile(
-        rf"(?i:\b(?:answer|choice|option|letter)\b\**(?:\s+(?:here|then|thus|therefore))?"
+        rf"(?i:\b(?:answer|choice|option|letter)\b[*_\"']*(?:\s+(?:here|then|thus|therefore))?"
         rf"(?:\s*[:=]|\s+(?:is|would\s+be|should\s+be|must\s+be|will\s+be))(?:\s*[:=])?"
         rf"(?:\s+(?:clearly|therefore|thus|definitely|probably|likely))?(?:\s+(?:option|choice|letter))?)\s*{_LETTER}"
     ),
-    # "option B is correct", "(C) is the right answer"
+    # "option B is correct", "(C) is the right answer"; not "Vitamin C is correct" (see _ENDS_A_NAME)
     re.compile(
         r"(?<![\w'])(?:(?i:option|choice|answer)\s+)?[(\[*]{0,5}(?P<letter>[A-Z])[)\]*]{0,5}"
         r"\s+(?i:is\s+(?:clearly\s+)?(?:the\s+)?(?:only\s+)?(?:best\s+|most\s+)?(?:correct|right|answer|best))\b"
@@ -32,40 +32,74 @@ _STATED = [
         rf"(?:\s+(?:option|choice|answer|letter))?)\s*{_LETTER}"
     ),
 ]
+_REASONED = re.compile(
+    rf"(?m:^)(?:(?i:option|choice|answer)\s+)?{_LETTER}[)\]*_\"'`$]*,?[ \t]+(?i:because|since|due\s+to)\b"
+)
 # "a", "A" and "I" may be words where they are no answer: "the answer is a mixture".
 _GOES_ON = re.compile(
     r"[)\]}*_\"'`$]*(?:\s*$|\s*[.,:;!?)]|\s*\n|\s+(?:because|since|as|for|due|which|so|and\s+not|not|rather)\b|\s+[—–(-])"
 )
 _SEVERAL = re.compile(
-    r"[)\]}*_\"'`$]*\s*(?:,|/|&|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*(?!I['’]|I\s+[a-z])[A-Z]\b[)\]*$.]*(?!\w)"
+    r"[)\]}*_\"'`$]{0,9}(?:\s*(?:[,;/&+]|\bor\b|\band\b)\s*(?:\b(?:or|and|maybe)\b\s*)?[(\[*$]*(?!I['’]|I\s+[a-z])[A-Z]\b"
+    r"(?!\s+(?:is|was|has|does|would|can|cannot|fails)\b)[)\]*$.]*(?!\w)"
+    # "(A)(B)", "A B"
+    r"|[ \t]*(?:[(\[]+[A-Z][)\]]|(?<=[\s)\]*])[*$]{0,3}[A-Z][*$.]*[ \t]*(?:\n|\Z)))"
 )
-_NEGATED = re.compile(r"(?i)(?:\bnot|n't|\bnever|\bneither|\bwrong|\bincorrect|\beliminate[sd]?)\W*(?:\w+\W+){0,2}$")
-_ALONE = re.compile(r"[\s$*_#\"'`>(\[-]*(?:\\text\s*\{)?(?P<letter>[A-Za-j])[)\]}*_\"'`$.:!\s]*")
+_SEVERAL_BEFORE = re.compile(r"\b[A-Z][)\]*]*\s*(?:/|&|\bor\b|\band\b|\bnor\b)\s*[(\[*]*\Z")
+# What denies, or only supposes, what comes up to four words later in the same clause.
+_CLAUSE = re.compile(r"(?i)[.,;:!?\n]|\b(?:and|but|so|then|thus|hence|therefore|because|since|while|whereas)\b")
+_NEGATED = re.compile(
+    r"(?i)(?:\bnot|n['’]t|\bnever|\bcannot|\bneither|\bnone|\bnobody|\bno\s+(?:one|way|chance|reason)|\bwrong|\bincorrect"
+    r"|\bfalse|\beliminate[sd]?|\bunlikely|\bimpossible|\bimprobable|\bhardly"
+    r"|(?<!\bno )(?<!\bany )(?<!\ba )(?<!out )\bdoubt\w*"
+    r"|\bmistake\w*|\bif|\bwhether|\bunless|\bsuppos\w+|\bassum\w+)\W*(?:\w+\W+){0,4}$"
+)
+# A letter behind any other word than these ends a name: "Vitamin C", "Hepatitis B", "Schedule A".
+_ENDS_A_NAME = re.compile(
+    r"(?i)\w(?<!\bthat)(?<!\bthink)(?<!\bbelieve)(?<!\bsay)(?<!\bconclude)(?<!\bclearly)(?<!\bonly)(?<!\bmeans)"
+    r"(?<!\bguess)(?<!\bknow)(?<!\bor)(?<!\bnor)(?<!\bis)(?<!\bobviously)(?<!\bprobably)[\s\"'“]*\Z"
+)
+_ALONE = re.compile(
+    r"[\s$*_#\"'`>(\[-]*(?:(?i:so|thus|hence|therefore|option|choice|answer|letter)\b[,:]?[\s$*_\"'`(\[]*){0,2}"
+    r"(?:\\text\s*\{)?(?P<letter>[A-Za-j])[)\]}*_\"'`$.:!\s]*"
+)
+# "…, so B.", "…. Therefore, (B)."
+_CONCLUDED = re.compile(
+    r"(?i:\b(?:so|thus|hence|therefore)\b[,:]?\s+(?:(?:option|choice|answer|letter)\s+)?)[*(\[$]*(?P<letter>[A-Z])[)\]*$.!]*\Z"
+)
+# A remark behind an option: "Rome, not Paris", "Rome because …".
+_REMARK = re.compile(
+    r"(?i)(?:,\s*|\s\()(?:and\s+)?not\b|,?\s(?:because|since|rather\s+than|instead\s+of)\b|,\s*(?:as|so|which)\b"
+)
 _LISTED = re.compile(r"[\s*_\"'`>-]*[(\[]?(?P<letter>[A-Z])(?:[)\]:]|\.(?!\w))[)\]*]*\s*(?P<text>\S.*)")
 
 
 def extract(text: str) -> str | None:
     """The letter `text` settles on, upper case; a boxed answer that is no letter in lower case; None without one."""
     letter, words = _settled(text)
-    return letter or (_plain(words) or None if words else None)
+    return letter or (_plain(_REMARK.split(words)[0]) or None if words else None)
 
 
 def check(text: str, item: Mapping[str, Any]) -> bool:
-    """Whether `text` settles on the letter `item["gold"]`, or repeats that one of the options `item["options"]`."""
+    """Whether `text` settles on the letter `item["gold"]`, or repeats that one of the options `item["options"]`.
+
+    A letter beside the text of another option ("A) Rome", where Rome is option B) settles on nothing.
+    """
     letter, words = _settled(text)
     if letter is None and words is None:
         lines = [line for line in reasoning.removed(text).strip().splitlines() if line.strip()]
         words = lines[-1] if lines else None
     if words is not None and (named := _option(words, item.get("options") or ())):
-        # "A) Rome", where Rome is option B, settles on nothing.
         letter = named if letter in (None, named) else None
     return letter == item["gold"]
 
 
 def _option(words: str, options: Sequence[str]) -> str | None:
-    wanted, plain = _plain(words), [_plain(option) for option in options]
-    named = [LETTERS[i] for i, option in enumerate(plain) if option and option == wanted]
-    return named[0] if len(named) == 1 else None
+    plain = [_plain(option) for option in options]
+    for wanted in (_plain(words), _plain(_REMARK.split(words)[0])):
+        if named := [LETTERS[i] for i, option in enumerate(plain) if option and option == wanted]:
+            return named[0] if len(named) == 1 else None
+    return None
 
 
 def _settled(text: str) -> tuple[str | None, str | None]:
@@ -73,31 +107,52 @@ def _settled(text: str) -> tuple[str | None, str | None]:
     text = unicodedata.normalize("NFKC", reasoning.removed(text))
     if (boxed := final.marked(text)) is not None:
         return _labelled(final.unwrapped(boxed))
-    for pattern in _STATED:
+    for pattern in (*_STATED, _REASONED):
         for match in reversed(list(pattern.finditer(text))):
-            if _NEGATED.search(re.split(r"[.,;:\n]", text[max(0, match.start() - 60) : match.start()])[-1]):
+            clause = _clause(text, match.start())
+            if _NEGATED.search(clause):
                 continue
-            rest = text[match.end("letter") :]
-            if _SEVERAL.match(rest):
+            rest = match.end("letter")
+            if _SEVERAL.match(text, rest):
                 return None, ""
-            if match["letter"] in "aAI" and pattern is not _STATED[1] and not _GOES_ON.match(rest):
+            if pattern is _STATED[1]:
+                if match[0][0] == match["letter"] and _ENDS_A_NAME.search(clause):
+                    continue
+                if _SEVERAL_BEFORE.search(text[max(0, match.start() - 20) : match.start("letter")]):
+                    return None, ""
+            elif match["letter"] in "aAI" and not _GOES_ON.match(text, rest):
                 continue
-            if match["letter"].islower() and not _GOES_ON.match(rest):
+            if match["letter"].islower() and not _GOES_ON.match(text, rest):
                 continue
-            return match["letter"].upper(), None
-    stated = re.findall(r"(?i)\banswer(?:\s+is|\s*:)\s*:?\s*([^\n]+)", text)
+            # "The answer is A) Rome"
+            return match["letter"].upper(), text[rest : rest + 500].partition("\n")[0].lstrip(
+                " )]}*_\"'`$.,:(–—-"
+            ) or None
+    stated = list(re.finditer(r"(?i)\banswer[*_\"']*(?:\s+is|\s*:)\s*:?\s*([^\n]+)", text))
     if stated:
-        return None, stated[-1].strip(" *_.\"'")
+        said = [match[1] for match in stated if not _NEGATED.search(_clause(text, match.start()))]
+        return None, said[-1].strip(" *_.\"'}") if said else ""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return None, None
     if alone := _ALONE.fullmatch(lines[-1]):
         return alone["letter"].upper(), None
+    if concluded := _CONCLUDED.search(lines[-1].strip()[-80:]):
+        return concluded["letter"], None
     listed = [m for line in lines if (m := _LISTED.fullmatch(line))]
     # Options repeated from the question are no answer.
-    if len({m["letter"] for m in listed}) == 1 and listed[-1].string in (lines[0], lines[-1]):
+    if (
+        len({m["letter"] for m in listed}) == 1
+        and listed[-1].string in (lines[0], lines[-1])
+        and not _ALONE.fullmatch(listed[-1]["text"])
+    ):
         return listed[-1]["letter"], listed[-1]["text"]
     return None, None
+
+
+def _clause(text: str, end: int) -> str:
+    """What stands before `end` in the same clause."""
+    return _CLAUSE.split(text[max(0, end - 80) : end])[-1]
 
 
 def _labelled(answer: str) -> tuple[str | None, str | None]:
@@ -106,7 +161,7 @@ def _labelled(answer: str) -> tuple[str | None, str | None]:
     answer = re.sub(r"(?i)^(?:option|choice|answer)\s*:?\s+(?=\W?[a-j]\b)", "", answer)
     if alone := _ALONE.fullmatch(answer):
         return alone["letter"].upper(), None
-    if listed := _LISTED.fullmatch(answer):
+    if (listed := _LISTED.fullmatch(answer)) and not _ALONE.fullmatch(listed["text"]):
         return listed["letter"], listed["text"]
     return None, answer
 

@@ -1,5 +1,7 @@
 """Multiple choice: hundreds of ways to settle on a letter, and as many to settle on none."""
 
+import time
+
 import pytest
 
 from diffmas.answers import choice
@@ -128,3 +130,51 @@ def test_an_option_that_stands_twice_settles_nothing():
 def test_equal_answers_extract_equally():
     assert {choice.extract(t) for t in (r"\boxed{b}", "Answer: (B)", "The answer is b.", "B) Rome", "B")} == {"B"}
     assert choice.extract(r"\boxed{\text{Rome}}") == choice.extract("Answer: rome.") == "rome"
+
+
+CITIES = ["Paris", "Rome", "London", "Vitamin C"]
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        # A letter that ends a name, or is denied or only supposed.
+        ("Vitamin C is correct", None), ("Vitamin C is the best answer", None), ("Plan B is the best", None),
+        ("Hepatitis B is the right diagnosis", None), ("Schedule A is right", None), ("C is correct", "C"),
+        ("I think that B is correct", "B"), ("A is wrong and B is correct", "B"), ("Since 1 < 2, C is right", "C"),
+        ("It is unlikely that B is correct", None), ("Nobody would say B is the right answer", None),
+        ("I doubt that the answer is B", None), ("It is unlikely that the answer is Rome", None),
+        ("There is no doubt that B is correct", "B"), ("If B is correct, Rome is in France", None),
+        ("None of A is correct", None), ("The answer is B. If the answer is A, all is lost", "B"),
+        # Several answers are none.
+        ("Answer: A; B", None), ("Answer: (A)(B)", None), ("(A)(B)", None), ("Answer: B C", None),
+        ("Answer: (A) (B)", None), (r"\boxed{(A)(B)}", None), (r"\boxed{A; B}", None), ("A or B is correct", None),
+        ("Answer: B; C is wrong", "B"), ("Answer: B, C is wrong", "B"), ("Answer: B (C is wrong)", "B"),
+        # A letter beside the text of another option.
+        ("The answer is A) Rome", None), ("The answer is (A) Rome.", None), ("Answer: A: Rome, not Paris", None),
+        ("The answer is B) Rome", "B"), ("The answer is B. Rome is Italian", "B"), ("Answer: A) the one", "A"),
+        # Plain last lines.
+        ("Option B", "B"), ("choice b", "B"), ("Therefore, B.", "B"), ("So B", "B"), ("Hence, (B).", "B"),
+        ("A is wrong. C is wrong. Therefore, B.", "B"), ("So, option (B)", "B"), ("It rains, so B.", "B"),
+        ("Therefore, A or B.", None), ("So Beta.", None), ("Option", None), ("Options A", None),
+        ("B because Rome is the capital", "B"), ("(B) since it fits", "B"), ("Vitamin B because it fits", None),
+        ('{"answer": "B"}', "B"), ('{"answer": "B", "why": "A is bad"}', "B"), ('{"answer": "Rome"}', "B"),
+        ('{"answer": "A", "why": "it fits"}', "A"), ('{"answer": "A or B"}', None),
+        ("The answer is Rome, not Paris", "B"), ("The answer is Rome rather than Paris.", "B"),
+        ("The answer is Rome because it is", "B"), ("The answer is not Rome", None),
+        ("The answer is Rome, Paris", None), ("The answer is Rome or Paris", None),
+    ],
+)  # fmt: skip
+def test_plain_and_misleading(text, letter):
+    item = {"options": CITIES}
+    assert [choice.check(text, {**item, "gold": other}) for other in "ABCD"] == [other == letter for other in "ABCD"]
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "\n", "`", "(", "A; ", "A because ", "so ", "not ", "B is correct ", "option ", "**"]
+)
+def test_long_texts(piece):
+    for text in (piece * (50_000 // len(piece)), "The answer is A" + piece * (50_000 // len(piece))):
+        started = time.process_time()
+        choice.extract(text)
+        assert time.process_time() - started < 1

@@ -1,5 +1,7 @@
 """Programs in answers: which block counts, equal programs, and running them."""
 
+import time
+
 import pytest
 
 from diffmas.answers import code
@@ -83,3 +85,60 @@ def test_no_program_is_wrong():
 def test_tests_that_import_numpy(confinement):
     item = {"entry_point": "f", "test": "import numpy as np\nassert np.allclose(f(1.0), 2.0)"}
     assert code.check(f"```python\n{F}```", item) and not code.check("```python\ndef f(x): return x\n```", item)
+
+
+DOC = "def f(x):\n    '''Adds.\n\n    ```\n    f(1)\n    ```\n    '''\n    return x + 1\n"
+USAGE = "Use it:\n```python\nprint(f(1))\n```"
+TRIED = "try:\n    from m import f\nexcept ImportError:\n    def f(x): return x + 1\n"
+TYPED = "from typing import Callable\nf: Callable = lambda x: x + 1\n"
+METHOD = "class Solution:\n    def f(self, x):\n        return x + 1\n"
+TAGS = [
+    "# strips <think> blocks", "s = 'hi <think> there'", "s = 'a </think>\\n'", "# what </think> ends",
+    "s = \'\'\'\n<think>\n</think>\n\'\'\'", "s = \'\'\'\n</think>\n\'\'\'", "s = '[THINK] <|return|>'",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        # The closing fence behind the last line of code; backticks in a comment are none.
+        (f"```python\n{F.rstrip()}```", F), (f"```python\n{F.rstrip()}```\nThis adds one.", F),
+        (f"```\n{F.rstrip()}```\n{USAGE}", F), (f"```python\n# in ```\n{F}```", f"# in ```\n{F}"),
+        (f"```python\nx = 1  # ```\n{F}```", f"x = 1  # ```\n{F}"),
+        (f"```python\ndef f(x) return x```\nNo:\n```python\n{F}```", F),
+        # A fence in a docstring.
+        (f"```python\n{DOC}```", DOC), (f"```python\n{DOC}```\n{USAGE}", DOC), (f"```python\n{DOC}", DOC), (DOC, DOC),
+        (f"```python\n'''\n```\n```python\n{F}```", F),
+        # Tags, output blocks, byte-order marks.
+        (f"<answer>\n{F}</answer>", f"\n{F}"), (f"So:\n<answer>{F}</answer>\nDone.", F),
+        (f"<answer>```python\n{F}```</answer>", F), ("<answer>I cannot.</answer>", None),
+        (f"```python\n{F}```\n<answer>g = 1</answer>", F),
+        (f"{F}\n```\n2\n```", f"{F}\n"), (f"{F}\nOutput:\n```\n2\n```", F.rstrip()),
+        ("g = 1\n```python\nh = 1\n```", "h = 1\n"), (f"I wrote:\n{F}\n```\n2\n```", "2\n"),
+        (f"\ufeff{F}", F), (f"\ufeff```python\n{F}```", F), (f"```python\n\ufeff{F}```", F),
+        # What defines the entry point, before a block that uses it.
+        (f"```python\n{TRIED}```\n{USAGE}", TRIED), (f"```python\n{TYPED}```\n{USAGE}", TYPED),
+        (f"```python\n{METHOD}```\n{USAGE}", METHOD), (f"```python\n{F}```\n```python\n{METHOD}```", F),
+        (f"```python\n{F}```\n```python\ndef main():\n    f = 1\n```", F), (f"```python\n{F}```\n```\nf: int\n```", F),
+        *((f"```python\n{tag}\n{F}```", f"{tag}\n{F}") for tag in TAGS),
+        *((f"<think>Hm.</think>\n```python\n{tag}\n{F}```", f"{tag}\n{F}") for tag in TAGS),
+        *((f"{tag}\n{F}", f"{tag}\n{F}") for tag in TAGS),
+        (f"```python\n{F}```\n<think>Hm", None), (f"```python\ndef g(\n</think>\n```python\n{F}```", F),
+    ],
+)  # fmt: skip
+def test_fences_tags_and_definitions(text, expected):
+    assert code.program(text, "f") == expected
+
+
+def test_entry_points_that_are_methods():
+    for entry_point in ("Solution().f", "Solution", "f"):
+        assert code.program(f"```python\n{METHOD}```\n```python\nprint(Solution().f(1))\n```", entry_point) == METHOD
+
+
+@pytest.mark.parametrize(
+    "piece", [" ", "\n", "`", "```\n", "```python\nx```\n", "```\n'''\n```\n'''\n", "```\n</think>\n"]
+)
+def test_long_texts(piece):
+    started = time.process_time()
+    code.program(piece * (50_000 // len(piece)), "f")
+    assert time.process_time() - started < 1
