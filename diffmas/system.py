@@ -134,7 +134,8 @@ class MultiAgentSystem(nn.Module):
             num_items_in_batch: what to divide the summed loss by; default the number of answer tokens.
             return_logits: without, the loss does not need the logits of all answer tokens at once.
         """
-        rows = len(prompt_lengths[-1])
+        self.trajectory.check(prompt_ids, prompt_lengths)
+        rows = len(prompt_lengths[0])
         if len(answer_lengths) != rows or min(answer_lengths) < 1 or sum(answer_lengths) != answer_ids.numel():
             raise ValueError(
                 f"answer_lengths is {list(answer_lengths)} for {answer_ids.numel()} tokens; allowed: "

@@ -180,7 +180,7 @@ def test_a_second_backward_raises():
 def test_a_second_order_gradient_raises():
     s = system()
     output = s(*arguments(*ragged(["sender", "solver"], 2)))
-    (grad,) = torch.autograd.grad(output.loss, [s.model.get_input_embeddings().weight], create_graph=True)
+    (grad,) = torch.autograd.grad(output.loss, [s.agent_model.model.get_input_embeddings().weight], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
@@ -189,5 +189,5 @@ def test_the_trace_keeps_its_room_tight():
     s = system(latent_steps=3)
     prompts, answers = ragged(["sender", "solver"], 3)
     ids, lengths = zip(*(packed(rows) for rows in prompts.values()), strict=True)
-    trace = s.communicate(ids, lengths, [len(a) for a in answers])
+    trace = s.trajectory.communicate(ids, lengths, [len(a) for a in answers]).trace
     assert trace.capacity == max(3 + len(p) + len(a) for p, a in zip(prompts["solver"], answers, strict=True))

@@ -144,7 +144,7 @@ def test_buckets_and_buffers_are_used_again():
     with torch.no_grad(), system.agent_model.model.disable_adapter():
         without = system(*batch(system, 0)).loss
     plain = build()
-    with torch.no_grad(), plain.model.disable_adapter():
+    with torch.no_grad(), plain.agent_model.model.disable_adapter():
         torch.testing.assert_close(without, plain(*batch(plain, 0)).loss)
     assert len(runs._runs) == 9  # and so are those without the adapter
 
@@ -196,9 +196,9 @@ def test_settings():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_equal_training(train(system, steps=1), train(build(), steps=1))  # nothing to capture on a CPU
-    with pytest.raises(ValueError, match="capture is 'on'; allowed: off, auto"):
+    with pytest.raises(ValueError, match="cuda_graphs is 'on'; allowed: off, auto"):
         build(cuda_graphs="on")
-    with pytest.raises(ValueError, match="latent_backward is 'sweeps:2' with capture 'auto'; allowed: exact"):
+    with pytest.raises(ValueError, match="latent_backward is 'sweeps:2' with cuda_graphs 'auto'; allowed: exact"):
         build(cuda_graphs="auto", latent_backward="sweeps:2")
 
 

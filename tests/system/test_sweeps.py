@@ -65,7 +65,7 @@ def test_as_many_sweeps_as_steps_are_exact(topology, handover, alignment, checkp
     logits, grads = differentiate(build(*for_all, latent_backward="sweeps:5", checkpointing=checkpointing))
     expected, wanted = exact(*for_all)
     assert error(logits, expected) <= TOLERANCE
-    assert grads.keys() == wanted.keys() and ("alignment.weight" in grads) == (alignment == "learned")
+    assert grads.keys() == wanted.keys() and ("agent_model.alignment.weight" in grads) == (alignment == "learned")
     assert_same(grads, wanted, TOLERANCE)
 
 

@@ -20,7 +20,7 @@ def system():
 
 
 def test_refusals(monkeypatch):
-    model = system().model
+    model = system().agent_model.model
     monkeypatch.setattr(liger, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install liger-kernel"):
         fuse_liger(model, CUDA)
