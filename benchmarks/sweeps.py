@@ -30,7 +30,7 @@ from benchmarks.timing import Clock, race
 from diffmas.agents.collator import Collator
 from diffmas.agents.sweeps import latent_run
 from diffmas.agents.topology import TOPOLOGIES
-from diffmas.runs.loading import build_system, load_run
+from diffmas.loading import build_system, load_run
 from diffmas.support.machine import machine
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import load_task

@@ -8,7 +8,23 @@ leave_on_interrupt()
 import diffmas_ops  # noqa: E402, F401  (before anything else that imports torch; see diffmas_ops.threads)
 
 # isort: split
+from diffmas.agents.collator import Collator  # noqa: E402
 from diffmas.agents.topology import Agent, Topology, TopologyError, load_topology  # noqa: E402
+from diffmas.generation import Completion, Decoding  # noqa: E402
+from diffmas.prompts import Prompts  # noqa: E402
 from diffmas.system import MultiAgentSystem, TrajectoryOutput  # noqa: E402
 
-__all__ = ["Agent", "MultiAgentSystem", "Topology", "TopologyError", "TrajectoryOutput", "load_topology"]
+__version__ = "0.1.0"
+__all__ = [
+    "Agent", "Collator", "Completion", "Decoding", "MultiAgentSystem", "Prompts", "SystemTrainer", "Topology",
+    "TopologyError", "TrajectoryOutput", "load_topology",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    if name == "SystemTrainer":
+        # Its import takes seconds, which asking a system does not need.
+        from diffmas.training.trainer import SystemTrainer
+
+        return SystemTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,10 +17,10 @@ from diffmas.agents.topology import load_topology
 from diffmas.command_line import Parser
 from diffmas.evaluation.inspection import Inspection, inspect
 from diffmas.generation import Decoding
+from diffmas.loading import load_run
 from diffmas.models.loading import load_base
 from diffmas.prompts import Prompts
 from diffmas.prompts.shortened import cut_line, cut_summary
-from diffmas.runs.loading import load_run
 from diffmas.support.failures import run_program
 from diffmas.support.interrupts import raise_on_interrupt
 from diffmas.support.text_file import check_characters
@@ -87,7 +87,7 @@ class Chat:
         self._encoded = self._collator.encode_prompts([item])
         if (cut := cut_summary(self._prompts)) != before:
             print(f"({cut_line(cut)})", file=sys.stderr)
-        for event in self.system.stream(**self._encoded, tokenizer=self.tokenizer, decoding=self.decoding):
+        for event in self.system.stream_tokens(**self._encoded, tokenizer=self.tokenizer, decoding=self.decoding):
             if event.text:
                 yield event.text
             self._completion = event.completion
@@ -151,6 +151,7 @@ def load(args: ChatArguments) -> Chat:
         relay = args.model_name_or_path is None and topology.name in ("relay", "single")
         family = args.prompts or ("reasoning" if not relay else None)
         prompts = Prompts.load(family) if family else load_task(TaskArguments()).prompts
+        prompts = prompts.with_roles(topology.prompts)
         defaults = {} if args.model_name_or_path else {"max_new_tokens": 4, "temperature": 0.0}
     changes = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**defaults, **changes, "seed": args.seed, "samples": 1})

@@ -26,11 +26,11 @@ from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods import METHODS, Method, choose_methods
 from diffmas.evaluation.needs import check_prompts, method_left_out, print_left_out, roles_of, variants_left_out
 from diffmas.generation import Decoding
+from diffmas.loading import load_run
 from diffmas.prompts.dates import print_date
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import anchored, describe, read_description
 from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
-from diffmas.runs.loading import load_run
 from diffmas.support.distributed import gathered, process
 from diffmas.support.failures import run_program
 from diffmas.support.folders import check_output
@@ -243,7 +243,7 @@ def _same_task(a: str, b: str) -> bool:
 
 def _applicable(methods: Sequence[Method], settings: Sequence[Settings]) -> list[Method]:
     """Those methods that apply to every task; the others are named."""
-    tasks = [(load_task(s.task), s.topology) for s in settings]
+    tasks = [(s.load_task(), s.topology) for s in settings]
     kept = []
     for method in methods:
         reasons = (method_left_out(method, task, topology) for task, topology in tasks)

@@ -20,8 +20,8 @@ from diffmas.agents.collator import pack
 from diffmas.answers import reasoning
 from diffmas.evaluation.answering import evaluating
 from diffmas.generation import Decoding
+from diffmas.loading import load_run
 from diffmas.prompts import Prompts
-from diffmas.runs.loading import load_run
 
 try:
     from lm_eval.api.model import LM

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from huggingface_hub import HfApi
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from diffmas.agents.captured_runs import CapturedRuns, asks_for_graphs
+from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
 from diffmas.agents.positions import check_positions
 from diffmas.agents.sweeps import latent_run
-from diffmas.agents.topology import Topology
+from diffmas.agents.topology import Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.models.agent_model import AgentModel, Lengths
+from diffmas.models.loading import load_base
 from diffmas.models.loss import plain_loss
+from diffmas.prompts import Prompts
+from diffmas.runs.description import describe, fetched, known, read_description, write_description
+from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE
+from diffmas.runs.settings import SystemArguments
+from diffmas.runs.weights import load_alignment, save_weights
+from diffmas.support.failures import reading
+from diffmas.support.progress import announced
+from diffmas.support.quiet import quiet_loading
+from diffmas.tasks import TaskArguments, as_asked, load_task
 from diffmas_ops import KVTrace
 
 
@@ -43,15 +59,20 @@ class MultiAgentSystem(nn.Module):
     flows back through all of them.
 
     Args:
-        model: a transformers causal language model, possibly inside PEFT; agents share it.
-        topology: who hands over to whom, and what.
+        model: a transformers causal language model, possibly inside PEFT, that all agents share; or its name or folder.
+        topology: who hands over to whom, and what; or the name of a built-in one, or the path of a YAML file.
+        tokenizer: default: the one beside `model`, where that is a name. Only text needs it.
+        prompts: of the agents' roles; or the name of a built-in family, or the path of a YAML file. Agents whose prompt
+            is in the topology need none here.
+        peft_config: of an adapter to put on `model`.
+        decoding: how text is answered, where nothing else is asked for; default: :class:`Decoding`'s own.
         latent_steps: m ≥ 0, for every agent but the last.
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_backward: "exact", or "sweeps:k": the gradient of each latent run by k parallel backward passes
             (:class:`diffmas.agents.sweeps.Sweeps`).
         cuda_graphs: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
-            (:class:`diffmas.agents.captured_runs.CapturedRuns`; not yet run on one).
+            (:class:`diffmas.agents.captured_runs.CapturedRuns`; experimental, not yet run on one).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         implementation: "auto", or the operators' implementation to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
@@ -59,14 +80,19 @@ class MultiAgentSystem(nn.Module):
 
     Raises:
         ValueError: an argument outside its range, named.
+        FileNotFoundError: a model, topology or prompts that are not there.
         UnsupportedModelError: a model whose attention a trace cannot express.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        topology: Topology,
+        model: nn.Module | str,
+        topology: Topology | str,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        prompts: Prompts | str | Path | None = None,
+        peft_config: PeftConfig | None = None,
+        decoding: Decoding | None = None,
         latent_steps: int = 10,
         alignment: str = "identity",
         alignment_initial: str = "identity",
@@ -78,8 +104,15 @@ class MultiAgentSystem(nn.Module):
         loss: str = "auto",
     ):
         super().__init__()
+        if isinstance(model, str):
+            model, beside = load_base(model)
+            tokenizer = tokenizer or beside
+        topology = load_topology(topology) if isinstance(topology, str) else topology
+        prompts = Prompts.load(prompts) if isinstance(prompts, (str, Path)) else prompts
+        self.prompts = (prompts or Prompts({})).with_roles(topology.prompts)
+        self.tokenizer, self.decoding = tokenizer, decoding or Decoding()
         self.agent_model = AgentModel(
-            model,
+            model if peft_config is None else get_peft_model(model, peft_config),
             alignment=alignment,
             alignment_initial=alignment_initial,
             checkpointing=checkpointing,
@@ -94,6 +127,111 @@ class MultiAgentSystem(nn.Module):
             detach_trace,
             latent_run=captured or latent_run(latent_backward),
             allocate=captured.allocate if captured else KVTrace.allocate,
+        )
+        #: What a run keeps of it (`system.json`).
+        self.description: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, topology: Topology, settings: SystemArguments, **options) -> MultiAgentSystem:
+        """A system on `model` with the settings of a run; `options` as for the class."""
+        return cls(
+            model,
+            topology,
+            latent_steps=settings.latent_steps,
+            alignment=settings.alignment,
+            alignment_initial=settings.alignment_initial,
+            detach_trace=settings.detach_trace,
+            latent_backward=settings.latent_backward,
+            # What auto finds is set before training starts.
+            checkpointing="all" if settings.checkpointing == "auto" else settings.checkpointing,
+            cuda_graphs=settings.cuda_graphs,
+            implementation=settings.implementation,
+            loss=settings.loss,
+            **options,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, model_name_or_path: str | None = None, revision: str | None = None
+    ) -> MultiAgentSystem:
+        """The trained system of a run's folder, or of a repository on the hub that holds one; in evaluation mode.
+
+        Args:
+            model_name_or_path: where its base model is now; default: where it was.
+            revision: of the repository.
+
+        Raises:
+            FileNotFoundError: no such folder or repository, or one without `system.json` or without an adapter.
+            ValueError: one that cannot be read.
+        """
+        folder = fetched(name_or_path, revision)
+        description = read_description(folder)
+        settings, task = known(SystemArguments, description["system"]), known(TaskArguments, description["task"])
+        if not (folder / ADAPTER_FILE).is_file():
+            raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
+        topology = Topology.from_dict(description["topology"])
+        base = model_name_or_path or settings.model_name_or_path
+        with announced(f"loading {base or 'the embedded base'}"):
+            model, tokenizer = load_base(
+                base,
+                dtype=settings.dtype,
+                quantization=settings.quantization,
+                random_weights=settings.random_weights,
+            )
+        with reading(f"the adapter of run {folder}"), quiet_loading():
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        prompts = Prompts.load(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else load_task(task).prompts
+        with announced("setting up the system"):
+            system = cls.of(
+                adapted, topology, settings, tokenizer=tokenizer, prompts=as_asked(prompts, task),
+                decoding=Decoding(**description["decoding"]),
+            )  # fmt: skip
+        if system.agent_model.alignment.kind == "learned":
+            load_alignment(system, folder)
+        system.description = description
+        return system.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write what :meth:`from_pretrained` reads: adapter, learned alignment, prompts, topology, a model card.
+
+        Raises:
+            ValueError: a model without an adapter: nothing of it could have been trained.
+        """
+        if not hasattr(self.agent_model.model, "peft_config"):
+            raise ValueError("the system has no adapter, and nothing else is saved; allowed: a model in PEFT")
+        self.description = self.description or describe(
+            self, self._settings(), TaskArguments(task="custom"), asdict(self.decoding)
+        )
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_description(folder, self.description, self.prompts)
+        save_weights(self, folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what :meth:`save_pretrained` writes, with its model card; returns the address.
+
+        Args:
+            repo_id: made where there is none. private: only then.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
+            return str(HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def _settings(self) -> SystemArguments:
+        """What a run would have had to be given."""
+        model, trajectory, lora = self.agent_model, self.trajectory, self.agent_model.model.peft_config["default"]
+        return SystemArguments(
+            model_name_or_path=model.language_model.config._name_or_path or None,
+            topology=trajectory.topology.name,
+            latent_steps=trajectory.latent_steps,
+            alignment=model.alignment.kind,
+            alignment_initial=model.alignment.initial,
+            detach_trace=trajectory.detach_trace,
+            checkpointing=model.checkpointing.mode,
+            lora_r=getattr(lora, "r", 0),
+            lora_alpha=getattr(lora, "lora_alpha", 0),
+            lora_target_modules=",".join(sorted(lora.target_modules or ())),
+            implementation=model.implementation,
         )
 
     @property
@@ -156,6 +294,64 @@ class MultiAgentSystem(nn.Module):
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch
         return TrajectoryOutput(loss=loss / count, logits=logits)
 
+    @property
+    def collator(self) -> Collator:
+        """Makes of items (mappings with the fields that prompts name, and `answer`) what :meth:`forward` takes.
+
+        Raises:
+            ValueError: a system without tokenizer, or without a prompt for one of its agents.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the system has no tokenizer; allowed: tokenizer=…, which text needs")
+        return Collator(self.topology, self.prompts, self.tokenizer)
+
+    def answer(
+        self,
+        items: Sequence[Mapping[str, Any]],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[str]:
+        """The last agent's answer to every item, in text.
+
+        Args:
+            items: mappings with the fields that the agents' prompts name.
+            max_new_tokens, temperature: instead of those of `decoding`.
+            seeds: one an item, of its sampling.
+
+        Raises:
+            ValueError: an item that a prompt cannot be filled with.
+        """
+        if isinstance(items, (Mapping, str)) or not all(isinstance(item, Mapping) for item in items):
+            raise ValueError(f"items is {items!r}; allowed: a sequence of mappings, e.g. [{{'question': '…'}}]")
+        if not items:
+            return []
+        encoded = self.collator.encode_prompts(items)
+        decoding = self._decoding(max_new_tokens, temperature)
+        found = self.generate(**encoded, tokenizer=self.tokenizer, decoding=decoding, seeds=seeds)
+        return [completions[0].text for completions in found]
+
+    def stream(
+        self,
+        item: Mapping[str, Any],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """The answer to one item in pieces, as they become certain; arguments as for :meth:`answer`."""
+        encoded = self.collator.encode_prompts([item])
+        decoding = self._decoding(max_new_tokens, temperature)
+        seeds = None if seed is None else [seed]
+        for event in self.stream_tokens(**encoded, tokenizer=self.tokenizer, decoding=decoding, seeds=seeds):
+            if event.text:
+                yield event.text
+
+    def _decoding(self, max_new_tokens: int | None, temperature: float | None) -> Decoding:
+        given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        return replace(self.decoding, samples=1, **{k: v for k, v in given.items() if v is not None})
+
     def generate(
         self,
         prompt_ids: Sequence[Tensor],
@@ -171,7 +367,7 @@ class MultiAgentSystem(nn.Module):
             self.trajectory, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control
         )
 
-    def stream(
+    def stream_tokens(
         self,
         prompt_ids: Sequence[Tensor],
         prompt_lengths: Sequence[Lengths],

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffmas.prompts import template_fields
 from diffmas.support.yaml_file import read_yaml
 
 HANDOVERS = ("full", "latent")
+#: What the YAML form says of an agent.
+_KEYS = ("name", "role", "prompt", "fields", "receives")
 
 
 class TopologyError(ValueError):
@@ -18,11 +21,18 @@ class TopologyError(ValueError):
 
 @dataclass(frozen=True)
 class Agent:
-    """An agent, its role (which prompt it gets; default: its name) and the senders whose traces it receives."""
+    """One agent of a team.
+
+    Args:
+        senders: whose traces it receives.
+        role: which prompt it gets; default: its name.
+        prompt: its own prompt, as :class:`~diffmas.prompts.Prompts` holds it for a role; default: that of its role.
+    """
 
     name: str
     senders: tuple[str, ...] = ()
     role: str = ""
+    prompt: Mapping[str, str] | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "role", self.role or self.name)
@@ -79,31 +89,60 @@ class Topology:
         receivers = [a for a in self.agents if sender in a.senders]
         return sender if len(receivers) == 1 else None
 
+    @property
+    def prompts(self) -> dict[str, Mapping[str, str]]:
+        """Prompts that agents bring along, by role."""
+        return {agent.role: agent.prompt for agent in self.agents if agent.prompt is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """The YAML form :func:`load_topology` reads."""
-        agents = [{"name": a.name, "role": a.role, "receives": list(a.senders)} for a in self.agents]
+        agents = [
+            {"name": a.name, "role": a.role, "receives": list(a.senders)}
+            | ({} if a.prompt is None else {"prompt": dict(a.prompt)})
+            for a in self.agents
+        ]
         return {"name": self.name, "handover": self.handover, "agents": agents}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], handover: str | None = None) -> Topology:
-        """From the YAML form: `{name, handover, agents: [{name, role, receives: [names]}]}`."""
+        """From the YAML form: `{name, handover, agents: [{name, receives: [names], role or prompt or fields}]}`.
+
+        `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
+        that `prompt` names have to be among them, and without one they are the prompt, a line each.
+        """
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
-            raise TopologyError("agents is missing; allowed: a list of {name, role, receives}")
+            raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
         _check_keys("the topology", data, ("name", "handover", "agents"))
         agents = []
         for entry in data["agents"]:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-                raise TopologyError(f"agent is {entry!r}; allowed: {{name, role, receives}} with a string name")
-            _check_keys(f"agent {entry['name']}", entry, ("name", "role", "receives"))
+                raise TopologyError(f"agent is {entry!r}; allowed: {{{', '.join(_KEYS)}}} with a string name")
+            _check_keys(f"agent {entry['name']}", entry, _KEYS)
             receives, role = entry.get("receives") or [], entry.get("role") or ""
             if not isinstance(receives, list) or not all(isinstance(sender, str) for sender in receives):
                 raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
             if not isinstance(role, str):
                 raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
-            agents.append(Agent(entry["name"], tuple(receives), role))
+            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry)))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         return cls(name, tuple(agents), handover or data.get("handover", "full"))
+
+
+def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
+    prompt, fields, name = entry.get("prompt"), entry.get("fields"), entry["name"]
+    if fields is not None and not (isinstance(fields, list) and fields and all(isinstance(f, str) for f in fields)):
+        raise TopologyError(f"fields of agent {name} is {fields!r}; allowed: a list of names of an item's fields")
+    if prompt is None:
+        return None if fields is None else {"user": "\n".join(f"{{{field}}}" for field in fields)}
+    prompt = {"user": prompt} if isinstance(prompt, str) else prompt
+    try:
+        named = template_fields(prompt, f"prompt of agent {name}")
+    except ValueError as error:
+        raise TopologyError(str(error)) from None
+    if fields is not None and (unseen := [field for field in named if field not in fields]):
+        raise TopologyError(f"prompt of agent {name} names {unseen}, which it does not see; allowed: {fields}")
+    return dict(prompt)
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> None:

@@ -21,10 +21,10 @@ from diffmas.evaluation.methods.base import Method, TraceChannel
 from diffmas.evaluation.needs import ONE_ITEM, check_prompts, method_left_out, method_roles, several
 from diffmas.evaluation.records import Record, RecordFile
 from diffmas.generation import Decoding
+from diffmas.loading import build_system
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
-from diffmas.runs.loading import build_system
 from diffmas.runs.weights import load_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
@@ -74,6 +74,11 @@ class Settings:
         self.topology = load_topology(self.system.topology, self.system.handover)
         self.training = weight_settings(training)
 
+    def load_task(self) -> Task:
+        """The task, with the prompts that agents bring along."""
+        task = load_task(self.task)
+        return replace(task, prompts=task.prompts.with_roles(self.topology.prompts))
+
     def describe(self) -> dict[str, Any]:
         return {
             "system": asdict(self.system),
@@ -119,7 +124,7 @@ class Comparison:
         self._told: set[str] = set()
         self.settings = {name: Settings(f, prog) for name, f in flags.items()}
         self._pin_dates()
-        self.tasks = {name: load_task(settings.task) for name, settings in self.settings.items()}
+        self.tasks = {name: settings.load_task() for name, settings in self.settings.items()}
         for name, task in self.tasks.items():
             if len(task.eval) == 0:
                 raise ValueError(f"the evaluation set of {name} is empty; allowed: at least one item")

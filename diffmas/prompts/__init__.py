@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,12 @@ class Prompts:
             found = [*data] if isinstance(data, dict) else data
             raise ValueError(f"{source} holds {found!r}; allowed: {{roles: {{name: {{system, user, text}}}}}}")
         for name, role in roles.items():
-            if not isinstance(role, dict) or "user" not in role or [key for key in role if key not in KINDS]:
-                raise ValueError(f"{source}: role {name} is {role!r}; allowed: user, and optionally system and text")
-            for kind, template in role.items():
-                if not isinstance(template, str):
-                    raise ValueError(f"{source}: {kind} of role {name} is {template!r}; allowed: a text")
-                _parse(template, f"{source}: {kind} of role {name}")
+            template_fields(role, f"{source}: role {name}")
         return cls(roles, source)
+
+    def with_roles(self, roles: Mapping[str, Mapping[str, str]]) -> Prompts:
+        """The same with other prompts for `roles`."""
+        return replace(self, roles={**self.roles, **roles}) if roles else self
 
     def has(self, role: str) -> bool:
         """Whether there is a prompt for `role`."""
@@ -71,9 +70,7 @@ class Prompts:
         Raises:
             ValueError: a role without a prompt.
         """
-        template = self._template(role)
-        parsed = (_parse(template[kind], f"{kind} of role {role}") for kind in ("system", "user") if kind in template)
-        return list(dict.fromkeys(name for names in parsed for name in names))
+        return template_fields(self._template(role), f"role {role}")
 
     def messages(
         self, role: str, item: Mapping[str, Any], written: Sequence[tuple[str, str]] = ()
@@ -144,6 +141,22 @@ class Prompts:
             return "\n\n".join(message["content"] for message in chat) + "\n"
         options = template_options(tokenizer, self.date)
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+
+
+def template_fields(template: Any, what: str) -> list[str]:
+    """Fields of an item that a role's `system` and `user` name, in this order.
+
+    Raises:
+        ValueError: no mapping of the kinds to texts, or a text whose braces do not match.
+    """
+    if not isinstance(template, Mapping) or "user" not in template or [key for key in template if key not in KINDS]:
+        raise ValueError(f"{what} is {template!r}; allowed: user, and optionally system and text")
+    named = {}
+    for kind, text in template.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{kind} of {what} is {text!r}; allowed: a text")
+        named[kind] = _parse(text, f"{kind} of {what}")
+    return list(dict.fromkeys(name for kind in ("system", "user") for name in named.get(kind, ())))
 
 
 def _parse(template: str, what: str) -> list[str]:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from huggingface_hub import snapshot_download
 
 from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models.source import check_source
+from diffmas.prompts import Prompts
 from diffmas.runs.files import PROMPTS_FILE, SYSTEM_FILE, TOPOLOGY_FILE
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import reading
 from diffmas.support.text_file import read_text
 from diffmas.support.valid_json import to_json
-from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments
 from diffmas.tasks.base import JSONL
 from diffmas.tasks.content import fingerprints
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
 
 #: Part and name of the settings that a file in the run's folder stands for.
 OWN_FILES = (("task", "prompts", PROMPTS_FILE), ("system", "topology", TOPOLOGY_FILE))
@@ -56,7 +61,7 @@ def _anchored(path: str | None) -> str | None:
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
-def write_description(folder: str | Path, description: dict[str, Any], task: Task) -> None:
+def write_description(folder: str | Path, description: dict[str, Any], prompts: Prompts) -> None:
     """Write what a run is made from into its folder, `system.json` last."""
     folder = Path(folder)
     if (folder / SYSTEM_FILE).is_file():
@@ -65,7 +70,7 @@ def write_description(folder: str | Path, description: dict[str, Any], task: Tas
         for part, name, file in OWN_FILES:
             if description[part][name] == str((folder / file).resolve()):
                 description[part][name] = before[part][name]
-    roles = {"roles": {name: dict(role) for name, role in task.prompts.roles.items()}}
+    roles = {"roles": {name: dict(role) for name, role in prompts.roles.items()}}
     _write_yaml(folder / PROMPTS_FILE, roles)
     if description["system"]["topology"] not in TOPOLOGIES:
         _write_yaml(folder / TOPOLOGY_FILE, description["topology"])
@@ -110,3 +115,21 @@ def read_description(folder: str | Path) -> dict[str, Any]:
         if (folder / file).is_file():
             description[part][name] = str((folder / file).resolve())
     return description
+
+
+def known(kind: type, values: dict[str, Any]) -> Any:
+    """A dataclass from those of `values` that it has fields for."""
+    names = {f.name for f in fields(kind)}
+    return kind(**{k: v for k, v in values.items() if k in names})
+
+
+def fetched(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or a local copy of the repository on the hub.
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    check_source(str(name_or_path))
+    return Path(snapshot_download(str(name_or_path), revision=revision))

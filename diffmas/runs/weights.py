@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,7 +15,9 @@ from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
 from diffmas.support.distributed import is_sharded, like, process, whole
 from diffmas.support.failures import reading, writing
 from diffmas.support.quiet import quiet_loading
-from diffmas.system import MultiAgentSystem
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
 
 
 def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:

@@ -23,13 +23,13 @@ from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
 from diffmas.generation import Decoding
+from diffmas.loading import build_system
 from diffmas.models.liger import check_liger, fuse_liger
 from diffmas.models.source import check_source
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import content, describe, read_description, write_description
 from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
-from diffmas.runs.loading import build_system
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.support.distributed import (
@@ -118,6 +118,7 @@ def _train(
     task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
     topology = topology or load_topology(system_args.topology, system_args.handover)
+    task = replace(task, prompts=task.prompts.with_roles(topology.prompts))
     task_args = replace(task_args, checker=task.checker)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
         raise ValueError("the training set is empty; allowed: at least one item")
@@ -274,7 +275,7 @@ def _open_folder(
             print(f"{path} is kept as {path.name}.old")
     if checkpoint is not None and args.load_best_model_at_end:
         bring_best(checkpoint, output_dir)
-    write_description(output_dir, description, task)
+    write_description(output_dir, description, task.prompts)
     return output_dir, None if checkpoint is None else str(checkpoint), description
 
 

@@ -23,8 +23,8 @@ from diffmas.evaluation.methods import METHODS, TextChannel, choose_methods
 from diffmas.evaluation.methods.text_cache import TextCache, base_fingerprint
 from diffmas.evaluation.records import read_records
 from diffmas.generation import Decoding
+from diffmas.loading import build_system
 from diffmas.runs.files import ADAPTER_FILE
-from diffmas.runs.loading import build_system
 from diffmas.tasks import TaskArguments, load_task
 from diffmas.training.checkpoints import latest
 

@@ -14,9 +14,9 @@ import time
 import pytest
 
 from diffmas import chat
+from diffmas.loading import build_system
 from diffmas.runs.description import describe
 from diffmas.runs.files import SYSTEM_FILE
-from diffmas.runs.loading import build_system
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.tasks import TaskArguments, load_task

@@ -66,7 +66,7 @@ def test_stream(tokenizer, samples):
     stop = tuple(row[0].text[10:13] for row in first[::2])
     decoding = Decoding(max_new_tokens=30, seed=3, stop=stop, samples=samples, max_rows=4)
     answers = system.generate([ids], [lengths], tokenizer, decoding)
-    events = list(system.stream([ids], [lengths], tokenizer, decoding))
+    events = list(system.stream_tokens([ids], [lengths], tokenizer, decoding))
     finishes = set()
     for row, found in enumerate(answers):
         for sample, answer in enumerate(found):

@@ -17,11 +17,11 @@ from transformers import AutoTokenizer
 
 from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
+from diffmas import system as runs
 from diffmas.agents.topology import load_topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.comparison import Comparison
 from diffmas.evaluation import records
-from diffmas.runs import loading as runs
 from diffmas.support import failures
 from diffmas.support.atomic import write_atomically
 from diffmas.system import MultiAgentSystem

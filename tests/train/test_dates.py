@@ -13,7 +13,7 @@ from diffmas import eval as evaluate
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.evaluation.methods import TextChannel
 from diffmas.evaluation.records import read_records
-from diffmas.runs.loading import build_system
+from diffmas.loading import build_system
 from diffmas.runs.settings import SystemArguments
 from diffmas.tasks import TaskArguments, load_task
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
+from diffmas.loading import build_system
 from diffmas.runs.card import card
-from diffmas.runs.loading import build_system
 from diffmas.runs.settings import SystemArguments
 from diffmas.support import progress
 

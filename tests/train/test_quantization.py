@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from diffmas import system as runs
 from diffmas import train
-from diffmas.runs import loading as runs
-from diffmas.runs.loading import load_run
+from diffmas.loading import load_run
 
 
 def test_what_to_install(flags, capsys, monkeypatch):

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.evaluation.records import read_records
+from diffmas.loading import load_run
 from diffmas.runs.files import ADAPTER_FILE
-from diffmas.runs.loading import load_run
 
 ACCURACIES = {"accuracy", *(f"accuracy_{v}" for v in ("mismatched", "zero", "noise", "training_free", "single"))}
 

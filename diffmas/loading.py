@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.room import check_adapter
 from diffmas.agents.topology import Topology, load_topology
 from diffmas.models.loading import load_base
-from diffmas.runs.description import read_description
-from diffmas.runs.files import ADAPTER_FILE
+from diffmas.runs.description import known
 from diffmas.runs.settings import SystemArguments
-from diffmas.runs.weights import load_alignment
-from diffmas.support.failures import reading
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
 from diffmas.system import MultiAgentSystem
@@ -35,11 +31,14 @@ def build_system(
     if args.lora_r < 1:
         raise ValueError(f"lora_r is {args.lora_r}; allowed: integers ≥ 1")
     with announced(f"loading {args.model_name_or_path or 'the embedded base'}"):
-        model, tokenizer = _base(args)
+        model, tokenizer = load_base(
+            args.model_name_or_path,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            random_weights=args.random_weights,
+        )
     check_adapter(model, args.lora_r, args.lora_target_modules, copies)
-    targets = (
-        args.lora_target_modules if args.lora_target_modules == "all-linear" else args.lora_target_modules.split(",")
-    )
+    targets = args.lora_target_modules
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
@@ -50,33 +49,7 @@ def build_system(
     with quiet_loading():
         adapted = get_peft_model(model, lora)
     with announced("setting up the system"):
-        return _assemble(adapted, topology, args), tokenizer
-
-
-def _base(args: SystemArguments) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
-    return load_base(
-        args.model_name_or_path,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        random_weights=args.random_weights,
-    )
-
-
-def _assemble(model: torch.nn.Module, topology: Topology, args: SystemArguments) -> MultiAgentSystem:
-    return MultiAgentSystem(
-        model,
-        topology,
-        latent_steps=args.latent_steps,
-        alignment=args.alignment,
-        alignment_initial=args.alignment_initial,
-        detach_trace=args.detach_trace,
-        latent_backward=args.latent_backward,
-        # What auto finds is set before training starts.
-        checkpointing="all" if args.checkpointing == "auto" else args.checkpointing,
-        cuda_graphs=args.cuda_graphs,
-        implementation=args.implementation,
-        loss=args.loss,
-    )
+        return MultiAgentSystem.of(adapted, topology, args, tokenizer=tokenizer), tokenizer
 
 
 @dataclass
@@ -98,26 +71,10 @@ def load_run(folder: str | Path, model_name_or_path: str | None = None) -> Run:
     Raises:
         FileNotFoundError: a folder without `system.json` or without an adapter. ValueError: one that cannot be read.
     """
-    folder = Path(folder)
-    description = read_description(folder)
-    topology = Topology.from_dict(description["topology"])
-    args, task = _known(SystemArguments, description["system"]), _known(TaskArguments, description["task"])
+    system = MultiAgentSystem.from_pretrained(folder, model_name_or_path=model_name_or_path)
+    description = system.description
+    args, task = known(SystemArguments, description["system"]), known(TaskArguments, description["task"])
     if model_name_or_path is not None and model_name_or_path != args.model_name_or_path:
         print(f"model_name_or_path is {model_name_or_path!r}; the run had {args.model_name_or_path!r}")
         args = replace(args, model_name_or_path=model_name_or_path)
-    if not (folder / ADAPTER_FILE).is_file():
-        raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
-    with announced(f"loading {args.model_name_or_path or 'the embedded base'}"):
-        model, tokenizer = _base(args)
-    with reading(f"the adapter of run {folder}"), quiet_loading():
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    with announced("setting up the system"):
-        system = _assemble(adapted, topology, args)
-    if system.agent_model.alignment.kind == "learned":
-        load_alignment(system, folder)
-    return Run(system, tokenizer, args, task, description["decoding"], description.get("data", {}))
-
-
-def _known(kind: type, values: dict[str, Any]) -> Any:
-    names = {f.name for f in fields(kind)}
-    return kind(**{k: v for k, v in values.items() if k in names})
+    return Run(system, system.tokenizer, args, task, description["decoding"], description.get("data", {}))
