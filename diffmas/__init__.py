@@ -17,14 +17,18 @@ from diffmas.system import MultiAgentSystem, TrajectoryOutput  # noqa: E402
 __version__ = "0.1.0"
 __all__ = [
     "Agent", "Collator", "Completion", "Decoding", "MultiAgentSystem", "Prompts", "SystemTrainer", "Topology",
-    "TopologyError", "TrajectoryOutput", "load_topology",
+    "TopologyError", "TrainArguments", "TrajectoryOutput", "load_topology",
 ]  # fmt: skip
 
 
 def __getattr__(name: str):
+    # Imports that take seconds, which asking a system does not need.
     if name == "SystemTrainer":
-        # Its import takes seconds, which asking a system does not need.
         from diffmas.training.trainer import SystemTrainer
 
         return SystemTrainer
+    if name == "TrainArguments":
+        from diffmas.training.settings import TrainArguments
+
+        return TrainArguments
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -111,8 +111,11 @@ class MultiAgentSystem(nn.Module):
         prompts = Prompts.load(prompts) if isinstance(prompts, (str, Path)) else prompts
         self.prompts = (prompts or Prompts({})).with_roles(topology.prompts)
         self.tokenizer, self.decoding = tokenizer, decoding or Decoding()
+        if peft_config is not None:
+            with quiet_loading():
+                model = get_peft_model(model, peft_config)
         self.agent_model = AgentModel(
-            model if peft_config is None else get_peft_model(model, peft_config),
+            model,
             alignment=alignment,
             alignment_initial=alignment_initial,
             checkpointing=checkpointing,
@@ -230,7 +233,7 @@ class MultiAgentSystem(nn.Module):
             checkpointing=model.checkpointing.mode,
             lora_r=getattr(lora, "r", 0),
             lora_alpha=getattr(lora, "lora_alpha", 0),
-            lora_target_modules=",".join(sorted(lora.target_modules or ())),
+            lora_target_modules=",".join(sorted({name.rpartition(".")[2] for name in lora.target_modules or ()})),
             implementation=model.implementation,
         )
 

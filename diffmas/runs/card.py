@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,10 @@ Measured accuracies, where the run was evaluated, are in `summary.json` and `rep
 
 
 def _is_local(name: Any) -> bool:
-    return Path(str(name)).is_absolute() or Path(str(name)).exists() or str(name).startswith(".")
+    # No file has a name this long, and asking for one is an error.
+    return len(str(name)) < 1000 and (
+        Path(str(name)).is_absolute() or os.path.exists(str(name)) or str(name)[:1] == "."
+    )
 
 
 def _named(value: Any) -> str:

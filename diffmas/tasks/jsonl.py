@@ -6,6 +6,8 @@ import functools
 import io
 import json
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,22 +68,45 @@ def load(args: base.TaskArguments) -> base.Task:
         ValueError: an item that its checker cannot use, or whose right answer counts as wrong.
     """
     train, evaluation = items(args.task, args.eval_file, args.fields, args.eval_size)
-    name = Path(args.task).name.partition(".jsonl")[0]
-    checker = checkers.load(checkers.chosen([*train, *evaluation]) if args.checker is None else args.checker)
-    if args.checker is None:
-        _announce(args.task, checker.name)
-    if checker.name == "mathematics":
-        mathematics.require((item["gold"] for item in [*train, *evaluation]), name)
-    letters = checkers.letters([*train, *evaluation])
     held_out = (args.eval_file, 1) if args.eval_file is not None else (args.task, len(train) + 1)
-    train = _fitted(checker, train, letters, args.task, 1, run=False)
-    evaluation = _fitted(checker, evaluation, letters, *held_out, run=True)
-    prompts = Prompts.load(args.prompts or checker.prompts)
+    prompts = None if args.prompts is None else Prompts.load(args.prompts)
+    task = _task(train, evaluation, prompts, args.checker, (args.task, 1), held_out)
+    return replace(task, name=Path(args.task).name.partition(".jsonl")[0], train=task.train[: args.train_size])
+
+
+def task_of(
+    train: Sequence[Mapping[str, Any]],
+    evaluation: Sequence[Mapping[str, Any]],
+    prompts: Prompts,
+    checker: str | None = None,
+) -> base.Task:
+    """Items in memory as a task; they have an `answer`, and the fields that `prompts` name.
+
+    `checker` is as for :class:`~diffmas.tasks.base.TaskArguments`: without one it is chosen from the right answers, and
+    said.
+
+    Raises:
+        ValueError: an item that its checker cannot use, or whose right answer counts as wrong.
+    """
+    made = ([_with_gold(dict(item), name, i) for i, item in enumerate(found, 1)]
+            for name, found in (("train_dataset", train), ("eval_dataset", evaluation)))  # fmt: skip
+    return _task(*made, prompts, checker, ("train_dataset", 1), ("eval_dataset", 1))
+
+
+def _task(train, evaluation, prompts, name: str | None, of_train: tuple[str, int], held_out: tuple[str, int]):
+    """The task of items with `gold`; `of_train`, `held_out`: where they come from, and the number of the first."""
+    both = [*train, *evaluation]
+    checker = checkers.load(checkers.chosen(both) if name is None else name)
+    if name is None:
+        _announce(of_train[0] if train else held_out[0], checker.name)
+    if checker.name == "mathematics":
+        mathematics.require((item["gold"] for item in both), of_train[0])
+    letters = checkers.letters(both)
     return base.Task(
-        name,
-        train[: args.train_size],
-        evaluation,
-        prompts,
+        "own",
+        _fitted(checker, train, letters, *of_train, run=False),
+        _fitted(checker, evaluation, letters, *held_out, run=True),
+        prompts or Prompts.load(checker.prompts),
         checker.check,
         checker.extract,
         checker.ready,
@@ -136,10 +161,15 @@ def _mapped(item: dict[str, Any], names: list[str], path: str, number: int) -> d
     for kind, name, value in (("question", names[0], question), ("gold answer", names[1], answer)):
         if value is None or not str(value).strip():
             raise ValueError(f"{path} item {number}: the {kind} is missing (field {name!r})")
-    answer = str(answer)
+    return _with_gold({**item, "question": str(question), "answer": str(answer)}, path, number, names[1])
+
+
+def _with_gold(item: dict[str, Any], path: str, number: int, field: str = "answer") -> dict[str, Any]:
+    """With what tables show as the right answer, taken from a worked one."""
+    if not str(item.get("answer") or "").strip():
+        raise ValueError(f"{path} item {number}: the gold answer is missing (field {field!r})")
+    answer = str(item["answer"])
     gold = (answer.rpartition("####")[2] if "####" in answer else final.boxed(answer) or answer).strip()
     if not gold:
-        raise ValueError(
-            f"{path} item {number}: the gold answer is missing (nothing behind #### in field {names[1]!r})"
-        )
-    return {**item, "question": str(question), "answer": answer, "gold": gold}
+        raise ValueError(f"{path} item {number}: the gold answer is missing (nothing behind #### in field {field!r})")
+    return {**item, "answer": answer, "gold": gold}

@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -162,8 +161,6 @@ def _train(
         args.eval_on_start = False
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
-    args.remove_unused_columns = False
-    args.dataloader_pin_memory &= torch.cuda.is_available()
     stop = StopOnInterrupt()
     trainer = SystemTrainer(
         model=system,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from diffmas.agents.collator import Collator
 from diffmas.evaluation.evaluator import Evaluator
 from diffmas.runs.weights import load_weights, save_weights
 from diffmas.support.atomic import write_atomically
@@ -24,6 +25,8 @@ from diffmas.support.not_finite import FiniteSteps
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_checkpoints
 from diffmas.support.valid_json import to_json
+from diffmas.system import MultiAgentSystem
+from diffmas.tasks.jsonl import task_of
 from diffmas.training.batching import ItemLengths, LengthGrouped
 from diffmas.training.checkpoints import (
     OPTIMIZER_FILE,
@@ -35,6 +38,7 @@ from diffmas.training.checkpoints import (
     read_state,
     rotate,
 )
+from diffmas.training.settings import TrainArguments
 
 METRICS_FILE = "metrics.jsonl"
 #: Of an optimizer's options, those that the schedule sets, and its parameters.
@@ -57,18 +61,64 @@ class Items(Dataset):
 class SystemTrainer(Trainer):
     """Trains a :class:`~diffmas.system.MultiAgentSystem`; evaluates by generating answers.
 
+    Used like transformers' Trainer:
+
+        trainer = SystemTrainer(system, TrainArguments(output_dir="runs/mine"), train_dataset=items, eval_dataset=more)
+        trainer.train()
+        trainer.save_model()  # for MultiAgentSystem.from_pretrained("runs/mine")
+
+    Items are mappings with the fields that the agents' prompts name, and the `answer` to train on.
+
+    Args:
+        model: the system. args: of the training.
+        data_collator: default: the system's own.
+        evaluator: default: answers `eval_dataset` and checks it by `checker` (see
+            :class:`~diffmas.tasks.base.TaskArguments`; default: chosen from its right answers).
+        lengths: of training items, for batches of alike lengths; default: counted.
+
+    Raises:
+        TypeError: other arguments than :class:`TrainArguments`, which checks them.
+
     Checkpoints hold the adapter (and a learned alignment), not the base model; the optimizer's state is stored whole
     and by parameter, so that another number of processes, sharded or not, can resume. With gradient accumulation
     and several processes, every answer token weighs the same.
     """
 
-    def __init__(self, *, evaluator: Evaluator | None = None, lengths: ItemLengths | None = None, **kwargs):
-        args = kwargs["args"]
+    def __init__(
+        self,
+        model: MultiAgentSystem,
+        args: TrainArguments,
+        data_collator: Collator | None = None,
+        train_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Dataset | Sequence[Mapping[str, Any]] | None = None,
+        *,
+        evaluator: Evaluator | None = None,
+        checker: str | None = None,
+        lengths: ItemLengths | None = None,
+        **kwargs,
+    ):
+        if not isinstance(args, TrainArguments):
+            raise TypeError(f"args is {type(args).__name__}; allowed: diffmas.TrainArguments")
+        if args.output_dir is None:
+            raise ValueError("output_dir is None; allowed: a folder")
         if args.ddp_find_unused_parameters is None:
             # Searching the graph of a whole trajectory is only worth it where there is something to find.
-            args.ddp_find_unused_parameters = kwargs["model"].has_unreached_parameters
+            args.ddp_find_unused_parameters = model.has_unreached_parameters
+        args.remove_unused_columns = False
+        args.dataloader_pin_memory &= torch.cuda.is_available()
+        if evaluator is None and eval_dataset is not None:
+            task = task_of([], [eval_dataset[i] for i in range(len(eval_dataset))], model.prompts, checker)
+            evaluator = Evaluator(
+                model, model.tokenizer, task, model.decoding, batch_size=args.per_device_eval_batch_size
+            )
+            eval_dataset = Items(task.eval)
+        collate = data_collator or model.collator
+        if lengths is None and args.train_sampling_strategy == "group_by_length":
+            lengths = ItemLengths(train_dataset, collate)
         quiet_checkpoints()
-        super().__init__(**kwargs)
+        super().__init__(
+            model, args, data_collator=collate, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
+        )
         self.lengths = lengths
         self.evaluator = evaluator
         self.finite = FiniteSteps()
@@ -128,7 +178,11 @@ class SystemTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.accelerator.unwrap_model(self.model), folder)
+        system = self.accelerator.unwrap_model(self.model)
+        if _internal_call:
+            save_weights(system, folder)
+        else:
+            system.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
