@@ -2,7 +2,7 @@
 
 Pre-trains the embedded base a little further, so that the two tasks are within its reach, then trains and evaluates
 every method. Killed and started again, it goes on where it was (`--folder`). Keeps summary, plot and table under
-`benchmarks/results/methods/` and puts the table into README.md.
+`benchmarks/results/methods/` and puts the table into docs/methods.md.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ from diffmas.tasks import TaskArguments, load_task
 
 RESULTS = ROOT / "benchmarks" / "results" / "methods"
 BEGIN, END_MARK = "<!-- methods: begin -->", "<!-- methods: end -->"
-#: The heading that the section comes before the first time.
-BEFORE = "## The trace without transformers"
+PAGE = ROOT / "docs" / "methods.md"
 
 #: Two agents see the evidence, the solver only what they hand over.
 RELAY_TEAM = """name: relay
@@ -117,7 +116,7 @@ def make_base(folder: Path, steps: int) -> None:
 
 
 def section(summary: dict) -> str:
-    """What README shows: accuracies, what the traces carry, where it comes from."""
+    """What the page shows: accuracies, what the traces carry, where it comes from."""
     cells = by_name(summary)
     tasks, methods = names(summary)
     lines = [markdown_table(summary), "", "| matched − mismatched trace, points | " + " | ".join(tasks) + " |"]
@@ -145,7 +144,7 @@ def section(summary: dict) -> str:
 
 
 def render(summary: dict) -> None:
-    """Plot, table and README from a summary."""
+    """Plot, table and page from a summary."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -156,12 +155,8 @@ def render(summary: dict) -> None:
         figure.savefig(RESULTS / "methods.png", dpi=140)
     table = section(summary)
     write_atomically(RESULTS / "methods.md", table + "\n")
-    readme = (ROOT / "README.md").read_text()
-    if BEGIN not in readme:
-        image = "![Accuracy of every method on every task](benchmarks/results/methods/methods.png)"
-        readme = readme.replace(BEFORE, f"{BEGIN}\n{END_MARK}\n\n{image}\n\n{BEFORE}")
-    before, rest = readme.split(BEGIN)
-    write_atomically(ROOT / "README.md", f"{before}{BEGIN}\n{table}\n{END_MARK}{rest.split(END_MARK)[1]}")
+    before, rest = PAGE.read_text().split(BEGIN)
+    write_atomically(PAGE, f"{before}{BEGIN}\n{table}\n{END_MARK}{rest.split(END_MARK)[1]}")
 
 
 def main() -> None:
@@ -174,8 +169,8 @@ def main() -> None:
     parser.add_argument("--steps", type=float, default=1.0, help="scale of all training steps, for a quick try")
     parser.add_argument("--methods", default="all", help="as for python -m diffmas.eval")
     parser.add_argument("--tasks", default=",".join(("relay", *RG)), help="any of the default's")
-    parser.add_argument("--no-results", action="store_true", help="leave committed results and README as they are")
-    parser.add_argument("--render-only", action="store_true", help="only draw and rewrite README from kept results")
+    parser.add_argument("--no-results", action="store_true", help="leave committed results and the page as they are")
+    parser.add_argument("--render-only", action="store_true", help="only draw and rewrite the page from kept results")
     args = parser.parse_args()
     os.chdir(ROOT)
     if args.render_only:

@@ -1,4 +1,4 @@
-"""The benchmark of all methods: README gets the table once, and a result is drawn from its summary alone."""
+"""The benchmark of all methods: the page gets the table once, and a result is drawn from its summary alone."""
 
 from dataclasses import replace
 
@@ -24,18 +24,19 @@ def summary():
     return summarise(records, ["latent"]) | {"minutes": 2.5, "machine": MACHINE}
 
 
-def test_readme_gets_the_section_once(summary, tmp_path, monkeypatch):
-    monkeypatch.setattr(methods, "ROOT", tmp_path)
-    monkeypatch.setattr(methods, "RESULTS", tmp_path)
-    readme = tmp_path / "README.md"
-    readme.write_text((methods.Path(methods.__file__).parents[1] / "README.md").read_text())
-    first, _, rest = readme.read_text().partition(methods.BEGIN)
+def test_the_page_gets_the_section_once(summary, tmp_path, monkeypatch):
+    page = tmp_path / "methods.md"
+    page.write_text(methods.PAGE.read_text())
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(methods, "PAGE", page)
+    monkeypatch.setattr(methods, "RESULTS", tmp_path / "results")
+    first, _, rest = page.read_text().partition(methods.BEGIN)
     around = first + rest.partition(methods.END_MARK)[2]
     methods.render(summary)
-    once = readme.read_text()
+    once = page.read_text()
     assert once.count(methods.BEGIN) == once.count(methods.END_MARK) == 1
     assert "| latent steps, no training (`latent`) | 75.0 [" in once and "| `latent` | +50.0 [" in once
     assert "4 of relay" in once and "2.5 minutes; a processor" in once
     methods.render(summary)
-    assert readme.read_text() == once and (tmp_path / "methods.png").stat().st_size > 5000
+    assert page.read_text() == once and (tmp_path / "results" / "methods.png").stat().st_size > 5000
     assert all(line in once for line in around.splitlines())
