@@ -79,7 +79,7 @@ def task_flags(folder: Path, steps: float, items: int) -> dict[str, list[str]]:
         write_atomically(folder / name, text)
     own = {
         "relay": {
-            "task": "relay", "slots": 4, "topology": folder / "relay_team.yaml", "max_steps": int(640 * steps),
+            "task": "relay:slots=4", "topology": folder / "relay_team.yaml", "max_steps": int(640 * steps),
             "per_device_train_batch_size": 64,
         }
     }  # fmt: skip

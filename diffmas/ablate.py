@@ -17,7 +17,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from diffmas.agents.topology import Agent, Topology
+from diffmas.agents.topology import Topology
 from diffmas.command_line import LESS_MEMORY, Parser, as_flags, integers
 from diffmas.comparison.comparison import Comparison, Interrupted, Options, Settings
 from diffmas.comparison.report import accuracy, by_name
@@ -127,8 +127,7 @@ def first_agents(topology: Topology, count: int) -> Topology:
         return [name] if name in names else [kept for sender in senders[name] for kept in reach(sender)]
 
     agents = [
-        Agent(agent.name, tuple(dict.fromkeys(s for name in agent.senders for s in reach(name))), agent.role)
-        for agent in kept
+        replace(agent, senders=tuple(dict.fromkeys(s for name in agent.senders for s in reach(name)))) for agent in kept
     ]
     return Topology(topology.name, tuple(agents), topology.handover)
 

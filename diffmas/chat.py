@@ -148,9 +148,10 @@ def load(args: ChatArguments) -> Chat:
         model, tokenizer = load_base(args.model_name_or_path)
         steps = 10 if args.latent_steps is None else args.latent_steps
         system = MultiAgentSystem(model, topology, latent_steps=steps, alignment="ridge")
-        relay = args.model_name_or_path is None and topology.name in ("relay", "single")
-        family = args.prompts or ("reasoning" if not relay else None)
-        prompts = Prompts.load(family) if family else load_task(TaskArguments()).prompts
+        # What the embedded base knows, where it has prompts for all of these agents.
+        relay = load_task(TaskArguments()).prompts if args.model_name_or_path is None else Prompts({})
+        own = all(relay.has(agent.role) for agent in topology.agents)
+        prompts = relay if own and args.prompts is None else Prompts.load(args.prompts or "reasoning")
         prompts = prompts.with_roles(topology.prompts)
         defaults = {} if args.model_name_or_path else {"max_new_tokens": 4, "temperature": 0.0}
     changes = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}

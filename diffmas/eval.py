@@ -259,7 +259,8 @@ def _method_of(description: dict[str, Any]) -> str:
     topology = Topology.from_dict(description["topology"])
     if len(topology.agents) == 1:
         return "single+sft"
-    if topology.name == "stitch":
+    # Of two agents, one trace is all traces put together.
+    if len(topology.agents) > 2 and METHODS["stitch+train"].topology(topology).agents == topology.agents:
         return "stitch+train"
     return "diffmas+detach" if description["system"]["detach_trace"] else "diffmas"
 

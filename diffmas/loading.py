@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from diffmas.agents.room import check_adapter
 from diffmas.agents.topology import Topology, load_topology
 from diffmas.models.loading import load_base
-from diffmas.runs.description import known
+from diffmas.runs.description import known, read_description
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
@@ -71,6 +71,9 @@ def load_run(folder: str | Path, model_name_or_path: str | None = None) -> Run:
     Raises:
         FileNotFoundError: a folder without `system.json` or without an adapter. ValueError: one that cannot be read.
     """
+    if not Path(folder).is_dir():
+        # A run is a folder: nothing is looked for on the hub.
+        read_description(folder)
     system = MultiAgentSystem.from_pretrained(folder, model_name_or_path=model_name_or_path)
     description = system.description
     args, task = known(SystemArguments, description["system"]), known(TaskArguments, description["task"])

@@ -25,7 +25,7 @@ def smoothed(model: AgentModel, steps: int, trace: KVTrace, hidden: torch.Tensor
 
 def main() -> None:
     torch.manual_seed(0)
-    task = load_task(TaskArguments(task="relay", slots=4, eval_size=4))
+    task = load_task(TaskArguments(task="relay:slots=4", eval_size=4))
     system = MultiAgentSystem(EMBEDDED_PATH, "relay", prompts=task.prompts, latent_steps=4)
     batch = system.collator([task.eval[i] for i in range(4)])
     for run in (step_by_step, smoothed):

@@ -15,7 +15,7 @@ STEPS = 100
 
 def main(steps: int = STEPS, folder: str = "runs/ask") -> None:
     set_seed(0)
-    task = load_task(TaskArguments(task="relay", slots=4, eval_size=64))
+    task = load_task(TaskArguments(task="relay:slots=4", eval_size=64))
     system = MultiAgentSystem(
         EMBEDDED_PATH,  # or the name of any decoder on the hub
         "relay",

@@ -90,6 +90,8 @@ def _loader(task: str) -> Callable[[TaskArguments], Task]:
         return procedural.load
     if task.endswith(JSONL):
         return jsonl.load
+    if task.startswith("relay:"):
+        return relay.load
     if task not in LOADERS:
         raise ValueError(f"task is {task!r}; allowed: {', '.join(LOADERS)}, rg:name, or the path of a .jsonl file")
     return LOADERS[task]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import yaml
 
 from diffmas.prompts import Prompts
 
@@ -53,6 +56,25 @@ def gold(item: Item) -> str:
     return str(item.get("gold", item["answer"]))
 
 
+def parse_options(task: str) -> tuple[str, dict[str, Any]]:
+    """A task's name and its options, from `name:option=value:…` (between colons or commas).
+
+    Raises:
+        ValueError: an option without a value, or with one that is no YAML.
+    """
+    name, *settings = re.split("[:,]", task)
+    options = {}
+    for setting in settings:
+        key, mark, value = setting.partition("=")
+        if not mark or not key.strip().isidentifier():
+            raise ValueError(f"task is {task!r}; allowed: name, or name:option=value:…")
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"task is {task!r}: option {key.strip()} is {value!r}; allowed: a YAML value") from None
+    return name.strip(), options
+
+
 @dataclass
 class TaskArguments:
     """What to train and evaluate on."""
@@ -60,8 +82,8 @@ class TaskArguments:
     task: str = field(
         default="relay",
         metadata={
-            "help": f"{', '.join(NAMES)}, rg:name (a data set of reasoning-gym; rg:name:option=value sets an option), "
-            "or the path of a .jsonl file."
+            "help": f"{', '.join(NAMES)}, rg:name (a data set of reasoning-gym), or the path of a .jsonl file; "
+            "relay:slots=8:values=16 and rg:name:option=value set options."
         },
     )
     data_dir: str | None = field(
@@ -99,8 +121,6 @@ class TaskArguments:
     )
     train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
-    slots: int = field(default=8, metadata={"help": "relay: slots in the evidence."})
-    values: int = field(default=16, metadata={"help": "relay: values a slot can take."})
     task_seed: int = field(default=0, metadata={"help": "relay, rg: which items are drawn."})
 
     @property

@@ -12,10 +12,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import yaml
-
 from diffmas.answers import final, reasoning
 from diffmas.prompts import Prompts
+from diffmas.tasks import base
 from diffmas.tasks.base import Item, Task, TaskArguments
 
 PREFIX = "rg:"
@@ -33,7 +32,7 @@ def load(args: TaskArguments) -> Task:
         ModuleNotFoundError: reasoning-gym is not installed.
         ValueError: an unknown data set, or options it does not take.
     """
-    name, options = _parse(args.task)
+    name, options = base.parse_options(args.task.removeprefix(PREFIX))
     # Data sets draw item i with seed + i: neighbouring seeds would share almost all items.
     dataset = _dataset(name, {"size": DEFAULT_SIZE, "seed": args.task_seed * 1_000_000_007, **options})
     held_out = list(_held_out(dataset, args.eval_size or DEFAULT_EVAL_SIZE, name))
@@ -95,20 +94,6 @@ def answer(text: str) -> str | None:
     tagged = _TAGGED.findall(text)
     found = tagged[-1] if tagged else final.boxed(text)
     return (text if found is None else found).strip() or None
-
-
-def _parse(task: str) -> tuple[str, dict[str, Any]]:
-    name, *settings = re.split("[:,]", task.removeprefix(PREFIX))
-    options = {}
-    for setting in settings:
-        key, mark, value = setting.partition("=")
-        if not mark or not key.strip().isidentifier():
-            raise ValueError(f"task is {task!r}; allowed: rg:name, or rg:name:option=value:…")
-        try:
-            options[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"task is {task!r}: option {key.strip()} is {value!r}; allowed: a YAML value") from None
-    return name.strip(), options
 
 
 def _dataset(name: str, options: dict[str, Any]) -> Any:

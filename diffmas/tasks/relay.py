@@ -20,6 +20,7 @@ from diffmas.tasks import base
 
 SLOTS = string.ascii_uppercase[:16]
 SPLITS = ("train", "eval")
+OPTIONS = ("slots", "values")
 PAIR = re.compile(r"([A-P])(\d+)")
 
 
@@ -77,9 +78,18 @@ class Relay(Sequence):
 
 
 def load(args: base.TaskArguments) -> base.Task:
-    """Items drawn on demand, with role prompts of their own (``relay.yaml``)."""
+    """Items drawn on demand, with role prompts of their own (``relay.yaml``).
+
+    `relay:slots=8:values=16` says how many slots the evidence has, and how many values a slot can take.
+
+    Raises:
+        ValueError: an option that relay does not have, or a number that it does not take.
+    """
+    _, options = base.parse_options(args.task)
+    if wrong := {k: v for k, v in options.items() if k not in OPTIONS or type(v) is not int}:
+        raise ValueError(f"task is {args.task!r}, with {wrong}; allowed: integers for {' and '.join(OPTIONS)}")
     train, evaluation = (
-        Relay(split, size=size, slots=args.slots, values=args.values, seed=args.task_seed)
+        Relay(split, size=size, seed=args.task_seed, **options)
         for split, size in (("train", args.train_size or 131_072), ("eval", args.eval_size or 1024))
     )
     prompts = Prompts.load(args.prompts or Path(__file__).with_suffix(".yaml"))

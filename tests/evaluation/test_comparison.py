@@ -260,7 +260,7 @@ def test_bad_values_are_named(tmp_path, capsys, given, message):
 
 
 def test_settings_of_a_task_are_used_or_refused(tmp_path, capsys):
-    (tmp_path / "tasks.yaml").write_text("relay: {eval_size: 0}\n")
+    (tmp_path / "tasks.yaml").write_text("relay:slots=4: {eval_size: 0}\n")
     command = [f"--run={tmp_path / 'new'}", "--methods=single", f"--task_config={tmp_path / 'tasks.yaml'}"]
     assert evaluate.main(command) == 2 and "eval_size is 0" in capsys.readouterr().err
     (tmp_path / "tasks.yaml").write_text("realy: {eval_size: 3}\n")
@@ -273,7 +273,7 @@ def test_settings_of_a_task_are_used_or_refused(tmp_path, capsys):
 
 def test_a_run_s_data_folder_is_for_its_own_task(tmp_path, monkeypatch):
     task = {"task": "gsm8k", "data_dir": "there"}
-    described = {"system": {"model": None}, "topology": {}, "task": task, "decoding": {}}
+    described = {"system": {"model_name_or_path": None}, "topology": {}, "task": task, "decoding": {}}
     (tmp_path / "system.json").write_text(json.dumps(described))
     given = {}
 
@@ -304,7 +304,7 @@ def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
         other(before=cycles, lr_scheduler_kwargs='{"num_cycles": 3}') == """lr_scheduler_kwargs '{"num_cycles": 2}'"""
     )
     assert other(before=cycles, **cycles) is None
-    assert other(slots=3) == "slots 8" and other("diffmas+detach") == "detach_trace False"
+    assert other(task="relay:slots=3") == "task 'relay'" and other("diffmas+detach") == "detach_trace False"
 
 
 def test_no_item_that_was_trained_on_is_evaluated(tmp_path):

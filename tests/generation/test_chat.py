@@ -21,7 +21,7 @@ from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.tasks import TaskArguments, load_task
 
-ITEM = load_task(TaskArguments(slots=3)).eval[0]
+ITEM = load_task(TaskArguments("relay:slots=3")).eval[0]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def run(tmp_path_factory):
     system, _ = build_system(args)
     save_weights(system, folder)
     decoding = dict(max_new_tokens=5, temperature=0.0, top_p=1.0)
-    (folder / SYSTEM_FILE).write_text(json.dumps(describe(system, args, TaskArguments(slots=3), decoding)))
+    (folder / SYSTEM_FILE).write_text(json.dumps(describe(system, args, TaskArguments("relay:slots=3"), decoding)))
     return str(folder)
 
 

@@ -40,7 +40,7 @@ def shaken(system):
 def run(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     flags = [
-        f"--model={base}", "--task=relay", "--slots=4", "--topology=relay", "--latent_steps=2", "--max_steps=3",
+        f"--model={base}", "--task=relay:slots=4", "--topology=relay", "--latent_steps=2", "--max_steps=3",
         "--learning_rate=5e-2", "--eval_size=8", "--per_device_train_batch_size=8", "--max_new_tokens=3",
         "--temperature=0", "--disable_final_eval", f"--output_dir={folder}",
     ]  # fmt: skip

@@ -180,7 +180,7 @@ class TestOwnSettings:
             ("--lora_r=4", "lora_r is 4, but the run to go on with had 8"),
             ("--task_seed=1", "task_seed is 1, but the run to go on with had 0"),
             ("--alignment=ridge", "alignment is 'ridge', but the run to go on with had 'identity'"),
-            ("--slots=4", "slots is 4, but the run to go on with had 8"),
+            ("--task=relay:slots=4", "task is 'relay:slots=4', but the run to go on with had 'relay'"),
         ],
     )
     def test_what_makes_another_run_is_refused(self, run, capsys, flag, message):
@@ -516,7 +516,7 @@ class TestOnItsOwn:
         (own_files / "items.jsonl").symlink_to("blob")
         flags = ["--task=items.jsonl", "--prompts=prompts.yaml", "--fields=ask,reply", "--max_steps=1"]
         system = json.loads((own_files / "run" / "system.json").read_text())["system"]
-        flags += [f"--topology={own_files / 'run' / 'topology.yaml'}", f"--model={system['model']}"]
+        flags += [f"--topology={own_files / 'run' / 'topology.yaml'}", f"--model={system['model_name_or_path']}"]
         assert train.main([*flags, "--output_dir=linked", "--disable_final_eval"]) == 0
         kept = json.loads((own_files / "linked" / "system.json").read_text())
         assert kept["task"]["task"].endswith("/items.jsonl")

@@ -1,14 +1,16 @@
 """Agents work on their own, none seeing another's trace; the last one attends to all their traces put together."""
 
-from diffmas.agents.topology import Agent, Topology
+from dataclasses import replace
+
+from diffmas.agents.topology import Topology
 from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
 
 
 def stitched(topology: Topology) -> Topology:
     """The same agents and hand-over, with every sender before the last agent taken away."""
     *others, last = topology.agents
-    agents = [Agent(agent.name, (), agent.role) for agent in others]
-    last = Agent(last.name, tuple(agent.name for agent in others), last.role)
+    agents = [replace(agent, senders=()) for agent in others]
+    last = replace(last, senders=tuple(agent.name for agent in others))
     return Topology("stitch", (*agents, last), topology.handover)
 
 

@@ -28,7 +28,7 @@ TEXTS_FILE = "texts.sqlite"
 
 def last_alone(topology: Topology) -> Topology:
     """The last agent, under its own role."""
-    return Topology("text", (Agent(topology.last.name, role=topology.last.role),))
+    return Topology("text", (replace(topology.last, senders=()),))
 
 
 class TextChannel(TraceChannel):
