@@ -18,7 +18,7 @@ from diffmas.command_line import Parser
 from diffmas.evaluation.inspection import Inspection, inspect
 from diffmas.generation import Decoding
 from diffmas.loading import load_run
-from diffmas.models.loading import load_base
+from diffmas.models.pretrained import load_base
 from diffmas.prompts import Prompts
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.support.failures import run_program

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.room import check_adapter
 from diffmas.agents.topology import Topology, load_topology
-from diffmas.models.loading import load_base
+from diffmas.models.pretrained import load_base
 from diffmas.runs.description import known, read_description
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.progress import announced

@@ -24,8 +24,8 @@ from diffmas.agents.topology import Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.models.agent_model import AgentModel, Lengths
-from diffmas.models.loading import load_base
 from diffmas.models.loss import plain_loss
+from diffmas.models.pretrained import load_base
 from diffmas.prompts import Prompts
 from diffmas.runs.description import describe, fetched, known, read_description, write_description
 from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE

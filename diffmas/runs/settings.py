@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diffmas.models.loading import DTYPES, QUANTIZATIONS
 from diffmas.models.loss import LOSSES
+from diffmas.models.pretrained import DTYPES, QUANTIZATIONS
 
 
 @dataclass

@@ -10,9 +10,9 @@ from typing import Any
 from diffmas.runs.description import read_description
 from diffmas.runs.files import SYSTEM_FILE
 from diffmas.tasks.base import JSONL
-from diffmas.training.arguments import BY_METRIC
 from diffmas.training.checkpoints import ONLY_MODEL, STATE_FILE, damage, latest, step_of
 from diffmas.training.launch import launched
+from diffmas.training.rules import BY_METRIC
 
 #: Training arguments that say where and from what a run goes on, and so are none of its settings.
 PLACES = ("output_dir", "resume_from_checkpoint")

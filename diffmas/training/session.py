@@ -45,7 +45,6 @@ from diffmas.support.lock import locked
 from diffmas.support.machine import machine, peak_memory_mb
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
-from diffmas.training.arguments import check_batches
 from diffmas.training.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.training.checkpoints import bring_best, clear_staging, set_aside, step_of
 from diffmas.training.precision import check_base, settle_precision
@@ -59,6 +58,7 @@ from diffmas.training.preflight import (
 from diffmas.training.profiling import ProfileStep
 from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
+from diffmas.training.rules import check_batches
 from diffmas.training.settings import DecodingArguments, TrainArguments
 from diffmas.training.trainer import Items, MetricsFile, StopOnInterrupt, SystemTrainer
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
-from diffmas.training.arguments import settle, settle_updates
 from diffmas.training.launch import check_processes, settle_processes
+from diffmas.training.rules import settle, settle_updates
 
 
 @dataclass

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from diffmas import eval as evaluate
 from diffmas import train
-from diffmas.training.arguments import REFUSED
+from diffmas.training.rules import REFUSED
 from diffmas.training.settings import TrainArguments
 
 #: A value other than the default of every refused argument.

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from diffmas import train
 from diffmas.runs.files import ADAPTER_FILE
-from diffmas.training.arguments import OPTIMIZERS
+from diffmas.training.rules import OPTIMIZERS
 from diffmas.training.trainer import read_metrics
 
 
