@@ -39,7 +39,7 @@ from diffmas.support.lock import locked
 from diffmas.support.machine import machine, peak_memory_mb
 from diffmas.support.yaml_file import read_yaml
 from diffmas.tasks import Task, TaskArguments, load_task
-from diffmas.tasks.base import JSONL
+from diffmas.tasks.base import IN_PYTHON, JSONL
 from diffmas.tasks.content import fingerprint
 from diffmas.training.launch import check_alone, join
 from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
@@ -64,7 +64,10 @@ class EvalArguments:
         default=None,
         metadata={"aliases": ["--model"], "help": "The run's base model, where its folder has moved."},
     )
-    task: str | None = field(default=None, metadata={"help": "The task's .jsonl file, where it has moved."})
+    task: str | None = field(
+        default=None,
+        metadata={"help": "The task's .jsonl file, where it has moved; of a run made in Python, its task."},
+    )
     variants: str | None = field(
         default=None, metadata={"help": f"Any of {', '.join(VARIANTS)}; default: all that say something about the run."}
     )
@@ -123,13 +126,20 @@ def _evaluate(args: EvalArguments, held: contextlib.ExitStack) -> int:
     run = load_run(args.run, args.model_name_or_path)
     set_seed(args.seed)
     given = {k: v for k in ("task", "eval_size", "eval_file", "data_dir") if (v := getattr(args, k)) is not None}
-    if args.task is not None and not (args.task.endswith(JSONL) and run.task.task.endswith(JSONL)):
+    if run.task.task == IN_PYTHON and args.task is None:
+        raise ValueError(
+            f"run {args.run} was made in Python and keeps no task; allowed: --task, what to evaluate it on"
+        )
+    both_files = args.task is None or (args.task.endswith(JSONL) and run.task.task.endswith(JSONL))
+    if not both_files and run.task.task != IN_PYTHON:
         raise ValueError(f"task is {args.task!r}; allowed: another .jsonl file, of a run on one")
     task_args = replace(run.task, **given)
     given = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**run.decoding, **given, "seed": args.seed})
     run.system.to(device)
-    task = _load_held_out(task_args, run.task.eval_size)
+    in_python = run.task.task == IN_PYTHON
+    task = load_task(task_args) if in_python else _load_held_out(task_args, run.task.eval_size)
+    task = replace(task, prompts=task.prompts.with_roles(run.system.topology.prompts))
     check_prompts(task, roles_of(run.system.topology), training=False)
     left_out = {v: why for v, why in variants_left_out(task, run.system.topology).items() if v in variants}
     for variant, reason in left_out.items():

@@ -35,6 +35,7 @@ from diffmas.support.failures import reading
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
 from diffmas.tasks import TaskArguments, as_asked, load_task
+from diffmas.tasks.base import IN_PYTHON
 from diffmas_ops import KVTrace
 
 
@@ -112,6 +113,8 @@ class MultiAgentSystem(nn.Module):
         self.prompts = (prompts or Prompts({})).with_roles(topology.prompts)
         self.tokenizer, self.decoding = tokenizer, decoding or Decoding()
         if peft_config is not None:
+            if hasattr(model, "peft_config"):
+                raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
             with quiet_loading():
                 model = get_peft_model(model, peft_config)
         self.agent_model = AgentModel(
@@ -131,8 +134,9 @@ class MultiAgentSystem(nn.Module):
             latent_run=captured or latent_run(latent_backward),
             allocate=captured.allocate if captured else KVTrace.allocate,
         )
-        #: What a run keeps of it (`system.json`).
-        self.description: dict[str, Any] | None = None
+        self._options = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
+        #: Of the run it was read from (`system.json`).
+        self.description: dict[str, Any] = {}
 
     @classmethod
     def of(cls, model: nn.Module, topology: Topology, settings: SystemArguments, **options) -> MultiAgentSystem:
@@ -198,16 +202,21 @@ class MultiAgentSystem(nn.Module):
         """Write what :meth:`from_pretrained` reads: adapter, learned alignment, prompts, topology, a model card.
 
         Raises:
-            ValueError: a model without an adapter: nothing of it could have been trained.
+            ValueError: a model without exactly one adapter, called "default".
         """
-        if not hasattr(self.agent_model.model, "peft_config"):
-            raise ValueError("the system has no adapter, and nothing else is saved; allowed: a model in PEFT")
-        self.description = self.description or describe(
-            self, self._settings(), TaskArguments(task="custom"), asdict(self.decoding)
-        )
+        self.check_adapter()
+        task = known(TaskArguments, self.description["task"]) if self.description else TaskArguments(task=IN_PYTHON)
+        now = describe(self, self._settings(), task, asdict(self.decoding))
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_description(folder, self.description, self.prompts)
+        write_description(folder, {**self.description, **now}, self.prompts)
         save_weights(self, folder)
+
+    def check_adapter(self) -> None:
+        """Raise `ValueError` where training would leave nothing that can be saved: no adapter, or several."""
+        found = list(getattr(self.agent_model.model, "peft_config", ()))
+        if found != ["default"]:
+            what = f"adapters {found}" if found else "no adapter"
+            raise ValueError(f"the system has {what}; allowed: one, called 'default' (peft_config=…)")
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload what :meth:`save_pretrained` writes, with its model card; returns the address.
@@ -223,17 +232,25 @@ class MultiAgentSystem(nn.Module):
     def _settings(self) -> SystemArguments:
         """What a run would have had to be given."""
         model, trajectory, lora = self.agent_model, self.trajectory, self.agent_model.model.peft_config["default"]
-        return SystemArguments(
+        modules = lora.target_modules or ()
+        if not isinstance(modules, str):
+            modules = ",".join(sorted({name.rpartition(".")[2] for name in modules}))
+        given = SystemArguments(
             model_name_or_path=model.language_model.config._name_or_path or None,
+            dtype=str(model.language_model.dtype).removeprefix("torch."),
             topology=trajectory.topology.name,
+            lora_r=getattr(lora, "r", 0),
+            lora_alpha=getattr(lora, "lora_alpha", 0),
+            lora_target_modules=modules,
+            **self._options,
+        )
+        return replace(
+            known(SystemArguments, self.description["system"]) if self.description else given,
             latent_steps=trajectory.latent_steps,
             alignment=model.alignment.kind,
             alignment_initial=model.alignment.initial,
             detach_trace=trajectory.detach_trace,
             checkpointing=model.checkpointing.mode,
-            lora_r=getattr(lora, "r", 0),
-            lora_alpha=getattr(lora, "lora_alpha", 0),
-            lora_target_modules=",".join(sorted({name.rpartition(".")[2] for name in lora.target_modules or ()})),
             implementation=model.implementation,
         )
 
@@ -326,8 +343,7 @@ class MultiAgentSystem(nn.Module):
         Raises:
             ValueError: an item that a prompt cannot be filled with.
         """
-        if isinstance(items, (Mapping, str)) or not all(isinstance(item, Mapping) for item in items):
-            raise ValueError(f"items is {items!r}; allowed: a sequence of mappings, e.g. [{{'question': '…'}}]")
+        _check_items(items)
         if not items:
             return []
         encoded = self.collator.encode_prompts(items)
@@ -344,6 +360,7 @@ class MultiAgentSystem(nn.Module):
         seed: int | None = None,
     ) -> Iterator[str]:
         """The answer to one item in pieces, as they become certain; arguments as for :meth:`answer`."""
+        _check_items([item])
         encoded = self.collator.encode_prompts([item])
         decoding = self._decoding(max_new_tokens, temperature)
         seeds = None if seed is None else [seed]
@@ -384,6 +401,12 @@ class MultiAgentSystem(nn.Module):
         return engine.stream(
             self.trajectory, prompt_ids, prompt_lengths, tokenizer, decoding, seeds=seeds, control=control
         )
+
+
+def _check_items(items: Any) -> None:
+    is_sequence = isinstance(items, Sequence) and not isinstance(items, str)
+    if not is_sequence or not all(isinstance(item, Mapping) for item in items):
+        raise ValueError(f"items is {items!r}; allowed: a sequence of mappings, e.g. [{{'question': '…'}}]")
 
 
 def _interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: Lengths) -> Tensor:

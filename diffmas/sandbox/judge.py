@@ -24,6 +24,8 @@ import wire
 
 #: Objects of the library whose public attributes reach nothing but themselves.
 _READABLE = (io.StringIO, io.BytesIO, random.Random, re.Pattern, re.Match)
+#: What a program may do with a test's object besides using its attributes.
+_ALLOWED = ("call", "next", "iter", "len", "bool", "item", "contains", "hash", "eq", "lt", "le", "gt", "ge")
 #: What a decorator copies.
 _NAMES = ("__name__", "__qualname__", "__doc__", "__module__")
 #: Functions that reach everything, where a test hands them over.
@@ -111,6 +113,9 @@ class _Connection(wire.Peer):
     def decode(self, data: Any, objects: list | None = None) -> Any:
         return self._safely(super().decode, data, objects)
 
+    def refill(self, changed: Any, objects: list) -> None:
+        self._safely(super().refill, changed, objects)
+
     def _exception(self, content: Any) -> BaseException:
         return self._safely(super()._exception, content)
 
@@ -139,6 +144,6 @@ class _Connection(wire.Peer):
                 raise AttributeError(name)
         elif operation == "call" and any(value is closed for closed in _CLOSED):
             raise TypeError(f"{value.__name__} is not available to programs")
-        elif operation not in ("call", "next", "iter", "len", "bool", "item", "contains", "eq"):
+        elif operation not in _ALLOWED:
             raise TypeError(f"{operation} of a test's object is not available to programs")
         return wire.OPERATIONS[operation](value, *args, **kwargs)

@@ -26,8 +26,8 @@ FRAME_BYTES = 64 << 20
 _SHARED = {"list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict"}
 #: Stands for one of them until its parts have been read.
 _PENDING = object()
+_MAPPINGS = {"dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict}
 _QUESTION = {"ask", "of", "args", "kwargs"}
-_MUTABLE = (list, dict, set, bytearray, collections.deque)
 _DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\d*[A-Za-zμ]+\])?")
 _NAMED = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
 
@@ -35,7 +35,8 @@ OPERATIONS = {
     "call": lambda function, *args, **kwargs: function(*args, **kwargs),
     "next": next, "iter": iter, "len": len, "bool": bool, "str": str, "repr": repr,
     "get": getattr, "set": setattr, "item": operator.getitem, "setitem": operator.setitem,
-    "contains": operator.contains, "eq": operator.eq,
+    "contains": operator.contains, "hash": hash, "eq": operator.eq, "lt": operator.lt, "le": operator.le,
+    "gt": operator.gt, "ge": operator.ge,
 }  # fmt: skip
 
 
@@ -53,8 +54,8 @@ class RemoteTraceback(Exception):
 class Remote:
     """A value that stays on the other side.
 
-    A program may compare a test's objects, as the test's own class does it, and keep them in sets. A test cannot
-    compare a program's: they would say themselves what they are equal to, so that is an error.
+    A program may compare and hash a test's objects, as the test's own class does it. A test cannot compare a program's:
+    they would say themselves what they are equal to, so that is an error.
     """
 
     __slots__ = ("_peer", "_number", "_kind")
@@ -66,8 +67,12 @@ class Remote:
     def _ask(self, operation, *args, **kwargs):
         return self._peer.request(operation, self._number, args, kwargs)
 
-    def __call__(self, *args, **kwargs):
-        return self._ask("call", *args, **kwargs)
+    def _judged(self, operation, *args):
+        if not self._peer.compares:
+            raise TypeError(
+                f"an object of type {self._kind} cannot be compared; allowed: values of Python's plain types"
+            )
+        return self._ask(operation, *args)
 
     def __getattr__(self, name):
         return self._ask("get", name)
@@ -75,23 +80,8 @@ class Remote:
     def __setattr__(self, name, value):
         self._ask("set", name, value)
 
-    def __iter__(self):
-        return self._ask("iter")
-
-    def __len__(self):
-        return self._ask("len")
-
     def __bool__(self):
         return self._ask("bool")
-
-    def __getitem__(self, key):
-        return self._ask("item", key)
-
-    def __setitem__(self, key, value):
-        self._ask("setitem", key, value)
-
-    def __contains__(self, value):
-        return self._ask("contains", value) if self._peer.compares else self._compare(value)
 
     def __str__(self):
         return self._ask("str")
@@ -100,18 +90,16 @@ class Remote:
         return self._ask("repr")
 
     def __eq__(self, other):
-        return self is other or (self._ask("eq", other) if self._peer.compares else self._compare(other))
+        return self is other or self._judged("eq", other)
 
     def __ne__(self, other):
         return not self == other
 
     def __hash__(self):
-        return hash(self._number) if self._peer.compares else self._compare(None)
+        return self._judged("hash")
 
-    def _compare(self, other):
-        raise TypeError(f"an object of type {self._kind} cannot be compared; allowed: values of Python's plain types")
-
-    __lt__ = __le__ = __gt__ = __ge__ = _compare
+    def __contains__(self, value):
+        return self._judged("contains", value)
 
     def __instancecheck__(self, value):
         raise TypeError(f"a program's own class cannot be asked about; {self._kind} is one")
@@ -119,25 +107,50 @@ class Remote:
     __subclasscheck__ = __instancecheck__
 
 
-class RemoteIterator(Remote):
-    __slots__ = ()
+def _operator(operation):
+    return lambda self, *args, **kwargs: self._ask(operation, *args, **kwargs)
 
-    def __iter__(self):
-        return self
 
-    def __next__(self):
-        return self._ask("next")
+def _comparison(operation):
+    return lambda self, other: self._judged(operation, other)
+
+
+for _name in ("lt", "le", "gt", "ge"):
+    setattr(Remote, f"__{_name}__", _comparison(_name))
+
+#: What only some values can do, by the letter that says so; a remote value can do what its class can.
+_ABILITIES = {
+    "c": {"__call__": _operator("call")},
+    "i": {"__iter__": _operator("iter")},
+    "n": {"__iter__": lambda self: self, "__next__": _operator("next")},
+    "l": {"__len__": _operator("len")},
+    "g": {"__getitem__": _operator("item"), "__setitem__": _operator("setitem")},
+}
+_PROBES = {"c": "__call__", "i": "__iter__", "n": "__next__", "l": "__len__", "g": "__getitem__"}
+_remotes = {}
+
+
+def _remote(abilities):
+    """The class of remote values with these abilities."""
+    if abilities not in _remotes:
+        methods = {name: method for letter in abilities for name, method in _ABILITIES[letter].items()}
+        _remotes[abilities] = type("Remote", (Remote,), {"__slots__": (), **methods})
+    return _remotes[abilities]
 
 
 class Shared:
-    """Containers of one exchange, numbered alike on both sides: what was one object stays one."""
+    """Containers of one exchange, numbered alike on both sides: what was one object stays one.
+
+    A container whose content is sent for one that is there already takes a number too, and keeps its first.
+    """
 
     def __init__(self, objects=()):
-        self.objects = [*objects]
-        self.numbers = {id(value): n for n, value in enumerate(self.objects)}
+        self.objects, self.numbers = [], {}
+        for value in objects:
+            self.add(value)
 
     def add(self, value):
-        self.numbers[id(value)] = len(self.objects)
+        self.numbers.setdefault(id(value), len(self.objects))
         self.objects.append(value)
 
 
@@ -171,31 +184,35 @@ class Peer:
             if "ask" in frame:
                 self.answer(frame)
                 continue
+            objects = shared.objects
+            self.refill(frame.get("changed", ()), objects)
             if "error" in frame:
                 raise self._exception(frame["error"])
-            if "changed" in frame:
-                # Encoded one by one, as no list that is itself an object of the exchange.
-                changed, objects = frame["changed"], []
-                for old, new in zip([*args, *kwargs.values()], changed, strict=False):
-                    _merge(old, self.decode(new, objects))
-            return self.decode(frame["value"], shared.objects)
+            return self.decode(frame["value"], objects)
+
+    def refill(self, changed, objects):
+        """Make containers of this side hold what the other side has left in them."""
+        for number, content in changed:
+            _refill(objects[number], self.decode(content, objects))
 
     def answer(self, frame):
-        """Do what `frame` asks for and send the result, and the arguments where the call has changed them."""
+        """Do what `frame` asks for and send the result, and the containers among the arguments that it has changed."""
+        objects, before = [], None
         try:
-            objects = []
             args = [self.decode(v, objects) for v in frame["args"]]
             kwargs = {str(k): self.decode(v, objects) for k, v in frame["kwargs"].items()}
-            sent = [*args, *kwargs.values()]
-            watched = frame["ask"] == "call" and any(isinstance(v, (*_MUTABLE, tuple)) or _numpy(v) for v in sent)
-            before = self._encode_all(sent) if watched else None
-            value = self.serve(frame["ask"], frame["of"], args, kwargs)
-            reply = {"value": self.encode(value, Shared(objects))}
-            if watched and (after := self._encode_all(sent)) != before:
-                reply["changed"] = after
-            data = _pack(reply)
+            before = self._contents(objects) if frame["ask"] == "call" else None
+            reply, value = {}, self.serve(frame["ask"], frame["of"], args, kwargs)
         except Broken:
             raise
+        except BaseException as error:
+            reply, value = {"error": self._error(error)}, None
+        try:
+            shared = Shared(objects)
+            if before is not None and (after := self._contents(objects)) != before:
+                changed = [n for n, (old, new) in enumerate(zip(before, after, strict=True)) if old != new]
+                reply["changed"] = [[n, self._content(objects[n], shared)] for n in changed]
+            data = _pack(reply if "error" in reply else {**reply, "value": self.encode(value, shared)})
         except BaseException as error:
             data = _pack({"error": self._error(error)})
         self.flush()
@@ -226,16 +243,21 @@ class Peer:
             raise Broken("a frame that is neither a question nor an answer")
         return frame
 
-    def _encode_all(self, values):
-        shared = Shared()
-        return [self.encode(v, shared) for v in values]
+    def _contents(self, objects):
+        """What each container of an exchange holds; the others by their numbers."""
+        shared = Shared(objects)
+        return [self._content(value, shared) for value in objects]
 
-    def encode(self, value, shared=None):
+    def _content(self, value, shared):
+        """What a container holds, as a container of its own that has no number yet."""
+        return self.encode(value, shared, inside=True)
+
+    def encode(self, value, shared=None, inside=False):
         kind = type(value)
         if value is None or kind in (bool, str, float):
             return value
         shared = Shared() if shared is None else shared
-        if kind is not int and (number := shared.numbers.get(id(value))) is not None:
+        if not inside and kind is not int and (number := shared.numbers.get(id(value))) is not None:
             return {"again": number}
         if kind is list:
             shared.add(value)
@@ -266,7 +288,10 @@ class Peer:
             return self._array(array, value, shared)
         if (paths := sys.modules.get("pathlib")) and isinstance(value, paths.PurePath):
             return {"path": [kind.__name__, str(value)]}
-        return {"mine": self.hold(value), "kind": kind.__name__, "next": hasattr(kind, "__next__")}
+        # In the classes themselves: a class's own attributes would show those of its class too.
+        known = {name for base in kind.__mro__ for name in vars(base)}
+        abilities = "".join(letter for letter, name in _PROBES.items() if name in known)
+        return {"mine": self.hold(value), "kind": kind.__name__, "can": abilities}
 
     def _array(self, numpy, value, shared):
         array = numpy.asarray(value)
@@ -299,8 +324,7 @@ class Peer:
         if "mine" in data:
             number = int(data["mine"])
             if number not in self.remotes:
-                remote = RemoteIterator if data["next"] else Remote
-                self.remotes[number] = remote(self, number, str(data["kind"])[:64])
+                self.remotes[number] = _remote(str(data["can"]))(self, number, str(data["kind"])[:64])
             return self.remotes[number]
         ((tag, content),) = data.items()
         if tag == "yours":
@@ -311,6 +335,11 @@ class Peer:
             return found
         if tag in _SHARED or (tag == "array" and not content[3]):
             place = len(objects)
+            if tag in _MAPPINGS:
+                objects.append(found := _MAPPINGS[tag]())
+                for key, value in [self._decode(pair, objects) for pair in content]:
+                    dict.__setitem__(found, key, value)
+                return found
             objects.append(_PENDING)
             objects[place] = found = self._build(tag, content, objects)
             return found
@@ -410,31 +439,25 @@ def _path(name, text):
     return getattr(pathlib, name)(text)
 
 
-def _merge(old, new):
-    """`new`, or `old` made equal to it where that was sent by value and can be changed in place."""
-    if type(old) is not type(new):
-        return new
-    if isinstance(old, tuple):
-        merged = [_merge(a, b) for a, b in zip(old, new, strict=False)]
-        return old if all(map(operator.is_, merged, old)) and len(old) == len(new) else new
-    if isinstance(old, (list, collections.deque)):
-        merged = [*map(_merge, old, new), *list(new)[len(old) :]]
-        old.clear()
-        old.extend(merged)
+def _refill(old, new):
+    """Make the container `old` hold what `new` does; it stays the same object."""
+    if isinstance(old, list):
+        list.__setitem__(old, slice(None), new)
     elif isinstance(old, dict):
-        merged = {key: _merge(old[key], value) if key in old else value for key, value in new.items()}
-        old.clear()
-        dict.update(old, merged)
+        dict.clear(old)
+        dict.update(old, new)
     elif isinstance(old, set):
+        set.clear(old)
+        set.update(old, new)
+    elif isinstance(old, collections.deque):
         old.clear()
-        old.update(new)
+        old.extend(new)
     elif isinstance(old, bytearray):
         old[:] = new
-    elif _numpy(old) and getattr(old, "shape", ()) and old.shape == new.shape:
+    elif _numpy(old) and getattr(old, "shape", ()) == new.shape:
         old[...] = new
     else:
-        return new
-    return old
+        raise Broken(f"new content for {type(old).__name__}")
 
 
 def _pack(frame):

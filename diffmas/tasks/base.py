@@ -20,6 +20,8 @@ NAMES = (
 #: How answers of a task that is a file are checked.
 CHECKERS = ("mathematics", "choice", "exact", "text", "code")
 
+#: What a system that was made in Python keeps as its task.
+IN_PYTHON = "in Python"
 #: How the path of a task that is a file ends.
 JSONL = (".jsonl", ".jsonl.gz")
 

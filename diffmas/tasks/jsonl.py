@@ -90,6 +90,8 @@ def task_of(
     """
     made = ([_with_gold(dict(item), name, i) for i, item in enumerate(found, 1)]
             for name, found in (("train_dataset", train), ("eval_dataset", evaluation)))  # fmt: skip
+    if not (train or evaluation):
+        raise ValueError("train_dataset and eval_dataset are empty; allowed: at least one item")
     return _task(*made, prompts, checker, ("train_dataset", 1), ("eval_dataset", 1))
 
 
@@ -97,7 +99,7 @@ def _task(train, evaluation, prompts, name: str | None, of_train: tuple[str, int
     """The task of items with `gold`; `of_train`, `held_out`: where they come from, and the number of the first."""
     both = [*train, *evaluation]
     checker = checkers.load(checkers.chosen(both) if name is None else name)
-    if name is None:
+    if name is None and evaluation:
         _announce(of_train[0] if train else held_out[0], checker.name)
     if checker.name == "mathematics":
         mathematics.require((item["gold"] for item in both), of_train[0])
@@ -166,7 +168,7 @@ def _mapped(item: dict[str, Any], names: list[str], path: str, number: int) -> d
 
 def _with_gold(item: dict[str, Any], path: str, number: int, field: str = "answer") -> dict[str, Any]:
     """With what tables show as the right answer, taken from a worked one."""
-    if not str(item.get("answer") or "").strip():
+    if item.get("answer") is None or not str(item["answer"]).strip():
         raise ValueError(f"{path} item {number}: the gold answer is missing (field {field!r})")
     answer = str(item["answer"])
     gold = (answer.rpartition("####")[2] if "####" in answer else final.boxed(answer) or answer).strip()

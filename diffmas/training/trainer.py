@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from diffmas.agents.collator import Collator
 from diffmas.evaluation.evaluator import Evaluator
+from diffmas.evaluation.needs import check_prompts, roles_of
 from diffmas.runs.weights import load_weights, save_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.distributed import any_process, process, processes
@@ -26,6 +27,7 @@ from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_checkpoints
 from diffmas.support.valid_json import to_json
 from diffmas.system import MultiAgentSystem
+from diffmas.tasks import Task
 from diffmas.tasks.jsonl import task_of
 from diffmas.training.batching import ItemLengths, LengthGrouped
 from diffmas.training.checkpoints import (
@@ -78,6 +80,7 @@ class SystemTrainer(Trainer):
 
     Raises:
         TypeError: other arguments than :class:`TrainArguments`, which checks them.
+        ValueError: a system without an adapter, no item, or one that a prompt or the checker cannot use.
 
     Checkpoints hold the adapter (and a learned alignment), not the base model; the optimizer's state is stored whole
     and by parameter, so that another number of processes, sharded or not, can resume. With gradient accumulation
@@ -106,13 +109,15 @@ class SystemTrainer(Trainer):
             args.ddp_find_unused_parameters = model.has_unreached_parameters
         args.remove_unused_columns = False
         args.dataloader_pin_memory &= torch.cuda.is_available()
-        if evaluator is None and eval_dataset is not None:
-            task = task_of([], [eval_dataset[i] for i in range(len(eval_dataset))], model.prompts, checker)
-            evaluator = Evaluator(
-                model, model.tokenizer, task, model.decoding, batch_size=args.per_device_eval_batch_size
-            )
-            eval_dataset = Items(task.eval)
+        model.check_adapter()
         collate = data_collator or model.collator
+        if data_collator is None:
+            task = _task(model, train_dataset, eval_dataset if evaluator is None else None, checker)
+            if not getattr(train_dataset, "drawn", False):
+                train_dataset = None if train_dataset is None else Items(task.train)
+            if evaluator is None and eval_dataset is not None:
+                evaluator = _evaluator(model, task, args)
+                eval_dataset = Items(task.eval)
         if lengths is None and args.train_sampling_strategy == "group_by_length":
             lengths = ItemLengths(train_dataset, collate)
         quiet_checkpoints()
@@ -168,6 +173,11 @@ class SystemTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         items = self.eval_dataset if eval_dataset is None else eval_dataset
+        if items is None or len(items) == 0:
+            raise ValueError("eval_dataset is empty; allowed: at least one item to evaluate on")
+        if self.evaluator is None:
+            task = _task(self.model, None, items, None)
+            self.evaluator, items = _evaluator(self.model, task, self.args), Items(task.eval)
         with announced(f"evaluating {len(items)} items", show=process() == 0):
             records = self.evaluator.run("matched", [items[i] for i in range(len(items))])
         metrics = {f"{metric_key_prefix}_accuracy": sum(r.correct for r in records) / len(records)}
@@ -264,6 +274,23 @@ class SystemTrainer(Trainer):
             ):
                 group.update(initial_lr=rate, lr=rate * factor(self.lr_scheduler.last_epoch))
             self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _task(system: MultiAgentSystem, train: Any, evaluation: Any, checker: str | None) -> Task | None:
+    """Items as the checker and every agent's prompt need them; those that are drawn are left alone."""
+    listed = [[] if found is None or getattr(found, "drawn", False) else [found[i] for i in range(len(found))]
+              for found in (train, evaluation)]  # fmt: skip
+    if train is not None and len(train) == 0:
+        raise ValueError("train_dataset is empty; allowed: at least one item")
+    if not any(listed):
+        return None
+    task = task_of(*listed, system.prompts, checker)
+    check_prompts(task, roles_of(system.topology), training=True)
+    return task
+
+
+def _evaluator(system: MultiAgentSystem, task: Task, args: TrainArguments) -> Evaluator:
+    return Evaluator(system, system.tokenizer, task, system.decoding, batch_size=args.per_device_eval_batch_size)
 
 
 class StepsAsked(TrainerCallback):

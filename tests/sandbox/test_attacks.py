@@ -405,6 +405,24 @@ IDENTITY = [
     ("class E(Exception): pass\ndef f(): return E()", "assert not isinstance(f(), E)", False),
     ("class E(Exception): pass\ndef f(): return E()", "assert not issubclass(int, E)", False),
 ]
+P = "class P:\n    def __init__(s, v): s.v = v\n"
+REORDERED = [
+    ("def f(rows): return rows.pop(0)", "assert f([[1], [2], [3]]) == [1]", True),
+    ("def f(rows):\n    rows.sort()\n    return rows[:2]", "assert f([[3], [1], [2]]) == [[1], [2]]", True),
+    ("def f(rows):\n    rows.sort()\n    return rows[:2]", "assert f([[3], [1], [2]]) == [[3], [1]]", False),
+    ("def f(rows):\n    rows.reverse()\n    return rows[0]", "assert f([{'a': 1}, {'a': 2}]) == {'a': 2}", True),
+    ("def f(rows): rows.sort()", "a = [[3], [1]]\nb = sorted(a)\nf(a)\nassert a == b", True),
+    ("def f(rows): rows.sort()", "a = [[3], [1]]\nb = list(a)\nf(a)\nassert a == b, 'must not'", False),
+    ("def f(rows): rows[0] = [9]", "a = [1]\nb = [a]\nf(b)\nassert a == [1] and b == [[9]]", True),
+    ("def f(x):\n    x.append(1)\n    1 / 0", "a = []\ntry: f(a)\nexcept Exception: pass\nassert a == []", False),
+    ("def f(d): d.clear()", "import collections\nd = collections.defaultdict(int, a=1)\nf(d)\nassert d == {}", True),
+    ("def f():\n    d = {}\n    d['d'] = d\n    return d", "d = f()\nassert d['d'] is d", True),
+    ("class X: pass\ndef f(): return X()", "assert callable(f())", False),
+    ("class X: pass\ndef f(): return X()", "from collections import abc\nassert isinstance(f(), abc.Sized)", False),
+    ("def f(x): return x() if callable(x) else x.v", "class A: v = 3\nassert f(A()) == 3", True),
+    ("def f(x): return len({*x})", P + "    def __eq__(s, o): return s.v == o.v\n    def __hash__(s): return s.v\nassert f([P(1), P(1), P(2)]) == 2", True),
+    ("def f(x): return sorted(x)[0].v", P + "    def __lt__(s, o): return s.v < o.v\nassert f([P(2), P(1)]) == 1", True),
+]  # fmt: skip
 NODES = "class N:\n    def __init__(self, v): self.v, self.next = v, None\na, b = N(1), N(2)\na.next, b.next = b, a\n"
 WALK = """
 def f(h):
@@ -433,6 +451,7 @@ class N:
     ("program", "tests", "right"),
     [
         *IDENTITY,
+        *REORDERED,
         (WALK, NODES + "assert f(a) == 2", True),
         (WALK, NODES + "assert f(a) == 3", False),
         (CYCLE, NODES + "assert f(a) is True", True),

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 import diffmas
 from diffmas import Decoding, MultiAgentSystem, Prompts, SystemTrainer, TrainArguments, load_topology, train
+from diffmas import eval as evaluate
+from diffmas.agents.sweeps import Sweeps
 from diffmas.agents.topology import TopologyError
+from diffmas.models.pretrained import load_base
 
 ITEMS = [
     {"evidence": "A3 B14", "question": "Recall A", "answer": "3"},
@@ -117,14 +120,65 @@ class TestBuilt:
         assert {"README.md", "adapter_model.safetensors", "system.json", "prompts.yaml"} <= set(uploaded)
 
     def test_without_an_adapter_nothing_is_kept(self, base, tmp_path):
-        with pytest.raises(ValueError, match="the system has no adapter"):
+        with pytest.raises(ValueError, match="the system has no adapter; allowed: one, called 'default'"):
             build(base, peft_config=None).save_pretrained(tmp_path / "kept")
         assert not (tmp_path / "kept").exists()
 
-    @pytest.mark.parametrize("items", ["what?", {"question": "what?"}, ["what?"], [None]])
+    def test_settings_are_kept(self, base, tmp_path):
+        system = build(base, latent_backward="sweeps:2", loss="plain", detach_trace=True, checkpointing="prefill")
+        system.save_pretrained(tmp_path / "kept")
+        kept = MultiAgentSystem.from_pretrained(tmp_path / "kept")
+        assert kept.trajectory.latent_run == system.trajectory.latent_run == Sweeps(2)
+        assert kept.agent_model.answer_loss.kind == "plain" and kept.trajectory.detach_trace
+        assert kept.agent_model.checkpointing.mode == "prefill"
+
+    def test_what_is_changed_later_is_kept(self, base, tmp_path):
+        system = build(base)
+        for folder in ("first", "second"):
+            system.save_pretrained(tmp_path / folder)
+            system = MultiAgentSystem.from_pretrained(tmp_path / folder)
+            system.decoding = Decoding(max_new_tokens=7)
+            system.trajectory.latent_steps += 1
+            system.save_pretrained(tmp_path / folder)
+        kept = MultiAgentSystem.from_pretrained(tmp_path / "second")
+        assert kept.decoding.max_new_tokens == 7 and kept.latent_steps == 4
+
+    def test_the_dtype_is_kept(self, base, tmp_path):
+        model, tokenizer = load_base(str(base), dtype="bfloat16")
+        system = MultiAgentSystem(model, "relay", tokenizer=tokenizer, prompts=PROMPTS, peft_config=LoraConfig(**LORA))
+        system.save_pretrained(tmp_path / "kept")
+        kept = MultiAgentSystem.from_pretrained(tmp_path / "kept")
+        assert kept.agent_model.language_model.dtype == torch.bfloat16
+
+    def test_modules_by_expression(self, base, tmp_path):
+        lora = LoraConfig(r=2, target_modules=r".*\.q_proj", task_type="CAUSAL_LM")
+        build(base, peft_config=lora).save_pretrained(tmp_path / "kept")
+        assert MultiAgentSystem.from_pretrained(tmp_path / "kept").description["system"]["lora_target_modules"] == (
+            r".*\.q_proj"
+        )
+
+    def test_adapters_of_other_names_are_refused(self, base, tmp_path):
+        model = get_peft_model(load_base(str(base))[0], LoraConfig(**LORA), adapter_name="mine")
+        with pytest.raises(ValueError, match="adapters \\['mine'\\]; allowed: one, called 'default'"):
+            MultiAgentSystem(model, "relay").save_pretrained(tmp_path / "kept")
+        with pytest.raises(ValueError, match="in PEFT already"):
+            MultiAgentSystem(model, "relay", peft_config=LoraConfig(**LORA))
+
+    def test_it_is_evaluated_on_what_is_given(self, base, tmp_path, capsys):
+        build(base).save_pretrained(tmp_path / "kept")
+        assert evaluate.main([f"--run={tmp_path / 'kept'}"]) == 2
+        assert "was made in Python and keeps no task; allowed: --task" in capsys.readouterr().err
+        (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS * 2))
+        argv = [f"--run={tmp_path / 'kept'}", f"--task={tmp_path / 'items.jsonl'}", "--eval_size=3", "--disable_tqdm"]
+        assert evaluate.main(argv) == 0
+        assert "3 held-out items" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("items", ["what?", {"question": "what?"}, ["what?"], [None], iter(ITEMS)])
     def test_items_that_are_none(self, base, items):
         with pytest.raises(ValueError, match="items is .*; allowed: a sequence of mappings"):
             build(base).answer(items)
+        with pytest.raises(ValueError, match="items is .*; allowed: a sequence of mappings"):
+            next(build(base).stream([items]))
 
     def test_nothing_to_answer(self, base):
         assert build(base).answer([]) == []
@@ -160,7 +214,7 @@ class TestTrainer:
         trainer.save_model()
         kept = MultiAgentSystem.from_pretrained(tmp_path / "run")
         assert kept.answer(ITEMS) == system.eval().answer(ITEMS)
-        assert json.loads((tmp_path / "run" / "system.json").read_text())["task"]["task"] == "custom"
+        assert json.loads((tmp_path / "run" / "system.json").read_text())["task"]["task"] == "in Python"
 
     def test_groups_by_length(self, base, tmp_path):
         args = TrainArguments(
@@ -168,6 +222,46 @@ class TestTrainer:
             train_sampling_strategy="group_by_length",
         )  # fmt: skip
         SystemTrainer(build(base), args, train_dataset=ITEMS).train()
+
+    def test_items_are_trained_on_as_they_are_evaluated(self, base, tmp_path):
+        items = [{"evidence": "e", "question": "Which is a city?", "options": ["red", "Paris"], "answer": "B"}] * 4
+        args = TrainArguments(output_dir=str(tmp_path / "run"))
+        trainer = SystemTrainer(build(base), args, train_dataset=items, eval_dataset=items)
+        assert dict(trainer.train_dataset[0]) == dict(trainer.eval_dataset[0])
+        assert "B) Paris" in trainer.train_dataset[0]["question"]
+
+    def test_answers_that_are_numbers(self, base, tmp_path):
+        items = [item | {"answer": 0} for item in ITEMS]
+        args = TrainArguments(output_dir=str(tmp_path / "run"), max_steps=1)
+        trainer = SystemTrainer(build(base), args, train_dataset=items, eval_dataset=items)
+        trainer.train()
+        assert "eval_accuracy" in trainer.evaluate() and "eval_accuracy" in trainer.evaluate(items[:2])
+
+    @pytest.mark.parametrize(
+        ("items", "message"),
+        [
+            ([], "train_dataset is empty"),
+            ([ITEMS[0] | {"evidence": None}], "names the field 'evidence', which is null"),
+            ([ITEMS[0] | {"answer": ""}], "train_dataset item 1: the gold answer is missing"),
+            ([ITEMS[0], {"evidence": "A1", "question": "?"}], "train_dataset item 2: the gold answer is missing"),
+            ([{"question": "?", "answer": "1"}], "names the field 'evidence'"),
+        ],
+    )
+    def test_items_that_cannot_be_used_are_named(self, base, tmp_path, items, message):
+        with pytest.raises(ValueError, match=message):
+            SystemTrainer(build(base), TrainArguments(output_dir=str(tmp_path / "run")), train_dataset=items)
+
+    def test_without_an_adapter_nothing_is_trained(self, base, tmp_path):
+        args = TrainArguments(output_dir=str(tmp_path / "run"))
+        with pytest.raises(ValueError, match="the system has no adapter"):
+            SystemTrainer(build(base, peft_config=None), args, train_dataset=ITEMS)
+
+    def test_evaluating_without_items_is_refused(self, base, tmp_path):
+        trainer = SystemTrainer(build(base), TrainArguments(output_dir=str(tmp_path / "run")), train_dataset=ITEMS)
+        for items in (None, []):
+            with pytest.raises(ValueError, match="eval_dataset is empty"):
+                trainer.evaluate(items)
+        assert "eval_accuracy" in trainer.evaluate(ITEMS)
 
     def test_other_arguments_are_refused(self, base, tmp_path):
         with pytest.raises(TypeError, match="args is TrainingArguments; allowed: diffmas.TrainArguments"):
