@@ -35,7 +35,7 @@ SHARED_STRUCTS = {
     "attention_backward_columns_kernel": ("ColumnsShared", 2, "attention_backward_columns"),
     "product_kernel": ("ProductShared", 2, "project"),
 }
-THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rotary": 128, "rescale": 1024}
+THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rescale": 1024}
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\S+)'.*?(?P<stack>\d+) bytes stack frame, "

@@ -40,36 +40,6 @@ inline void check_gather(
       torch::headeronly::toString(keys.scalar_type()), ")");
 }
 
-/// Cosines and sines of every token's turns: in the dtype of `x` or in its accumulation dtype.
-inline void check_turns(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const ScalarType dtype = cos.scalar_type(), acc = accumulation_dtype("q", x.scalar_type());
-  STD_TORCH_CHECK(
-      dtype == x.scalar_type() || dtype == acc, "cos is ", torch::headeronly::toString(dtype), "; allowed: ",
-      torch::headeronly::toString(x.scalar_type()), ", ", torch::headeronly::toString(acc));
-  check_tensor("cos", cos, {x.size(0), ANY}, dtype, x);
-  check_tensor("sin", sin, {x.size(0), cos.size(1)}, dtype, x);
-  STD_TORCH_CHECK(
-      2 * cos.size(1) <= x.size(2), "cos has ", cos.size(1), " pairs; allowed: at most ", x.size(2) / 2,
-      ", half the head dim");
-}
-
-inline void check_rotary_append(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& keys,
-    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new) {
-  check_append(k, v, keys, values, q_begin, q_end, starts, max_new);
-  check_dim("q", q, 3);
-  check_tensor("q", q, {k.size(0), ANY, keys.size(3)}, keys.scalar_type(), keys);
-  check_turns(q, cos, sin);
-}
-
-inline void check_rotary_backward(
-    const Tensor& grad_q, const Tensor& grad_k, const Tensor& cos, const Tensor& sin) {
-  check_dim("grad_q", grad_q, 3);
-  check_tensor("grad_q", grad_q, {ANY, ANY, ANY}, grad_q.scalar_type(), grad_q);
-  check_tensor("grad_k", grad_k, {grad_q.size(0), ANY, grad_q.size(2)}, grad_q.scalar_type(), grad_q);
-  check_turns(grad_q, cos, sin);
-}
-
 /// What all attention operators share: queries, a trace layer, row ranges. Returns the accumulation dtype.
 inline ScalarType check_attention(
     const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end,

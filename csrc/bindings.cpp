@@ -11,12 +11,6 @@ STABLE_TORCH_LIBRARY(diffmas, m) {
       "kv_gather(Tensor keys, Tensor values, Tensor q_begin, Tensor q_end, Tensor starts, int max_new, "
       "int total, ScalarType dtype) -> (Tensor, Tensor)");
   m.def(
-      "rotary_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, bool interleaved, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_new) -> Tensor");
-  m.def(
-      "rotary_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, bool interleaved) -> "
-      "(Tensor grad_q, Tensor grad_k)");
-  m.def(
       "kv_concat(Tensor[] source_keys, Tensor[] source_values, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor source_begin, Tensor counts, Tensor dest_begin, Tensor? cos, Tensor? sin, "
       "bool interleaved) -> ()");
@@ -58,8 +52,6 @@ STABLE_TORCH_LIBRARY(diffmas, m) {
 STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) {
   m.impl("kv_append", TORCH_BOX(&diffmas::kv_append));
   m.impl("kv_gather", TORCH_BOX(&diffmas::kv_gather));
-  m.impl("rotary_append", TORCH_BOX(&diffmas::rotary_append));
-  m.impl("rotary_backward", TORCH_BOX(&diffmas::rotary_backward));
   m.impl("kv_concat", TORCH_BOX(&diffmas::kv_concat));
   m.impl("kv_concat_backward", TORCH_BOX(&diffmas::kv_concat_backward));
   m.impl("latent_project", TORCH_BOX(&diffmas::latent_project));

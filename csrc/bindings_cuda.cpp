@@ -6,8 +6,6 @@
 STABLE_TORCH_LIBRARY_IMPL(diffmas, CUDA, m) {
   m.impl("kv_append", TORCH_BOX(&diffmas::kv_append));
   m.impl("kv_gather", TORCH_BOX(&diffmas::kv_gather));
-  m.impl("rotary_append", TORCH_BOX(&diffmas::rotary_append));
-  m.impl("rotary_backward", TORCH_BOX(&diffmas::rotary_backward));
   m.impl("kv_concat", TORCH_BOX(&diffmas::kv_concat));
   m.impl("kv_concat_backward", TORCH_BOX(&diffmas::kv_concat_backward));
   m.impl("latent_project", TORCH_BOX(&diffmas::latent_project));

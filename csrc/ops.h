@@ -22,14 +22,6 @@ std::tuple<Tensor, Tensor> kv_gather(
     const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
     int64_t max_new, int64_t total, ScalarType dtype);
 
-Tensor rotary_append(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, bool interleaved,
-    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
-    int64_t max_new);
-
-std::tuple<Tensor, Tensor> rotary_backward(
-    const Tensor& grad_q, const Tensor& grad_k, const Tensor& cos, const Tensor& sin, bool interleaved);
-
 void kv_concat(
     const std::vector<Tensor>& source_keys, const std::vector<Tensor>& source_values, const Tensor& keys,
     const Tensor& values, const Tensor& source_begin, const Tensor& counts, const Tensor& dest_begin,

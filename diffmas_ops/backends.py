@@ -17,7 +17,6 @@ from diffmas_ops import library, triton_device
 #: Functions of each operator, by the folder that holds them.
 OPERATORS = {
     "kv_append": ("kv_append", "kv_gather"),
-    "rotary_append": ("rotary_append", "rotary_backward"),
     "kv_concat": ("kv_concat", "kv_concat_backward"),
     "latent_project": ("latent_project", "latent_project_backward"),
     "few_rows_matmul": ("few_rows_matmul",),

@@ -31,16 +31,6 @@ def _(keys: Tensor, values, q_begin, q_end, starts, max_new, total: int, dtype: 
     return keys.new_empty(shape, dtype=dtype), values.new_empty(shape, dtype=dtype)
 
 
-@register_fake("diffmas::rotary_append")
-def _(q: Tensor, *rest):
-    return q.new_empty(q.shape)
-
-
-@register_fake("diffmas::rotary_backward")
-def _(grad_q: Tensor, grad_k: Tensor, cos, sin, interleaved):
-    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
-
-
 @register_fake("diffmas::latent_project")
 def _(hidden: Tensor, weight, target_norm):
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))

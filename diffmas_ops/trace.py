@@ -95,7 +95,7 @@ class Call:
         outputs: the tokens whose results are wanted, where that is not all; a model's last layer need not
             compute the others beyond their keys and values.
         attend: None, or `(q, k, v, layer, scale) -> (out, lse)` in the operator's place, for a call whose keys and
-            values are not all in its own storage; `k, v` are None where they have been appended. Without gradient.
+            values are not all in its own storage. Without gradient.
     """
 
     attend = None

@@ -27,7 +27,7 @@ HEADS = {"mha": (2, 2), "gqa": (8, 2), "mqa": (5, 1), "more than a tile": (20, 1
 
 def use(monkeypatch, operators):
     """Have the suite's checks call these operators."""
-    for name in ("attention", "append", "rotary", "concat", "latent", "merge"):
+    for name in ("attention", "append", "concat", "latent", "merge"):
         monkeypatch.setattr(suite, f"{name}_triton", operators)
 
 
@@ -133,16 +133,6 @@ def test_token_backward(case, slots, slot, dtype):
 @pytest.mark.parametrize("case, head_dim", [("primes", 64), ("prefix", 20), ("some single", 64)])
 def test_append_and_gather(case, head_dim, dtype):
     suite.test_append_and_gather(replace(RAGGED[case], head_dim=head_dim), dtype)
-
-
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
-    "case, head_dim, half, narrow",
-    [("primes", 64, 32, True), ("some single", 64, 16, False), ("prefix", 64, 13, True), ("few", 25, 9, False)],
-)
-def test_rotary(case, head_dim, half, narrow, interleaved, dtype):
-    suite.check_rotary(replace(RAGGED[case], head_dim=head_dim), dtype, half, interleaved, narrow)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

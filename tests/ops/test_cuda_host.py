@@ -38,7 +38,6 @@ from test_cuda import (  # noqa: F401
     test_latent_project,
     test_latent_project_in_parts,
     test_merge_states,
-    test_rotary,
     test_senders_of_two_dtypes,
     test_token_backward,
     use,

@@ -18,7 +18,6 @@ from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_concat import reference as concat
 from diffmas_ops.latent_project import reference as latent
 from diffmas_ops.merge_states import reference as merge
-from diffmas_ops.rotary_append import reference as rotary_reference
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
 native = torch.ops.diffmas
@@ -319,22 +318,6 @@ def test_append_and_gather(case, dtype):
     arguments = (*grads, *plan, max_new, k.shape[0], dtype)
     for got, want in zip(native.kv_gather(*arguments), append.kv_gather(*arguments), strict=True):
         assert got.dtype == dtype and torch.equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("case, half, narrow", [("primes", 20, True), ("some single", 8, False), ("empty", 0, False)])
-def test_rotary(case, half, narrow, interleaved, dtype):
-    q, k, v, keys, values, plan, (max_new, _, _) = problem(case, "gqa", 40, dtype)
-    angle = torch.randn(len(k), 2 * half, dtype=torch.float64)
-    tables = [
-        (1.3 * x).to(dtype if narrow else accumulation_dtype(dtype))[:, :half] for x in (angle.cos(), angle.sin())
-    ]
-    finite = [x.nan_to_num(0.5) for x in (q, k, v)]
-    arguments = (*finite, *tables, interleaved, keys, values, *plan, max_new)
-    compare(native.rotary_append, rotary_reference.rotary_append, arguments, FORWARD, results=(6, 7))
-    arguments = (*finite[:2], *tables, interleaved)
-    compare(native.rotary_backward, rotary_reference.rotary_backward, arguments, BACKWARD)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -27,9 +27,6 @@ def samples():
     grads = problem.grad_keys, problem.grad_values
     yield "kv_append", (k, v, keys, values, *rows, case.max_new)
     yield "kv_gather", (*grads, *rows, case.max_new, len(k), torch.float16)
-    tables = [random(len(k), 6, dtype=torch.float32) for _ in range(2)]
-    yield "rotary_append", (q, k, v, *tables, True, keys, values, *rows, case.max_new)
-    yield "rotary_backward", (q, k, *tables, False)
     sources = [[random(2, 2, 3, 11, 16, dtype=torch.float32) for _ in range(2)] for _ in range(2)]
     traces = [random(2, 2, 3, 17, 16, dtype=torch.float32) for _ in range(2)]
     for rotary in (None, 8):

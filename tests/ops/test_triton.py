@@ -45,8 +45,6 @@ from diffmas_ops.latent_project import reference as latent
 from diffmas_ops.latent_project import triton as latent_triton
 from diffmas_ops.merge_states import reference as merge
 from diffmas_ops.merge_states import triton as merge_triton
-from diffmas_ops.rotary_append import reference as rotary
-from diffmas_ops.rotary_append import triton as rotary_triton
 
 REFUSAL = triton_device.refusal(DEVICE, torch.float32)
 pytestmark = [
@@ -311,42 +309,6 @@ def test_append_and_gather(case, dtype):
     arguments = (problem.grad_keys, problem.grad_values, *problem.rows, case.max_new, len(problem.k), dtype)
     for got, want in zip(append_triton.kv_gather(*arguments), append.kv_gather(*arguments), strict=True):
         assert same(got, want)
-
-
-def check_rotary(case, dtype, half, interleaved, narrow, seed=0):
-    """Rotated queries and appended keys and values, then the gradients turned back; `narrow`: tables in the dtype."""
-    problem, acc = Problem(case, dtype, seed), accumulation_dtype(dtype)
-    angle = torch.randn(len(problem.k), half, dtype=torch.float64, device=DEVICE)
-    # As a model gives them: repeated, scaled, a view of its own strides.
-    tables = [(1.3 * x).to(dtype if narrow else acc).repeat(1, 2)[:, :half] for x in (angle.cos(), angle.sin())]
-    results = []
-    for function, p, lift in (
-        (rotary_triton, problem, lambda x: x),
-        (rotary, problem, lambda x: x),
-        (rotary, problem.double(), torch.Tensor.double),
-    ):
-        trace = [torch.full_like(x, torch.nan) for x in (p.keys, p.values)]
-        turns = [lift(x) for x in tables]
-        q = function.rotary_append(p.q, p.k, p.v, *turns, interleaved, *trace, *p.rows, case.max_new)
-        grads = function.rotary_backward(p.grad, p.k, *turns, interleaved)
-        results.append([q[p.claimed], *trace, *(x[p.claimed] for x in grads)])
-        assert q.dtype == grads[0].dtype == grads[1].dtype == p.q.dtype and q.is_contiguous()
-    assert same(results[0][2], results[1][2])
-    for name, *three in zip(("q", "keys", "values", "grad_q", "grad_k"), *results, strict=True):
-        assert_within(name, *three, FORWARD if "grad" not in name else BACKWARD)
-
-
-@each_dtype
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("case, half", [("prefix", 8), ("primes", 12), ("primes", 5), ("single", 0), ("few", 4)])
-def test_rotary(case, half, interleaved, dtype):
-    check_rotary(RAGGED[case], dtype, half, interleaved, narrow=half == 8)
-
-
-@given(case=cases(), dtype=st.sampled_from(DTYPES), interleaved=st.booleans(), seed=st.integers(0, 2**16))
-@settings(max_examples=8)
-def test_rotary_random_tables(case, dtype, interleaved, seed):
-    check_rotary(case, dtype, seed % (case.head_dim // 2 + 1), interleaved, seed % 2 == 0, seed)
 
 
 def check_concat(source, dest, rotary, interleaved, begin, counts, layers=2, kv_heads=2, dim=24, seed=0):

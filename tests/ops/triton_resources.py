@@ -29,7 +29,6 @@ from diffmas_ops.cached_attention import triton as attention
 from diffmas_ops.kv_append import triton as append
 from diffmas_ops.kv_concat import triton as concat
 from diffmas_ops.latent_project import triton as latent
-from diffmas_ops.rotary_append import triton as rotary
 
 #: Bytes of shared memory a block can have.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -75,9 +74,6 @@ def launch_everything(head_dim: int, dtype: torch.dtype) -> None:
         q, k = (torch.empty(tokens, heads, head_dim, dtype=dtype) for heads in (32, 8))
         lse, rows, max_kv = torch.empty(tokens, 32), (column, column, column), 2048 + tokens
         attention.cached_attention(q, k, k, keys, keys, *rows, tokens, max_kv, 0.1)
-        tables = [torch.empty(tokens, head_dim // 2, dtype=dtype)] * 2
-        rotary.rotary_append(q, k, k, *tables, False, keys, keys, *rows, tokens)
-        rotary.rotary_backward(q, k, *tables, False)
         inputs = (q, q, q, lse, keys, keys)
         if tokens == 1:
             pending = [torch.empty(1, 32, 32, head_dim, dtype=dtype)] * 2 + [torch.empty(1, 32, 32)] * 2
