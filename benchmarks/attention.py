@@ -14,7 +14,7 @@ from benchmarks.cases import Attention, LatentRun
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import KVTrace, backends, cached_attention
-from diffmas_ops.trace import TraceStorage
+from diffmas_ops.storage import TraceStorage
 
 _GRADIENTS = ("grad q", "grad keys", "grad values")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from diffmas.latent import step_by_step
 from diffmas_ops import KVTrace
 from diffmas_ops.gradients import TraceGradients
-from diffmas_ops.trace import TraceStorage
+from diffmas_ops.storage import TraceStorage
 
 if TYPE_CHECKING:
     from diffmas.system import MultiAgentSystem
@@ -207,7 +207,7 @@ class _Run:
         trace.detach_()
         with torch.set_grad_enabled(self._recording):
             inputs = step_by_step(self._system(), trace, self._hidden)
-        self._order = trace.order
+        self._order = trace.order.token
         return [torch.stack([x.detach() for x in inputs])]
 
     def _differentiate(self) -> list[Tensor | None]:
@@ -299,7 +299,7 @@ class CapturedRuns:
 
     def __call__(self, system: MultiAgentSystem, trace: KVTrace, hidden: Tensor) -> list[Tensor]:
         parameters = [p for p in system.parameters() if p.requires_grad]
-        differentiable = hidden.requires_grad or trace.order.requires_grad or parameters
+        differentiable = hidden.requires_grad or trace.order.token.requires_grad or parameters
         recording = torch.is_grad_enabled() and bool(differentiable)
         run = self._find(system, trace, hidden, parameters if recording else [], recording)
         if run is None:
@@ -309,8 +309,8 @@ class CapturedRuns:
         if not recording:
             return list(run.forward(hidden, starts).unbind())
         place = _Place(run, trace.gradients, number, trace.lengths, max(trace.host_lengths))
-        trace.order, inputs = _Replay.apply(trace.order, hidden, place, starts, *parameters)
-        trace.differentiable = trace.host_lengths
+        token, inputs = _Replay.apply(trace.order.token, hidden, place, starts, *parameters)
+        trace.order.advance(token, trace.host_lengths)
         return list(inputs.unbind())
 
     def _find(

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from diffmas.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
-from diffmas_ops.trace import Outputs
+from diffmas_ops.call import Outputs
+from diffmas_ops.need import Need
 
 #: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -119,7 +120,8 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
     # What insists on another implementation of the operators gets it, from the model's own modules.
-    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", "decoder_layer", "cpu", dtype) is not None:
+    need = Need("decoder_layer", "cpu", dtype)
+    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", need) is not None:
         return None
     if call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None

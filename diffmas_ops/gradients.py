@@ -19,7 +19,8 @@ from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
 
 if TYPE_CHECKING:
-    from diffmas_ops.trace import Call, Outputs, TraceStorage
+    from diffmas_ops.call import Call, Outputs
+    from diffmas_ops.storage import TraceStorage
 
 # A position behind every column, so that a deferred row is never masked.
 _BEHIND_ALL = 2**30

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas_ops import backends
-from diffmas_ops.trace import Call
+from diffmas_ops.call import Call
 
 
 # Dynamo would specialise on the call handle and compile anew for every call.

@@ -85,12 +85,11 @@ def kv_concat(
     ops.kv_concat([s.keys for s in sources], [s.values for s in sources], trace.keys, trace.values, *plan)
     trace.host_lengths = lengths
     trace.lengths = torch.tensor(lengths, dtype=torch.int32, device=first.device)
-    if torch.is_grad_enabled() and any(s.order.requires_grad for s in sources):
+    if torch.is_grad_enabled() and any(s.order.token.requires_grad for s in sources):
         # Of a trace that appears twice, one token is enough: its calls wait for it either way.
-        orders = {id(s): s.order for s in sources}
+        tokens = {id(s): s.order.token for s in sources}
         origin = _Origin(trace, sources, plan)
-        trace.order = _Concat.apply(origin, *orders.values())
-        trace.differentiable = lengths
+        trace.order.advance(_Concat.apply(origin, *tokens.values()), lengths)
     else:
         trace.detach_()
     return trace

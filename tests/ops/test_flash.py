@@ -23,10 +23,10 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmas_ops.backends import UnsupportedError
 from diffmas_ops.cached_attention import flash, flash_engines
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.errors import UnsupportedError
 
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float64)
 USABLE = [

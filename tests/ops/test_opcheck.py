@@ -5,11 +5,12 @@ import torch
 from cases import RAGGED, Problem, indices, random
 from decoder_layers import LayerProblem
 
-from diffmas_ops import backends, library
+from diffmas_ops import library
 from diffmas_ops.cached_attention import reference as attention
+from diffmas_ops.need import OPERATORS as OPERATORS_OF
 
 DEVICES = [device for device in ("cpu", "cuda") if library.failure(device) is None]
-OPERATORS = [name for functions in backends.OPERATORS.values() for name in functions]
+OPERATORS = [name for functions in OPERATORS_OF.values() for name in functions]
 pytestmark = pytest.mark.skipif(not DEVICES, reason=str(library.failure("cpu")))
 
 
@@ -100,7 +101,7 @@ def test_fake_matches_reference(operator):
     """Fake outputs have the shapes, dtypes and strides of the reference's."""
     from importlib import import_module
 
-    folder = next(f for f, functions in backends.OPERATORS.items() if operator in functions)
+    folder = next(f for f, functions in OPERATORS_OF.items() if operator in functions)
     reference = getattr(import_module(f"diffmas_ops.{folder}.reference"), operator)
     for name, arguments in samples():
         if name != operator:

@@ -45,8 +45,9 @@ from diffmas_ops.latent_project import reference as latent
 from diffmas_ops.latent_project import triton as latent_triton
 from diffmas_ops.merge_states import reference as merge
 from diffmas_ops.merge_states import triton as merge_triton
+from diffmas_ops.need import Need
 
-REFUSAL = triton_device.refusal(DEVICE, torch.float32)
+REFUSAL = triton_device.refusal(Need("cached_attention", DEVICE, torch.float32))
 pytestmark = [
     pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
     # Merging the parts of tokens that no row claims computes with whatever memory held.

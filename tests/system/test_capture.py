@@ -20,7 +20,7 @@ from diffmas.profiling import watch
 from diffmas.system import MultiAgentSystem
 from diffmas.topology import TOPOLOGIES, Topology
 from diffmas_ops import KVTrace
-from diffmas_ops.trace import CapacityError
+from diffmas_ops.errors import CapacityError
 
 TOLERANCE = 1e-10
 

@@ -217,7 +217,11 @@ def test_nothing_is_left_when_backward_never_ran(checkpointing, concat):
         if concat:
             made.append(kv_concat([Segment(t, [0, 0], [2, 1])], capacity=9, rotary=toy.rotary))
             out = toy.run(out, made[-1].open(2), checkpointing=checkpointing)
-        left = [weakref.ref(x) for m in made for x in (m, m.storage, m.gradients, m.keys, m.order, m.order.grad_fn)]
+        left = [
+            weakref.ref(x)
+            for m in made
+            for x in (m, m.storage, m.gradients, m.keys, m.order, m.order.token, m.order.token.grad_fn)
+        ]
         del t, made
         assert sum(r() is not None for r in left) > 0
         del out
@@ -231,7 +235,7 @@ def test_a_call_without_gradients_leaves_no_graph():
     t = toy.trace(2)
     with torch.no_grad():
         out = toy.run(torch.randn(4, toy.width, dtype=torch.float64), t.open(2))
-    assert out.grad_fn is None and t.order.grad_fn is None and not t.order.requires_grad
+    assert out.grad_fn is None and t.order.token.grad_fn is None and not t.order.token.requires_grad
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -263,7 +267,7 @@ def test_rehearsals_leave_no_trace(checkpointing, implementation, poison):
             call = t.open(lengths)
             out = toy.run(inputs[-1], call, checkpointing=checkpointing)
             if rehearsals and i == 2:
-                roots = [t.order, out]
+                roots = [t.order.token, out]
 
                 def rehearse(gradient, call=call, roots=roots, x=inputs[-1]):
                     with call.rehearse():
@@ -357,7 +361,7 @@ def test_detach_keeps_the_columns_and_cuts_their_gradient():
     x, y = (torch.randn(2, toy.width, dtype=torch.float64).requires_grad_() for _ in range(2))
     toy.run(x, t.open(2))
     before = t.keys[..., :2, :].clone()
-    assert t.detach_() is t and t.order.grad_fn is None
+    assert t.detach_() is t and t.order.token.grad_fn is None
     out = toy.run(y, t.open(2))
     assert torch.equal(t.keys[..., :2, :], before)
     grad_x, grad_y = torch.autograd.grad(out.sum(), [x, y], allow_unused=True)
