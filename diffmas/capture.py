@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from diffmas.latent import step_by_step
 from diffmas_ops import KVTrace
+from diffmas_ops.call import Run
 from diffmas_ops.gradients import TraceGradients
 from diffmas_ops.storage import TraceStorage
 
@@ -224,9 +225,9 @@ class _Place:
 
     run: _Run
     gradients: TraceGradients
-    number: int
+    skipped: Run
     ends: Tensor
-    max_kv: int
+    max_seqlen_k: int
 
 
 class _Replay(torch.autograd.Function):
@@ -244,9 +245,9 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, *_):
         place: _Place = ctx.place
         # Rows that single-token calls right behind this run have deferred; its own take their place.
-        place.gradients.flush_all(place.ends, place.max_kv)
+        place.gradients.flush_all(place.ends, place.max_seqlen_k)
         hidden, *parameters = place.run.backward()
-        place.gradients.defer(place.run.deferred, place.number)
+        place.gradients.defer(place.run.deferred, place.skipped)
         # The very tensors a replay writes: autograd copies what is held elsewhere, and adds out of place.
         return None, hidden, None, None, *parameters
 
@@ -305,10 +306,10 @@ class CapturedRuns:
         if run is None:
             return step_by_step(system, trace, hidden)
         starts = trace.lengths
-        number = trace.skip(system.latent_steps)
+        skipped = trace.skip(system.latent_steps)
         if not recording:
             return list(run.forward(hidden, starts).unbind())
-        place = _Place(run, trace.gradients, number, trace.lengths, max(trace.host_lengths))
+        place = _Place(run, trace.gradients, skipped, trace.lengths, max(trace.host_lengths))
         token, inputs = _Replay.apply(trace.order.token, hidden, place, starts, *parameters)
         trace.order.advance(token, trace.host_lengths)
         return list(inputs.unbind())

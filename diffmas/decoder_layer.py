@@ -187,8 +187,7 @@ def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ..
     queries = call if layer.outputs is None else layer.outputs
     return torch.ops.diffmas.decoder_layer(
         h, cos, sin, *layer.parts.parameters, *call.storage.layer(layer.index),
-        call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
-        queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
+        *call.rows[:4], layer.output_index, *queries.rows, layer.scale,
     )  # fmt: skip
 
 
@@ -216,7 +215,7 @@ class _DecoderLayer(torch.autograd.Function):
             grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, *parameters, index
         )
         attention = layer.call.gradients.backward(
-            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, layer.outputs
+            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, outputs=layer.outputs
         )
         grad_h, *of_input = torch.ops.diffmas.decoder_layer_backward_input(
             *attention, grad_middle, h, cos, sin, k, q, low_q, low_kv, *parameters, index

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from diffmas_ops.rows import RowRanges
+
 if TYPE_CHECKING:
     from diffmas_ops.trace import KVTrace
+
+
+class Run:
+    """Calls of at most one token a row that follow each other; `starts`, int32 `[batch]`: the first one's columns."""
+
+    def __init__(self, starts: Tensor):
+        self.starts = starts
 
 
 class Outputs:
@@ -19,8 +28,8 @@ class Outputs:
 
     Attributes:
         index: int64 `[total]`, their places in the call's packed tokens.
-        q_begin, q_end, starts: int32 `[batch]`, as in :class:`Call`, for them alone.
-        total, max_new: their number, and the most of one row.
+        rows: as in :class:`Call`, for them alone.
+        total: their number.
     """
 
     def __init__(self, call: Call, ranges: Sequence[tuple[int, int]]):
@@ -38,31 +47,27 @@ class Outputs:
             offsets.append(offsets[-1] + end - begin)
             index.extend(range(at + begin, at + end))
             at += n
-        self.total, self.max_new = len(index), max(counts)
+        self.total = len(index)
         packed = torch.tensor(offsets + [begin for begin, _ in ranges] + index, dtype=torch.int32)
         bounds, begins, index = packed.to(call.starts.device).split([len(offsets), len(counts), self.total])
-        self.q_begin, self.q_end, self.starts = bounds[:-1], bounds[1:], call.starts + begins
+        self.rows = RowRanges.packed(bounds, call.starts + begins, max(counts), call.rows.max_seqlen_k)
         self.index = index.long()
 
 
 class Call:
     """One forward of a model over new tokens of every row; made by :meth:`KVTrace.open`.
 
-    Tokens are packed: row b's are `q_begin[b] … q_end[b] - 1` of `total`, and token `q_begin[b] + i` is at
-    position (trace column) `starts[b] + i`.
-
     Attributes:
         lengths: new tokens per row, host integers.
-        total, max_new, max_kv: their sum, their maximum, and the longest row after the call.
-        cu_seqlens: int32 `[batch + 1]`; `q_begin` and `q_end` are views of it.
+        total: their sum.
+        rows: where the packed tokens are, and in which columns.
         starts, ends: int32 `[batch]`, columns of the rows' first new token and of the one after their last.
         position_ids: int64 `[1, total]`.
-        run, slot: calls of at most one token a row that follow each other share a `run` and count up its
-            `slot`; `run` is None for other calls.
+        run, slot: which run of single-token calls it belongs to, and as which of them; `run` is None for others.
         outputs: the tokens whose results are wanted, where that is not all; a model's last layer need not
             compute the others beyond their keys and values.
-        attend: None, or `(q, k, v, layer, scale) -> (out, lse)` in the operator's place, for a call whose keys and
-            values are not all in its own storage. Without gradient.
+        attend: None, or `(q, k, v, layer, softmax_scale) -> (out, lse)` in the operator's place, for a call whose
+            keys and values are not all in its own storage. Without gradient.
     """
 
     attend = None
@@ -71,18 +76,17 @@ class Call:
         self,
         trace: KVTrace,
         lengths: list[int],
-        run: int | None,
+        run: Run | None,
         slot: int,
         outputs: Sequence[tuple[int, int]] | None = None,
     ):
         self.storage, self.gradients, self.implementation = trace.storage, trace.gradients, trace.implementation
         self.lengths, self.run, self.slot = lengths, run, slot
-        self.total, self.max_new = sum(lengths), max(lengths)
+        self.total = sum(lengths)
         host_starts = trace.host_lengths
         host_ends = self.host_ends = [start + n for start, n in zip(host_starts, lengths, strict=True)]
-        self.max_kv = max(host_ends)
         if lengths == trace.one_each:
-            self.cu_seqlens = trace.one_each_cu_seqlens
+            cu_seqlens_q = trace.one_each_cu_seqlens_q
             self.starts, self.ends = trace.lengths, trace.lengths + 1
             self.position_ids = self.starts.long().unsqueeze(0)
         else:
@@ -93,9 +97,9 @@ class Call:
             # One transfer for everything the call needs on the device.
             packed = torch.tensor(offsets + host_starts + host_ends + positions, dtype=torch.int32)
             sizes = [len(offsets), trace.batch, trace.batch, self.total]
-            self.cu_seqlens, self.starts, self.ends, position_ids = packed.to(trace.device).split(sizes)
+            cu_seqlens_q, self.starts, self.ends, position_ids = packed.to(trace.device).split(sizes)
             self.position_ids = position_ids.long().unsqueeze(0)
-        self.q_begin, self.q_end = self.cu_seqlens[:-1], self.cu_seqlens[1:]
+        self.rows = RowRanges.packed(cu_seqlens_q, self.starts, max(lengths), max(host_ends))
         self.outputs = None if outputs is None else Outputs(self, outputs)
         # A strong reference would close a cycle order -> token -> autograd node -> call -> order, which Python's
         # collector cannot see through.

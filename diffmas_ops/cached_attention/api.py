@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas_ops import backends
+from diffmas_ops.cached_attention.mask import check_window
 from diffmas_ops.call import Call
+from diffmas_ops.errors import UnsupportedError
 
 
 # Dynamo would specialise on the call handle and compile anew for every call.
@@ -19,9 +21,10 @@ def cached_attention(
     call: Call,
     *,
     layer: int,
-    scale: float | None = None,
+    softmax_scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """Append `k, v` to the trace and attend: query token at position p of a row sees its columns 0 … p.
+    """Append `k, v` to the trace and attend: query token at position p of a row sees its columns up to p.
 
     Gradients reach `q, k, v` of this call and of every earlier call of the trace; they are first-order only.
     Running a call's layer again (activation checkpointing, non-reentrant) rewrites the same columns.
@@ -31,42 +34,47 @@ def cached_attention(
         k, v: `[total, num_kv_heads, head_dim]`, keys like queries; `num_heads` is a multiple of `num_kv_heads`.
         call: from :meth:`KVTrace.open`; `total` is its number of new tokens.
         layer: which of the trace's layers.
-        scale: of the scores; default `head_dim ** -0.5`.
+        softmax_scale: of the scores; default `head_dim ** -0.5`.
+        window: columns a query sees, the last of them its own; None: all.
 
     Returns:
         `[total, num_heads, head_dim]` in the dtype of `q`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit the call, each named.
+        UnsupportedError: a window, where the call's implementation has none or several traces are attended to.
     """
     _check(q, k, v, call, layer)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_window(window)
+    scores = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale), window
     order = call.enter(layer)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, order))
     if needs_grad:
-        out, order = _CachedAttention.apply(q, k, v, order, call, layer, scale)
+        out, order = _CachedAttention.apply(q, k, v, order, call, layer, *scores)
     else:
-        out = _forward(q, k, v, call, layer, scale)[0]
+        out = _forward(q, k, v, call, layer, *scores)[0]
     call.leave(layer, order)
     return out
 
 
-def _forward(q, k, v, call, layer, scale) -> tuple[Tensor, Tensor]:
+def _forward(q, k, v, call, layer, softmax_scale, window) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     if call.attend is not None:
-        return call.attend(q, k, v, layer, scale)
+        if window is not None:
+            raise UnsupportedError(f"window is {window}; allowed: None, for a call over several traces")
+        return call.attend(q, k, v, layer, softmax_scale)
     keys, values = call.storage.keys[layer], call.storage.values[layer]
-    rows = (call.q_begin, call.q_end, call.starts)
-    attend = backends.functions("cached_attention", q, call.implementation, many=call.run is None).cached_attention
-    return attend(q, k, v, keys, values, *rows, call.max_new, call.max_kv, scale)
+    many = call.run is None
+    ops = backends.functions("cached_attention", q, call.implementation, many=many, window=window)
+    return ops.cached_attention(q, k, v, keys, values, call.rows, softmax_scale, window)
 
 
 class _CachedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, order, call, layer, scale):
-        out, lse = _forward(q, k, v, call, layer, scale)
+    def forward(ctx, q, k, v, order, call, layer, *scores):
+        out, lse = _forward(q, k, v, call, layer, *scores)
         ctx.save_for_backward(q, out, lse)
-        ctx.call, ctx.layer, ctx.scale = call, layer, scale
+        ctx.call, ctx.layer, ctx.scores = call, layer, scores
         ctx.set_materialize_grads(False)
         return out, order.new_empty(0)
 
@@ -76,8 +84,8 @@ class _CachedAttention(torch.autograd.Function):
         q, out, lse = ctx.saved_tensors
         # Only later calls may have used this one: its own queries then owe nothing.
         grad_out = torch.zeros_like(out) if grad_out is None else _unit_stride(grad_out)
-        grads = ctx.call.gradients.backward(ctx.call, ctx.layer, grad_out, q, out, lse, ctx.scale)
-        return *grads, *[None] * 4
+        grads = ctx.call.gradients.backward(ctx.call, ctx.layer, grad_out, q, out, lse, *ctx.scores)
+        return *grads, *[None] * 5
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -99,14 +99,14 @@ class _Origin:
     """What the backward of a concatenation needs of both sides (never an order token: that would be a cycle)."""
 
     def __init__(self, trace: KVTrace, sources: list[KVTrace], plan: tuple):
-        self.gradients, self.lengths, self.max_kv = trace.gradients, trace.lengths, max(trace.host_lengths)
+        self.gradients, self.lengths, self.max_seqlen_k = trace.gradients, trace.lengths, max(trace.host_lengths)
         self.num_layers, self.implementation = trace.num_layers, trace.implementation
         self.sources = [s.gradients for s in sources]
         self.plan = plan
 
     def backward(self) -> None:
         for layer in range(self.num_layers):
-            self.gradients.flush(layer, self.lengths, self.max_kv)
+            self.gradients.flush(layer, self.lengths, self.max_seqlen_k)
         keys, values = self.gradients.accumulators()
         source_keys, source_values = zip(*(s.accumulators() for s in self.sources), strict=True)
         ops = backends.functions("kv_concat", keys, self.implementation)

@@ -80,8 +80,7 @@ def operators(host_library, monkeypatch):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     # Few enough that small problems are unsplit as well as split.
     monkeypatch.setenv("DIFFMAS_HOST_MULTIPROCESSORS", "12")
-    use(monkeypatch, host_library)
-    return host_library
+    return use(monkeypatch, host_library)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
