@@ -17,7 +17,7 @@ from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import SUPPORTED, accumulation_dtype
 from diffmas_ops.kv_concat import reference as concat
 from diffmas_ops.native import Functions
-from diffmas_ops.rows import ColumnRanges
+from diffmas_ops.rows import ColumnRanges, Pending
 
 pytestmark = [
     pytest.mark.gpu,
@@ -210,8 +210,9 @@ def everything(operators, dtype):
     pending = [random(*shape, 64, dtype=dtype), random(*shape, 64, dtype=dtype)]
     pending += [random(*shape, dtype=torch.float32) + 5, random(*shape, dtype=torch.float32)]
     token = operators.cached_attention_backward_token(
-        p.grad, p.q, out, lse, p.keys, p.values, p.grad_keys, p.grad_values, *pending, 1, p.rows, *p.scores[1:]
-    )
+        p.grad, p.q, out, lse, p.keys, p.values, p.grad_keys, p.grad_values, Pending(*pending, p.rows.starts - 1),
+        p.rows, *p.scores,
+    )  # fmt: skip
     p = Problem(sized(Case((40, 3), (70, 150)), 64), dtype)
     many, many_lse = operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
     grad_q, delta = operators.cached_attention_backward_queries(
