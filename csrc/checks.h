@@ -7,7 +7,7 @@
 #include <sstream>
 #include <string>
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include "diffmas/offsets.h"
