@@ -22,6 +22,7 @@ from torch import Tensor
 from diffmas_ops import backends
 from diffmas_ops.cached_attention.flash_engines import Engine, choose
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.rows import ColumnRanges, RowRanges
 
 
@@ -68,6 +69,7 @@ def cached_attention(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cached_attention`; there is no window."""
+    _refuse(window)
     engine = choose(q)
     if k is not None:
         append = backends.functions("kv_append", keys).kv_append
@@ -100,6 +102,7 @@ def cached_attention_backward(
     window: int | None = None,
 ) -> Tensor:
     """`cached_attention_backward_queries` and `…_columns` in one: engines compute all gradients together."""
+    _refuse(window)
     batches = _batches(*rows[:3], *columns)
     return _backward(grad_out, q, out, lse, keys, values, (grad_keys, grad_values), batches, softmax_scale)
 
@@ -116,6 +119,7 @@ def cached_attention_backward_queries(
     window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cached_attention_backward_queries`; `cached_attention_backward` saves half of the work."""
+    _refuse(window)
     delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1)
     batches = _batches(*rows[:3])
     return _backward(grad_out, q, out, lse, keys, values, None, batches, softmax_scale), delta
@@ -136,12 +140,18 @@ def cached_attention_backward_columns(
     window: int | None = None,
 ) -> None:
     """See `reference.cached_attention_backward_columns`."""
+    _refuse(window)
     # An engine wants the output only to form delta = out · grad_out: the part of it along grad_out does.
     grad = grad_out.to(delta.dtype)
     square = (grad * grad).sum(-1)
     along = grad * torch.where(square > 0, delta / square, 0.0).unsqueeze(-1)
     batches = _batches(*rows[:3], *columns)
     _backward(grad_out, q, along.to(q.dtype), lse, keys, values, (grad_keys, grad_values), batches, softmax_scale)
+
+
+def _refuse(window: int | None) -> None:
+    if window is not None:
+        raise UnsupportedError(f"window is {window}; allowed for flash: None")
 
 
 def _backward(

@@ -1,4 +1,4 @@
-"""The Triton backward kernels; formulas of FlashAttention-2 (arXiv 2307.08691, section 2.3), without atomics.
+"""The Triton backward kernels; formulas of FlashAttention-2 (arXiv 2307.08691, section 2.3).
 
 dQ is computed by blocks of queries that walk over columns, dK and dV by blocks of columns that walk over queries and
 add straight into the accumulators: every sum has one owner and one order.

@@ -23,6 +23,7 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffmas_ops import KVTrace, cached_attention
 from diffmas_ops.cached_attention import flash, flash_engines
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import accumulation_dtype
@@ -166,3 +167,13 @@ def test_unknown_engine(monkeypatch):
     monkeypatch.setenv(flash_engines.VARIABLE, "flash-attn-1")
     with pytest.raises(UnsupportedError, match="is 'flash-attn-1'; allowed: flash-attn-2, "):
         flash_engines.choose(torch.empty(1, 64))
+
+
+def test_a_window_is_refused_by_name():
+    trace = KVTrace.allocate(
+        num_layers=1, batch=1, num_kv_heads=2, capacity=4, head_dim=64, device=DEVICE, dtype=DTYPES[0],
+        implementation="flash",
+    )  # fmt: skip
+    x = torch.zeros(3, 2, 64, device=DEVICE, dtype=DTYPES[0])
+    with pytest.raises(UnsupportedError, match="'flash' cannot run cached_attention: it has no window of columns"):
+        cached_attention(x, x, x, trace.open(3), layer=0, window=2)
