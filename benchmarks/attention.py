@@ -14,7 +14,8 @@ from benchmarks.cases import Attention, LatentRun
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import KVTrace, backends, cached_attention
-from diffmas_ops.trace import TraceStorage
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.storage import TraceStorage
 
 _GRADIENTS = ("grad q", "grad keys", "grad values")
 
@@ -39,8 +40,8 @@ def _attention_inputs(case: Attention, device: str) -> SimpleNamespace:
     x.trace = tuple(torch.cat(pair, 2) for pair in zip(x.past, (x.k, x.v), strict=True))
     x.packed_q, x.packed_grad, x.packed_k, x.packed_v = map(_packed, (x.q, x.grad, x.k, x.v))
     x.begin = int32([b * x.n for b in range(x.B)], device)
-    x.ranges = (x.begin, x.begin + x.n, torch.full_like(x.begin, x.P))
-    x.limits = (x.n, x.C, case.head_dim**-0.5)
+    x.rows = RowRanges(x.begin, x.begin + x.n, torch.full_like(x.begin, x.P), x.n, x.C)
+    x.softmax_scale = case.head_dim**-0.5
     x.scores = 4.0 * case.heads * x.n * x.C * 3
     return x
 
@@ -56,7 +57,7 @@ def _contenders(found: dict[str, peers.Attend | str], make: Callable[[peers.Atte
 
 
 def _call(x: SimpleNamespace, ops) -> tuple[Tensor, Tensor]:
-    return ops.cached_attention(x.packed_q, x.packed_k, x.packed_v, *x.trace, *x.ranges, *x.limits)
+    return ops.cached_attention(x.packed_q, x.packed_k, x.packed_v, *x.trace, x.rows, x.softmax_scale)
 
 
 def forward(case: Attention, device: str) -> Experiment:
@@ -124,13 +125,13 @@ def backward(case: Attention, device: str) -> Experiment:
 
         def run(_):
             grad_q, delta = ops.cached_attention_backward_queries(
-                x.packed_grad, x.packed_q, out, lse, *x.trace, *x.ranges, *x.limits
+                x.packed_grad, x.packed_q, out, lse, *x.trace, x.rows, x.softmax_scale
             )
             ops.cached_attention_backward_columns(
-                x.packed_grad, x.packed_q, lse, delta, *x.trace, *accumulators, *x.ranges,
-                zero, zero + x.C, *x.limits,
+                x.packed_grad, x.packed_q, lse, delta, *x.trace, *accumulators, x.rows,
+                ColumnRanges(zero, zero + x.C), x.softmax_scale,
             )  # fmt: skip
-            append.kv_gather(*accumulators, *x.ranges, x.n, x.B * x.n, x.q.dtype)
+            append.kv_gather(*accumulators, x.rows, x.B * x.n, x.q.dtype)
             return grad_q
 
         return Contender(run, prepare, lambda grad_q: (_unpacked(grad_q, x.B), *accumulators))
@@ -152,9 +153,10 @@ def token_backward(case: Attention, device: str) -> Experiment:
         out, lse = _call(x, ops)
         pending = [torch.zeros(x.B, 1, *x.packed_q.shape[1:], dtype=x.q.dtype, device=device) for _ in range(2)]
         pending += [torch.zeros(x.B, 1, x.packed_q.shape[1], device=device) for _ in range(2)]
+        deferred = Pending(*pending, x.rows.starts)
         return Contender(
             lambda _: ops.cached_attention_backward_token(
-                x.packed_grad, x.packed_q, out, lse, *x.trace, *accumulators, *pending, 0, *x.ranges, *x.limits[1:]
+                x.packed_grad, x.packed_q, out, lse, *x.trace, *accumulators, deferred, x.rows, x.softmax_scale
             ),
             read=lambda grads: tuple(_unpacked(g, x.B) for g in grads),
         )
@@ -174,7 +176,7 @@ def _latent_start(x: SimpleNamespace, implementation: str):
     """A trace that already holds the prefix (gradients reach it too), and the inputs of the steps."""
     keys, values = (t[None].clone() for t in x.trace)
     trace = KVTrace(TraceStorage(keys, values), [0] * x.B, grow=False, implementation=implementation)
-    trace.host_lengths, trace.lengths = [x.P] * x.B, x.ranges[2].clone()
+    trace.host_lengths, trace.lengths = [x.P] * x.B, x.rows.starts.clone()
     return trace, [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
 
 

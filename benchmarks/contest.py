@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import backends
+from diffmas_ops.need import Need
 
 #: Scores that `reference` may hold at once; above, it is not run.
 _REFERENCE_BYTES = 8 << 30
@@ -22,7 +23,7 @@ def implementations(operator: str, device: str, dtype: str) -> dict[str, Any]:
     for name in backends.IMPLEMENTATIONS:
         if name in ("cpu", "cuda") and name != device:
             continue
-        reason = backends.refusal(name, operator, device, getattr(torch, dtype))
+        reason = backends.refusal(name, Need(operator, device, getattr(torch, dtype)))
         like = torch.empty(0, dtype=getattr(torch, dtype), device=device)
         found[name] = reason or backends.functions(operator, like, name)
     return found
@@ -59,7 +60,7 @@ def experiment(
         case=case,
         work=getattr(case, direction.replace(" ", "_"))(),
         contenders=ours | others,
-        ours=backends.resolve(kernels or operator, "auto", device, getattr(torch, case.dtype)),
+        ours=backends.resolve("auto", Need(kernels or operator, device, getattr(torch, case.dtype))),
         implementations=tuple(n for n in able if n != "reference"),
         plain=tuple(others),
         exact=exact,

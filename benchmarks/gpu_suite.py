@@ -34,7 +34,7 @@ CASE_SECONDS, CHECK_SHARE = {"cuda": 0.4, "cpu": 1.0}, 0.5
 STEP_SECONDS = 5.0
 PARTS = ("checks", "operators", "steps")
 #: Operator tests under compute-sanitizer, which is a hundred times slower: every kernel at a size or two.
-SANITIZED = "(head_dims or append or rotary or in_parts or merge or overlapping) and not float64"
+SANITIZED = "(head_dims or append or in_parts or merge or overlapping) and not float64"
 
 
 class Results:

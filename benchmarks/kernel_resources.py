@@ -1,4 +1,4 @@
-"""What the CUDA kernels occupy, by nvcc's own report: `python -m benchmarks.kernel_resources [--arch 80 90a] [--all]`.
+"""What the CUDA kernels occupy, by nvcc's own report: `python -m benchmarks.kernel_resources [--arch 80 90] [--all]`.
 
 Needs nvcc and no GPU. Prints registers, shared memory, stack and spills of the kernels and how many blocks of each
 fit a multiprocessor. Fails where a hot kernel spills registers or has a stack frame; hot is everything but float64
@@ -26,7 +26,7 @@ FLAGS = [
     "-isystem", f"{torch.__path__[0]}/include", f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include",
 ]  # fmt: skip
 #: Bytes of shared memory and registers of a multiprocessor; a block takes 1 KB more than it asks for.
-SHARED = {"80": 164 * 1024, "90a": 228 * 1024}
+SHARED = {"80": 164 * 1024, "90": 228 * 1024}
 REGISTERS = 64 * 1024
 #: Kernels whose dynamic shared memory is a struct of the same leading template parameters, and the struct's header.
 SHARED_STRUCTS = {
@@ -35,7 +35,7 @@ SHARED_STRUCTS = {
     "attention_backward_columns_kernel": ("ColumnsShared", 2, "attention_backward_columns"),
     "product_kernel": ("ProductShared", 2, "project"),
 }
-THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rotary": 128, "rescale": 1024}
+THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rescale": 1024}
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\S+)'.*?(?P<stack>\d+) bytes stack frame, "
@@ -118,7 +118,7 @@ def add_dynamic_shared(nvcc: str, kernels: list[Kernel], directory: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernel_resources", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=["80", "90a"], choices=sorted(SHARED), help="architectures")
+    parser.add_argument("--arch", nargs="+", default=["80", "90"], choices=sorted(SHARED), help="architectures")
     parser.add_argument("--all", action="store_true", help="list the other kernels too")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at once")
     arguments = parser.parse_args()

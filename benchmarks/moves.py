@@ -9,6 +9,7 @@ from benchmarks import peers
 from benchmarks.cases import Append, Concat, Merge, Project
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
+from diffmas_ops.rows import RowRanges
 
 _TARGET_NORM = 1.5
 
@@ -26,8 +27,8 @@ def append_forward(case: Append, device: str) -> Experiment:
 
     def ours(ops, _):
         trace = [torch.cat((x, torch.zeros_like(y)), 2) for x, y in zip(past, dense, strict=True)]
-        ranges = (begin, begin + case.new, torch.full_like(begin, case.prefix))
-        return Contender(lambda _: ops.kv_append(*new, *trace, *ranges, case.new), read=lambda _: tuple(trace))
+        rows = RowRanges(begin, begin + case.new, torch.full_like(begin, case.prefix), case.new, case.prefix + case.new)
+        return Contender(lambda _: ops.kv_append(*new, *trace, rows), read=lambda _: tuple(trace))
 
     others = {"torch.cat": Contender(lambda _: exact())}
     return experiment("kv_append", "forward", case, device, ours, others, exact, ("keys", "values"))
@@ -38,14 +39,14 @@ def append_backward(case: Append, device: str) -> Experiment:
     shape = (case.batch, case.kv_heads, case.prefix + case.new, case.head_dim)
     accumulators = [normal(*shape, like=case, device=device, dtype=torch.float32) for _ in range(2)]
     begin = int32([b * case.new for b in range(case.batch)], device)
-    ranges = (begin, begin + case.new, torch.full_like(begin, case.prefix))
+    rows = RowRanges(begin, begin + case.new, torch.full_like(begin, case.prefix), case.new, shape[2])
     dtype = getattr(torch, case.dtype)
 
     def exact():
         return tuple(x[:, :, case.prefix :].transpose(1, 2).flatten(0, 1).to(dtype) for x in accumulators)
 
     def ours(ops, _):
-        return Contender(lambda _: ops.kv_gather(*accumulators, *ranges, case.new, case.batch * case.new, dtype))
+        return Contender(lambda _: ops.kv_gather(*accumulators, rows, case.batch * case.new, dtype))
 
     others = {"slice and copy": Contender(lambda _: exact())}
     return experiment("kv_append", "backward", case, device, ours, others, exact, ("grad k", "grad v"))

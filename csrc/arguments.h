@@ -6,33 +6,32 @@
 
 namespace diffmas {
 
-inline void check_row_ranges(
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new, int64_t batch,
-    const Tensor& like) {
-  check_index("q_begin", q_begin, batch, like);
-  check_index("q_end", q_end, batch, like);
-  check_index("starts", starts, batch, like);
-  STD_TORCH_CHECK(max_new >= 0, "max_new is ", max_new, "; allowed: 0 and above");
+inline void check_rows(const Rows& rows, const Tensor& keys) {
+  check_index("q_begin", rows.q_begin, keys.size(0), keys);
+  check_index("q_end", rows.q_end, keys.size(0), keys);
+  check_index("starts", rows.starts, keys.size(0), keys);
+  STD_TORCH_CHECK(rows.max_seqlen_q >= 0, "max_seqlen_q is ", rows.max_seqlen_q, "; allowed: 0 and above");
+  STD_TORCH_CHECK(
+      rows.max_seqlen_k >= 0 && rows.max_seqlen_k <= keys.size(2), "max_seqlen_k is ", rows.max_seqlen_k,
+      "; allowed: 0 to ", keys.size(2), ", the capacity of keys");
 }
 
 /// Everything kv_append can check without reading the index tensors.
 inline void check_append(
-    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, int64_t max_new) {
+    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Rows& rows) {
   const ScalarType dtype = keys.scalar_type();
   accumulation_dtype("keys", dtype);
   check_trace("keys", keys, "values", values, dtype);
   check_dim("k", k, 3);
   check_tensor("k", k, {ANY, keys.size(1), keys.size(3)}, dtype, keys);
   check_tensor("v", v, {k.size(0), keys.size(1), keys.size(3)}, dtype, keys);
-  check_row_ranges(q_begin, q_end, starts, max_new, keys.size(0), keys);
+  check_rows(rows, keys);
 }
 
 inline void check_gather(
-    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
-    int64_t max_new, int64_t total, ScalarType dtype) {
+    const Tensor& keys, const Tensor& values, const Rows& rows, int64_t total, ScalarType dtype) {
   check_trace("keys", keys, "values", values, keys.scalar_type());
-  check_row_ranges(q_begin, q_end, starts, max_new, keys.size(0), keys);
+  check_rows(rows, keys);
   STD_TORCH_CHECK(total >= 0, "total is ", total, "; allowed: 0 and above");
   STD_TORCH_CHECK(
       accumulation_dtype("dtype", dtype) == accumulation_dtype("keys", keys.scalar_type()), "dtype is ",
@@ -40,40 +39,9 @@ inline void check_gather(
       torch::headeronly::toString(keys.scalar_type()), ")");
 }
 
-/// Cosines and sines of every token's turns: in the dtype of `x` or in its accumulation dtype.
-inline void check_turns(const Tensor& x, const Tensor& cos, const Tensor& sin) {
-  const ScalarType dtype = cos.scalar_type(), acc = accumulation_dtype("q", x.scalar_type());
-  STD_TORCH_CHECK(
-      dtype == x.scalar_type() || dtype == acc, "cos is ", torch::headeronly::toString(dtype), "; allowed: ",
-      torch::headeronly::toString(x.scalar_type()), ", ", torch::headeronly::toString(acc));
-  check_tensor("cos", cos, {x.size(0), ANY}, dtype, x);
-  check_tensor("sin", sin, {x.size(0), cos.size(1)}, dtype, x);
-  STD_TORCH_CHECK(
-      2 * cos.size(1) <= x.size(2), "cos has ", cos.size(1), " pairs; allowed: at most ", x.size(2) / 2,
-      ", half the head dim");
-}
-
-inline void check_rotary_append(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& keys,
-    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new) {
-  check_append(k, v, keys, values, q_begin, q_end, starts, max_new);
-  check_dim("q", q, 3);
-  check_tensor("q", q, {k.size(0), ANY, keys.size(3)}, keys.scalar_type(), keys);
-  check_turns(q, cos, sin);
-}
-
-inline void check_rotary_backward(
-    const Tensor& grad_q, const Tensor& grad_k, const Tensor& cos, const Tensor& sin) {
-  check_dim("grad_q", grad_q, 3);
-  check_tensor("grad_q", grad_q, {ANY, ANY, ANY}, grad_q.scalar_type(), grad_q);
-  check_tensor("grad_k", grad_k, {grad_q.size(0), ANY, grad_q.size(2)}, grad_q.scalar_type(), grad_q);
-  check_turns(grad_q, cos, sin);
-}
-
-/// What all attention operators share: queries, a trace layer, row ranges. Returns the accumulation dtype.
+/// What all attention operators share. Returns the accumulation dtype.
 inline ScalarType check_attention(
-    const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end,
-    const Tensor& starts, int64_t max_new, int64_t max_kv) {
+    const Tensor& q, const Tensor& keys, const Tensor& values, const Rows& rows, const Scores& scores) {
   const ScalarType dtype = keys.scalar_type(), acc = accumulation_dtype("keys", dtype);
   check_trace("keys", keys, "values", values, dtype);
   check_dim("q", q, 3);
@@ -82,31 +50,29 @@ inline ScalarType check_attention(
       keys.size(1) > 0 && q.size(1) % keys.size(1) == 0, "q has ", q.size(1), " heads; allowed: a multiple of the ",
       keys.size(1), " heads of keys");
   STD_TORCH_CHECK(q.size(2) > 0, "q has head dim 0; allowed: 1 and above");
-  check_row_ranges(q_begin, q_end, starts, max_new, keys.size(0), keys);
+  check_rows(rows, keys);
   STD_TORCH_CHECK(
-      max_kv >= 0 && max_kv <= keys.size(2), "max_kv is ", max_kv, "; allowed: 0 to ", keys.size(2),
-      ", the capacity of keys");
+      scores.window.value_or(1) >= 1, "window is ", *scores.window, "; allowed: 1 and above, or None");
   return acc;
 }
 
 inline void check_cached_attention(
     const Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const Tensor& keys, const Tensor& values,
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new, int64_t max_kv) {
-  check_attention(q, keys, values, q_begin, q_end, starts, max_new, max_kv);
+    const Rows& rows, const Scores& scores) {
+  check_attention(q, keys, values, rows, scores);
   STD_TORCH_CHECK(
       k.has_value() == v.has_value(), k.has_value() ? "v" : "k", " is None, ", k.has_value() ? "k" : "v",
       " is not; allowed: both or neither");
   if (!k.has_value()) return;
-  check_append(*k, *v, keys, values, q_begin, q_end, starts, max_new);
+  check_append(*k, *v, keys, values, rows);
   STD_TORCH_CHECK(
       k->size(0) == q.size(0), "k has ", k->size(0), " tokens; allowed: ", q.size(0), ", the tokens of q");
 }
 
 inline void check_backward_queries(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new,
-    int64_t max_kv) {
-  const ScalarType acc = check_attention(q, keys, values, q_begin, q_end, starts, max_new, max_kv);
+    const Tensor& values, const Rows& rows, const Scores& scores) {
+  const ScalarType acc = check_attention(q, keys, values, rows, scores);
   check_tensor("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), keys);
   check_tensor("out", out, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), keys);
   check_tensor("lse", lse, {q.size(0), q.size(1)}, acc, keys);
@@ -120,34 +86,33 @@ inline void check_gradient_trace(const Tensor& grad_keys, const Tensor& grad_val
 
 inline void check_backward_columns(
     const Tensor& grad_out, const Tensor& q, const Tensor& lse, const Tensor& delta, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
-    int64_t max_kv) {
-  const ScalarType acc = check_attention(q, keys, values, q_begin, q_end, starts, max_new, max_kv);
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
+    const Scores& scores) {
+  const ScalarType acc = check_attention(q, keys, values, rows, scores);
   check_tensor("grad_out", grad_out, {q.size(0), q.size(1), q.size(2)}, q.scalar_type(), keys);
   check_tensor("lse", lse, {q.size(0), q.size(1)}, acc, keys);
   check_tensor("delta", delta, {q.size(0), q.size(1)}, acc, keys);
   check_gradient_trace(grad_keys, grad_values, keys);
-  check_index("column_begin", column_begin, keys.size(0), keys);
-  check_index("column_end", column_end, keys.size(0), keys);
+  check_index("column_begin", columns.begin, keys.size(0), keys);
+  check_index("column_end", columns.end, keys.size(0), keys);
 }
 
 inline void check_backward_token(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& pending_q,
-    const Tensor& pending_grad, const Tensor& pending_lse, const Tensor& pending_delta, int64_t slot,
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_kv) {
-  check_backward_queries(grad_out, q, out, lse, keys, values, q_begin, q_end, starts, 1, max_kv);
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending, const Rows& rows,
+    const Scores& scores) {
+  check_backward_queries(grad_out, q, out, lse, keys, values, rows, scores);
+  STD_TORCH_CHECK(rows.max_seqlen_q == 1, "max_seqlen_q is ", rows.max_seqlen_q, "; allowed: 1");
   check_gradient_trace(grad_keys, grad_values, keys);
   const ScalarType dtype = q.scalar_type(), acc = accumulation_dtype("q", dtype);
   const int64_t batch = keys.size(0), heads = q.size(1), dim = q.size(2);
-  check_dim("pending_q", pending_q, 4);
-  const int64_t slots = pending_q.size(1);
-  check_tensor("pending_q", pending_q, {batch, ANY, heads, dim}, dtype, keys);
-  check_tensor("pending_grad", pending_grad, {batch, slots, heads, dim}, dtype, keys);
-  check_tensor("pending_lse", pending_lse, {batch, slots, heads}, acc, keys);
-  check_tensor("pending_delta", pending_delta, {batch, slots, heads}, acc, keys);
-  STD_TORCH_CHECK(0 <= slot && slot < slots, "slot is ", slot, "; allowed: 0 to ", slots - 1);
+  check_dim("pending_q", pending.q, 4);
+  const int64_t slots = pending.q.size(1);
+  check_tensor("pending_q", pending.q, {batch, ANY, heads, dim}, dtype, keys);
+  check_tensor("pending_grad", pending.grad, {batch, slots, heads, dim}, dtype, keys);
+  check_tensor("pending_lse", pending.lse, {batch, slots, heads}, acc, keys);
+  check_tensor("pending_delta", pending.delta, {batch, slots, heads}, acc, keys);
+  check_index("pending_starts", pending.starts, batch, keys);
 }
 
 /// Source and destination of a concatenation: dtypes may differ where the accumulation dtype does not.

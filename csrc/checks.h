@@ -7,7 +7,7 @@
 #include <sstream>
 #include <string>
 
-#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include "diffmas/offsets.h"
@@ -113,10 +113,6 @@ Trace<T> trace(const Tensor& tensor) {
 }
 
 inline const int32_t* indices(const Tensor& tensor) { return static_cast<const int32_t*>(tensor.data_ptr()); }
-
-inline RowRanges row_ranges(const Tensor& q_begin, const Tensor& q_end, const Tensor& starts) {
-  return {indices(q_begin), indices(q_end), indices(starts)};
-}
 
 /// Uninitialised and contiguous, on the device of `like`.
 inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -8,27 +8,17 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "rows.h"
+
 namespace diffmas {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-void kv_append(
-    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, int64_t max_new);
+void kv_append(const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Rows& rows);
 
 std::tuple<Tensor, Tensor> kv_gather(
-    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
-    int64_t max_new, int64_t total, ScalarType dtype);
-
-Tensor rotary_append(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, bool interleaved,
-    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
-    int64_t max_new);
-
-std::tuple<Tensor, Tensor> rotary_backward(
-    const Tensor& grad_q, const Tensor& grad_k, const Tensor& cos, const Tensor& sin, bool interleaved);
+    const Tensor& keys, const Tensor& values, const Rows& rows, int64_t total, ScalarType dtype);
 
 void kv_concat(
     const std::vector<Tensor>& source_keys, const std::vector<Tensor>& source_values, const Tensor& keys,
@@ -48,31 +38,27 @@ std::tuple<Tensor, Tensor> latent_project_backward(
 
 std::tuple<Tensor, Tensor> cached_attention(
     const Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const Tensor& keys, const Tensor& values,
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new, int64_t max_kv, double scale);
+    const Rows& rows, const Scores& scores);
 
 std::tuple<Tensor, Tensor> cached_attention_backward_queries(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new,
-    int64_t max_kv, double scale);
+    const Tensor& values, const Rows& rows, const Scores& scores);
 
 void cached_attention_backward_columns(
     const Tensor& grad_out, const Tensor& q, const Tensor& lse, const Tensor& delta, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
-    int64_t max_kv, double scale);
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
+    const Scores& scores);
 
 /// Both of the above.
 Tensor cached_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
-    int64_t max_kv, double scale);
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
+    const Scores& scores);
 
 std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& pending_q,
-    const Tensor& pending_grad, const Tensor& pending_lse, const Tensor& pending_delta, int64_t slot,
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_kv, double scale);
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending, const Rows& rows,
+    const Scores& scores);
 
 Tensor few_rows_matmul(const Tensor& x, const Tensor& weight, bool transposed);
 

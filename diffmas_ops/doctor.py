@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas_ops import backends, library, threads
+from diffmas_ops.need import OPERATORS, Need
 
 _THREADS = {
     "own": "threads of their own (DIFFMAS_THREADS=openmp for OpenMP's)",
@@ -33,12 +34,13 @@ def main() -> None:
         where = torch.cuda.get_device_name() if device == "cuda" else "cpu"
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         table = Table("operator", "auto", "others", title=f"Operators on {where}, {dtype}", title_justify="left")
-        for operator, many in [*((o, False) for o in backends.OPERATORS), ("cached_attention", True)]:
-            chosen = backends.resolve(operator, "auto", device, dtype, many)
+        for operator, many in [*((o, False) for o in OPERATORS), ("cached_attention", True)]:
+            need = Need(operator, device, dtype, many)
+            chosen = backends.resolve("auto", need)
             others = []
             for name in backends.IMPLEMENTATIONS:
                 if name != chosen and (many or name != "flash"):
-                    others.append(f"{name}: {backends.refusal(name, operator, device, dtype) or 'available'}")
+                    others.append(f"{name}: {backends.refusal(name, need) or 'available'}")
             kind = {"cached_attention": " (several tokens)" if many else " (one token a row)"}.get(operator, "")
             table.add_row(operator + kind, chosen, "\n".join(others))
         console.print(table)

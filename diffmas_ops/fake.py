@@ -26,19 +26,9 @@ for _name in ("kv_append", "kv_concat", "kv_concat_backward", "cached_attention_
 
 
 @register_fake("diffmas::kv_gather")
-def _(keys: Tensor, values, q_begin, q_end, starts, max_new, total: int, dtype: torch.dtype):
+def _(keys: Tensor, values, q_begin, q_end, starts, max_seqlen_q, max_seqlen_k, total: int, dtype: torch.dtype):
     shape = (total, keys.shape[1], keys.shape[3])
     return keys.new_empty(shape, dtype=dtype), values.new_empty(shape, dtype=dtype)
-
-
-@register_fake("diffmas::rotary_append")
-def _(q: Tensor, *rest):
-    return q.new_empty(q.shape)
-
-
-@register_fake("diffmas::rotary_backward")
-def _(grad_q: Tensor, grad_k: Tensor, cos, sin, interleaved):
-    return grad_q.new_empty(grad_q.shape), grad_k.new_empty(grad_k.shape)
 
 
 @register_fake("diffmas::latent_project")
@@ -97,12 +87,12 @@ def _(grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, nor
 
 
 @register_fake("diffmas::cached_attention")
-def _(q: Tensor, k, v, keys, values, q_begin, q_end, starts, max_new, max_kv, scale):
+def _(q: Tensor, *rest):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
 
 
 @register_fake("diffmas::cached_attention_backward_queries")
-def _(grad_out, q: Tensor, out, lse: Tensor, keys, values, q_begin, q_end, starts, max_new, max_kv, scale):
+def _(grad_out, q: Tensor, out, lse: Tensor, *rest):
     return q.new_empty(q.shape), lse.new_empty(lse.shape)
 
 

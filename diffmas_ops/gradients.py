@@ -17,38 +17,33 @@ from torch import Tensor
 
 from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 if TYPE_CHECKING:
-    from diffmas_ops.trace import Call, Outputs, TraceStorage
-
-# A position behind every column, so that a deferred row is never masked.
-_BEHIND_ALL = 2**30
+    from diffmas_ops.call import Call, Outputs, Run
+    from diffmas_ops.storage import TraceStorage
 
 
-class _Pending:
-    """Deferred rows of one run of single-token calls at one layer; a slot never written contributes exactly 0."""
+class Deferred:
+    """The queries of one run of single-token calls at one layer, which older columns still wait for."""
 
-    def __init__(self, call: Call, q: Tensor, scale: float):
+    def __init__(self, call: Call, q: Tensor, softmax_scale: float, window: int | None):
         batch, slots, heads, head_dim = len(call.lengths), call.slot + 1, q.shape[1], q.shape[2]
         acc = accumulation_dtype(q.dtype)
-        self.run, self.first, self.scale = call.run, slots, scale
-        self.q, self.grad = (q.new_zeros(batch, slots, heads, head_dim) for _ in range(2))
-        self.lse = torch.full((batch, slots, heads), torch.inf, dtype=acc, device=q.device)
-        self.delta = torch.zeros_like(self.lse)
+        self.run, self.softmax_scale, self.window = call.run, softmax_scale, window
+        grad, lse = q.new_zeros(batch, slots, heads, head_dim), q.new_full((batch, slots, heads), torch.inf, dtype=acc)
+        self.tensors = Pending(torch.zeros_like(grad), grad, lse, torch.zeros_like(lse), call.run.starts)
 
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.q, self.grad, self.lse, self.delta
+    def takes(self, call: Call, q: Tensor, softmax_scale: float, window: int | None) -> bool:
+        """Whether the queries of `call` can be added by the same dense pass."""
+        own = (self.run, self.softmax_scale, self.window, self.tensors.q.shape[2])
+        return own == (call.run, softmax_scale, window, q.shape[1])
 
-    def takes(self, call: Call, q: Tensor, scale: float) -> bool:
-        """Whether the rows of `call` can be added by the same dense pass."""
-        return (self.run, self.scale, self.q.shape[2]) == (call.run, scale, q.shape[1])
-
-    def ranges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`(q_begin, q_end, starts)` of the filled slots in the flattened `[batch * slots]` token dimension."""
-        batch, slots = self.lse.shape[:2]
-        ends = torch.arange(slots, (batch + 1) * slots, slots, dtype=torch.int32, device=self.q.device)
-        return ends - (slots - self.first), ends, torch.full_like(ends, _BEHIND_ALL)
+    def rows(self, max_seqlen_k: int) -> RowRanges:
+        """All slots in the flattened `[batch * slots]` token dimension, at their own positions."""
+        batch, slots = self.tensors.lse.shape[:2]
+        ends = torch.arange(slots, (batch + 1) * slots, slots, dtype=torch.int32, device=self.tensors.q.device)
+        return RowRanges(ends - slots, ends, self.tensors.starts, slots, max_seqlen_k)
 
 
 class TraceGradients:
@@ -59,7 +54,7 @@ class TraceGradients:
 
     def __init__(self, storage: TraceStorage, frozen: Tensor, implementation: str):
         self._storage, self._implementation, self.frozen = storage, implementation, frozen
-        self._pending: dict[int, _Pending] = {}
+        self._pending: dict[int, Deferred] = {}
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._layers: list[tuple[Tensor, Tensor]] = []  # views of both
@@ -78,30 +73,32 @@ class TraceGradients:
         q: Tensor,
         out: Tensor,
         lse: Tensor,
-        scale: float,
+        softmax_scale: float,
+        window: int | None = None,
         outputs: Outputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a call's packed `q, k, v` at `layer`, given that of its output.
 
         `outputs`: q, out, lse and the gradient of out are of these tokens of the call only.
         """
+        rows = (call if outputs is None else outputs).rows
         if call.rehearsing:
-            return self._rehearse(call, layer, grad_out, q, out, lse, scale, outputs or call)
+            return self._rehearse(call, layer, grad_out, q, out, lse, rows, softmax_scale, window)
         call.claim_backward(layer)
         if call.run is None or outputs is not None:
-            return self._backward_many(call, layer, grad_out, q, out, lse, scale, outputs or call)
-        return self._backward_token(call, layer, grad_out, q, out, lse, scale)
+            return self._backward_many(call, layer, grad_out, q, out, lse, rows, softmax_scale, window)
+        return self._backward_token(call, layer, grad_out, q, out, lse, softmax_scale, window)
 
-    def flush_all(self, column_end: Tensor, max_kv: int) -> None:
+    def flush_all(self, column_end: Tensor, max_seqlen_k: int) -> None:
         """:meth:`flush` every layer."""
         for layer in list(self._pending):
-            self.flush(layer, column_end, max_kv)
+            self.flush(layer, column_end, max_seqlen_k)
 
-    def deferred(self) -> dict[int, _Pending]:
+    def deferred(self) -> dict[int, Deferred]:
         """The deferred rows of every layer, whose tensors later calls of the same run still write."""
         return dict(self._pending)
 
-    def defer(self, rows: dict[int, _Pending], run: int) -> None:
+    def defer(self, rows: dict[int, Deferred], run: Run) -> None:
         """Take over rows that another object has deferred, over the same columns, as those of `run`.
 
         Raises `RuntimeError` where there are deferred rows already: they are to be flushed first.
@@ -112,58 +109,54 @@ class TraceGradients:
             pending.run = run
             self._pending[layer] = pending
 
-    def flush(self, layer: int, column_end: Tensor, max_kv: int) -> None:
+    def flush(self, layer: int, column_end: Tensor, max_seqlen_k: int) -> None:
         """Add the deferred rows of `layer` to the columns before `column_end`, int32 `[batch]`."""
         if (pending := self._pending.pop(layer, None)) is None:
             return
         keys, values, grad_keys, grad_values = self._layer(layer)
-        q_begin, q_end, starts = pending.ranges()
-        ops = backends.functions("cached_attention", pending.q, self._implementation, many=True)
+        q, grad, lse, delta, _ = pending.tensors
+        scores = (pending.softmax_scale, pending.window)
+        ops = backends.functions("cached_attention", q, self._implementation, many=True, window=pending.window)
         ops.cached_attention_backward_columns(
-            pending.grad.flatten(0, 1), pending.q.flatten(0, 1), pending.lse.flatten(0, 1),
-            pending.delta.flatten(0, 1), keys, values, grad_keys, grad_values, q_begin, q_end, starts,
-            self.frozen, column_end, pending.q.shape[1] - pending.first, max_kv, pending.scale,
+            grad.flatten(0, 1), q.flatten(0, 1), lse.flatten(0, 1), delta.flatten(0, 1), keys, values, grad_keys,
+            grad_values, pending.rows(max_seqlen_k), ColumnRanges(self.frozen, column_end), *scores,
         )  # fmt: skip
 
-    def _rehearse(self, call, layer, grad_out, q, out, lse, scale, queries):
+    def _rehearse(self, call, layer, grad_out, q, out, lse, rows, softmax_scale, window):
         """`_backward_many` without a trace of it: only the call's own columns are added to, and then set back."""
         # The flush is what later calls owe, and stays.
-        self.flush(layer, call.ends, call.max_kv)
+        self.flush(layer, call.ends, call.rows.max_seqlen_k)
         _, _, grad_keys, grad_values = self._layer(layer)
-        rows = (call.q_begin, call.q_end, call.starts)
         moves = backends.functions("kv_append", grad_keys, self._implementation)
-        before = moves.kv_gather(grad_keys, grad_values, *rows, call.max_new, call.total, grad_keys.dtype)
-        grads = self._backward_many(call, layer, grad_out, q, out, lse, scale, queries, column_begin=call.starts)
-        moves.kv_append(*before, grad_keys, grad_values, *rows, call.max_new)
+        before = moves.kv_gather(grad_keys, grad_values, call.rows, call.total, grad_keys.dtype)
+        grads = self._backward_many(
+            call, layer, grad_out, q, out, lse, rows, softmax_scale, window, column_begin=call.starts
+        )
+        moves.kv_append(*before, grad_keys, grad_values, call.rows)
         return grads
 
-    def _backward_many(self, call, layer, grad_out, q, out, lse, scale, queries, column_begin=None):
-        self.flush(layer, call.ends, call.max_kv)
+    def _backward_many(self, call, layer, grad_out, q, out, lse, rows, softmax_scale, window, column_begin=None):
+        self.flush(layer, call.ends, call.rows.max_seqlen_k)
         keys, values, grad_keys, grad_values = self._layer(layer)
-        rows = (queries.q_begin, queries.q_end, queries.starts)
-        ops = backends.functions("cached_attention", q, self._implementation, many=True)
-        columns = (self.frozen if column_begin is None else column_begin, call.ends)
+        ops = backends.functions("cached_attention", q, self._implementation, many=True, window=window)
+        columns = ColumnRanges(self.frozen if column_begin is None else column_begin, call.ends)
         grad_q = ops.cached_attention_backward(
-            grad_out, q, out, lse, keys, values, grad_keys, grad_values, *rows, *columns,
-            queries.max_new, call.max_kv, scale,
-        )  # fmt: skip
+            grad_out, q, out, lse, keys, values, grad_keys, grad_values, rows, columns, softmax_scale, window
+        )
         gather = backends.functions("kv_append", grad_keys, self._implementation).kv_gather
-        own = (call.q_begin, call.q_end, call.starts)
-        return grad_q, *gather(grad_keys, grad_values, *own, call.max_new, call.total, q.dtype)
+        return grad_q, *gather(grad_keys, grad_values, call.rows, call.total, q.dtype)
 
-    def _backward_token(self, call, layer, grad_out, q, out, lse, scale):
+    def _backward_token(self, call, layer, grad_out, q, out, lse, softmax_scale, window):
         pending = self._pending.get(layer)
-        if pending is not None and not pending.takes(call, q, scale):
-            self.flush(layer, call.ends, call.max_kv)
+        if pending is not None and not pending.takes(call, q, softmax_scale, window):
+            self.flush(layer, call.ends, call.rows.max_seqlen_k)
             pending = None
         if pending is None:
-            pending = self._pending[layer] = _Pending(call, q, scale)
-        pending.first = call.slot
-        ops = backends.functions("cached_attention", q, self._implementation)
+            pending = self._pending[layer] = Deferred(call, q, softmax_scale, window)
+        ops = backends.functions("cached_attention", q, self._implementation, window=window)
         return ops.cached_attention_backward_token(
-            grad_out, q, out, lse, *self._layer(layer), pending.q, pending.grad, pending.lse, pending.delta,
-            call.slot, call.q_begin, call.q_end, call.starts, call.max_kv, scale,
-        )  # fmt: skip
+            grad_out, q, out, lse, *self._layer(layer), pending.tensors, call.rows, softmax_scale, window
+        )
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         grads = self.accumulators()

@@ -1,12 +1,16 @@
-"""Where the Triton kernels can run, and on which device they launch; importing this does not import Triton."""
+"""The Triton implementation: where its kernels can run, and on which device; importing this does not import Triton."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from types import ModuleType
 
 import torch
+
+from diffmas_ops.need import Need
 
 #: Options of every launch: multiply-adds round once (Triton's own default differs from version to version).
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
@@ -15,21 +19,29 @@ LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 _INTERPRETED_MULTIPROCESSORS = 4
 
 
-def refusal(device: str, dtype: torch.dtype) -> str | None:
-    """Why Triton kernels cannot run on `device` ("cpu", "cuda") in `dtype`, or None where they can."""
+def refusal(need: Need) -> str | None:
+    """Why Triton kernels cannot serve, or None where they can."""
+    if importlib.util.find_spec(f"diffmas_ops.{need.operator}.triton") is None:
+        return f"there is no Triton kernel for {need.operator}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it has no {dtype} kernels"
+    if need.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it has no {need.dtype} kernels"
     from triton import knobs
 
     if knobs.runtime.interpret:
-        return "Triton's interpreter multiplies bfloat16 wrongly" if dtype == torch.bfloat16 else None
-    if device != "cuda":
-        return f"{device} tensors need Triton's interpreter (environment variable TRITON_INTERPRET=1 from the start)"
+        return "Triton's interpreter multiplies bfloat16 wrongly" if need.dtype == torch.bfloat16 else None
+    if need.device != "cuda":
+        return (
+            f"{need.device} tensors need Triton's interpreter (environment variable TRITON_INTERPRET=1 from the start)"
+        )
     if torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
     return None
+
+
+def functions(operator: str) -> ModuleType:
+    return importlib.import_module(f"diffmas_ops.{operator}.triton")
 
 
 def launch_on(tensor: torch.Tensor) -> AbstractContextManager:

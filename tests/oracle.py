@@ -84,20 +84,27 @@ def batch(model, dag, prompts, answers, **options) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(packed, torch.cat(answers), reduction="sum") / packed.shape[0], packed
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, first: int, scale: float | None = None) -> Tensor:
-    """`q [n, Hq, D]` at positions `first…` over all of `k, v [N, Hkv, D]`, column j at position j."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, first: int, scale: float | None = None, window: int | None = None
+) -> Tensor:
+    """`q [n, Hq, D]` at positions `first…` over all of `k, v [N, Hkv, D]`, column j at position j.
+
+    With a window, over the last `window` columns of those up to its own.
+    """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
-    hidden = torch.arange(k.shape[0])[None] > torch.arange(first, first + q.shape[0])[:, None]
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool)
+    for i in range(q.shape[0]):
+        hidden[i, 0 if window is None else max(0, first + i + 1 - window) : first + i + 1] = False
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
 
 
 class DenseTrace:
     """One row's keys and values of every layer, grown by `torch.cat`; the oracle of a KVTrace."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]]):
-        self.layers = layers
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], window: int | None = None):
+        self.layers, self.window = layers, window
 
     def __len__(self):
         return self.layers[0][0].shape[0]
@@ -106,7 +113,7 @@ class DenseTrace:
         with torch.enable_grad():  # A call without gradients must not cut those of older columns.
             keys, values = (torch.cat(pair) for pair in zip(self.layers[layer], (k, v), strict=True))
         self.layers[layer] = (keys, values)
-        return attend(q, keys, values, keys.shape[0] - q.shape[0])
+        return attend(q, keys, values, keys.shape[0] - q.shape[0], window=self.window)
 
     def detach_(self):
         self.layers = [(k.detach(), v.detach()) for k, v in self.layers]

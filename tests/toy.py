@@ -14,7 +14,17 @@ class Toy:
     """`num_layers` residual attention layers on `width` features, rotary positions, weights in float64."""
 
     def __init__(
-        self, *, num_layers=2, heads=4, kv_heads=2, head_dim=4, width=6, interleaved=False, rotary_dim=None, seed=0
+        self,
+        *,
+        num_layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        width=6,
+        interleaved=False,
+        rotary_dim=None,
+        window=None,
+        seed=0,
     ):
         generator = torch.Generator().manual_seed(seed)
 
@@ -22,6 +32,7 @@ class Toy:
             w = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * rows**-0.5
             return w.requires_grad_()
 
+        self.window = window
         self.num_layers, self.kv_heads, self.head_dim, self.width = num_layers, kv_heads, head_dim, width
         self.layers = [
             [weight(width, n * head_dim) for n in (heads, kv_heads, kv_heads)] + [weight(heads * head_dim, width)]
@@ -39,7 +50,7 @@ class Toy:
 
     def dense(self) -> DenseTrace:
         empty = torch.zeros(0, self.kv_heads, self.head_dim, dtype=torch.float64)
-        return DenseTrace([(empty, empty)] * self.num_layers)
+        return DenseTrace([(empty, empty)] * self.num_layers, self.window)
 
     def rephase(self, x: Tensor, positions: Tensor | int) -> Tensor:
         return rotate(x, positions, self.rotary.inv_freq, self.rotary.interleaved)
@@ -55,7 +66,10 @@ class Toy:
 
         def layer(hidden, index):
             return self._layer(
-                hidden, index, call.position_ids[0], lambda q, k, v: cached_attention(q, k, v, call, layer=index)
+                hidden,
+                index,
+                call.position_ids[0],
+                lambda q, k, v: cached_attention(q, k, v, call, layer=index, window=self.window),
             )
 
         for i in range(self.num_layers):

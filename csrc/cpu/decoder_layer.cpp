@@ -219,27 +219,28 @@ int64_t check_outputs(const OptionalTensor& outputs, int64_t tokens, const Tenso
 }
 
 /// The ranges of the `rows` outputs, looked at before anything is written.
-void check_queries(
-    const Tensor& begin, const Tensor& end, const Tensor& starts, int64_t max_new, int64_t max_kv, int64_t rows,
-    const Tensor& keys) {
-  const int64_t batch = keys.size(0), capacity = keys.size(2);
-  check_index("query_begin", begin, batch, keys);
-  check_index("query_end", end, batch, keys);
-  check_index("query_starts", starts, batch, keys);
-  STD_TORCH_CHECK(max_new >= 0, "query_max_new is ", max_new, "; allowed: 0 and above");
+void check_queries(const Rows& queries, int64_t rows, const Tensor& keys) {
+  const int64_t batch = keys.size(0), capacity = keys.size(2), max_seqlen_k = queries.max_seqlen_k;
+  check_index("query_begin", queries.q_begin, batch, keys);
+  check_index("query_end", queries.q_end, batch, keys);
+  check_index("query_starts", queries.starts, batch, keys);
   STD_TORCH_CHECK(
-      max_kv >= 0 && max_kv <= capacity, "max_kv is ", max_kv, "; allowed: 0 to ", capacity, ", the capacity of keys");
-  const RowRanges ranges = row_ranges(begin, end, starts);
+      queries.max_seqlen_q >= 0, "query_max_seqlen_q is ", queries.max_seqlen_q, "; allowed: 0 and above");
+  STD_TORCH_CHECK(
+      max_seqlen_k >= 0 && max_seqlen_k <= capacity, "max_seqlen_k is ", max_seqlen_k, "; allowed: 0 to ", capacity,
+      ", the capacity of keys");
+  const RowRanges ranges = queries.ranges();
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = ranges.begin[b], last = ranges.end[b], count = last - first, start = ranges.starts[b];
     STD_TORCH_CHECK(
         0 <= first && first <= last && last <= rows, "query_begin[", b, "], query_end[", b, "] are ", first, ", ",
         last, "; allowed: 0 <= query_begin <= query_end <= ", rows);
     STD_TORCH_CHECK(
-        count <= max_new, "query_max_new is ", max_new, "; allowed: at least the ", count, " tokens of row ", b);
+        count <= queries.max_seqlen_q, "query_max_seqlen_q is ", queries.max_seqlen_q, "; allowed: at least the ", count,
+        " tokens of row ", b);
     STD_TORCH_CHECK(
-        count == 0 || (start >= 0 && start + count <= max_kv), "query_starts[", b, "] is ", start,
-        "; allowed: 0 to ", max_kv - count);
+        count == 0 || (start >= 0 && start + count <= max_seqlen_k), "query_starts[", b, "] is ", start,
+        "; allowed: 0 to ", max_seqlen_k - count);
   }
 }
 
@@ -259,9 +260,11 @@ using States = std::tuple<
 States decoder_layer(
     const Tensor& h, const Tensor& cos, const Tensor& sin, const Tensors& norms, double epsilon, const Tensors& weights,
     const Tensors& biases, const Tensors& a, const Tensors& b, const std::vector<double>& scalings, const Tensor& keys,
-    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new,
+    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_seqlen_q,
     const OptionalTensor& outputs, const Tensor& query_begin, const Tensor& query_end, const Tensor& query_starts,
-    int64_t query_max_new, int64_t max_kv, double scale) {
+    int64_t query_max_seqlen_q, int64_t max_seqlen_k, double softmax_scale) {
+  const Rows all{q_begin, q_end, starts, max_seqlen_q, max_seqlen_k};
+  const Rows queries{query_begin, query_end, query_starts, query_max_seqlen_q, max_seqlen_k};
   check_dim("h", h, 2);
   const int64_t tokens = h.size(0), rows = check_outputs(outputs, tokens, h);
   return with_wide_type("h", h, [&](auto type) -> States {
@@ -271,18 +274,18 @@ States decoder_layer(
     check_turns(cos, sin, tokens, h);
     const int64_t kv = weights[K].size(0), dim = cos.size(1);
     check_tensor("keys", keys, {ANY, kv / dim, ANY, dim}, h.scalar_type(), h);
-    check_queries(query_begin, query_end, query_starts, query_max_new, max_kv, rows, keys);
+    check_queries(queries, rows, keys);
     Tensor x = normed(layer, INPUT, h).y;
     const Tensor k = rows_like(h, tokens, kv), v = new_tensor(h, {tokens, kv / dim, dim}, h.scalar_type());
     const Tensor low_kv = apply(layer.of({K, V}), x, {k, as_matrix(v)});
-    kv_append(rotated(layer, K_NORM, k, cos, sin), v, keys, values, q_begin, q_end, starts, max_new);
+    kv_append(rotated(layer, K_NORM, k, cos, sin), v, keys, values, all);
 
     x = chosen<T>(x, outputs);
     const Tensor q = rows_like(h, rows, weights[Q].size(0));
     const Tensor low_q = apply(layer.of({Q}), x, {q});
     const auto [out, lse] = cached_attention(
         rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs)), std::nullopt, std::nullopt, keys,
-        values, query_begin, query_end, query_starts, query_max_new, max_kv, scale);
+        values, queries, {softmax_scale, std::nullopt});
     const Tensor middle = rows_like(h, rows, h.size(1));
     const Tensor low_o = apply(layer.of({O}), as_matrix(out), {middle});
     add<T>(middle, chosen<T>(h, outputs));
@@ -387,8 +390,8 @@ Tensors decoder_layer_backward_input(
 STABLE_TORCH_LIBRARY_FRAGMENT(diffmas, m) {
   m.def(
       "decoder_layer(Tensor h, Tensor cos, Tensor sin, " LAYER
-      "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_new, Tensor? outputs, "
-      "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_new, int max_kv, float scale) -> "
+      "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_seqlen_q, Tensor? outputs, "
+      "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_seqlen_q, int max_seqlen_k, float softmax_scale) -> "
       "(Tensor result, Tensor k, Tensor q, Tensor out, Tensor lse, Tensor middle, Tensor gate, Tensor up, "
       "Tensor low_q, Tensor low_kv, Tensor low_o, Tensor low_gate_up, Tensor low_down)");
   m.def(

@@ -8,8 +8,8 @@ namespace diffmas {
 
 /// An [N, size] operand in the accumulation type, rows padded with zeros to whole vectors.
 template <class A>
-struct Rows {
-  Rows(int64_t rows, int64_t size)
+struct PaddedRows {
+  PaddedRows(int64_t rows, int64_t size)
       : rows(rows), size(size), stride((size + PADDING - 1) / PADDING * PADDING), memory(rows * stride) {}
 
   A* row(int64_t i) { return memory.data() + i * stride; }
@@ -20,10 +20,10 @@ struct Rows {
 
 /// The first dimension's rows, whatever the others are.
 template <class S>
-Rows<Acc<S>> read(const Tensor& tensor) {
+PaddedRows<Acc<S>> read(const Tensor& tensor) {
   using A = Acc<S>;
   const int64_t rows = tensor.size(0);
-  Rows<A> result(rows, rows == 0 ? tensor.size(1) : tensor.numel() / rows);
+  PaddedRows<A> result(rows, rows == 0 ? tensor.size(1) : tensor.numel() / rows);
   const auto convert = DIFFMAS_KERNEL(move_columns<S, A>);
   for (int64_t i = 0; i < result.rows; ++i) {
     MoveColumns<S, A> move{};
@@ -38,7 +38,7 @@ Rows<Acc<S>> read(const Tensor& tensor) {
 }
 
 template <class S>
-void write(Rows<Acc<S>>& rows, const Tensor& tensor) {
+void write(PaddedRows<Acc<S>>& rows, const Tensor& tensor) {
   using A = Acc<S>;
   const auto convert = DIFFMAS_KERNEL(move_columns<A, S>);
   for (int64_t i = 0; i < rows.rows; ++i) {
@@ -53,9 +53,9 @@ void write(Rows<Acc<S>>& rows, const Tensor& tensor) {
 
 /// x @ weight [size, out], or x @ weightᵀ for weight [out, size].
 template <class S>
-Rows<Acc<S>> multiply(Rows<Acc<S>>& x, const Tensor& weight, bool transposed) {
+PaddedRows<Acc<S>> multiply(PaddedRows<Acc<S>>& x, const Tensor& weight, bool transposed) {
   using A = Acc<S>;
-  Rows<A> y(x.rows, weight.size(transposed ? 0 : 1));
+  PaddedRows<A> y(x.rows, weight.size(transposed ? 0 : 1));
   const auto projection = [&](A* target) {
     return Projection<S>{
         x.memory.data(), target,   x.rows, x.size, x.stride, y.stride, static_cast<const S*>(weight.data_ptr()),

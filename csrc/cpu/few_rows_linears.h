@@ -67,7 +67,7 @@ void apply_few(
   const int64_t rows = x.size(0), size = layers.front().in(), ranks = low.size(1);
   const auto dot = DIFFMAS_KERNEL(project_transposed<T>);
   const auto adapter = DIFFMAS_KERNEL(few_rows_adapter<T>);
-  Rows<T> input = read<T>(x);
+  PaddedRows<T> input = read<T>(x);
   const auto product = [&](T* y, int64_t stride, const Tensor& weight, int64_t begin, int64_t end) {
     const Projection<T> projection{
         input.memory.data(),      y, rows, size, input.stride, stride, static_cast<const T*>(weight.data_ptr()),
@@ -113,9 +113,9 @@ void gradients_few(
   const auto adapters_before = offsets(layers, [](const Linear<T>& layer) { return layer.rank() > 0 ? 2 : 0; });
   const auto tasks = layer_tasks(
       layers, [](const Linear<T>& layer) { return (layer.out() / 16 + STREAMS) / STREAMS * STREAMS; });
-  std::vector<Rows<T>> lefts;
+  std::vector<PaddedRows<T>> lefts;
   for (const Tensor& grad : grads) lefts.push_back(read<T>(grad));
-  Rows<T> sum(rows, size);
+  PaddedRows<T> sum(rows, size);
   const int64_t length = rows * sum.stride;
   // What a task adds to the gradient of x.
   Buffer<T> parts(tasks.size() * length);
@@ -123,9 +123,9 @@ void gradients_few(
     const LayerTask& task = tasks[i];
     const Linear<T>& layer = layers[task.layer];
     const int64_t rank = layer.rank();
-    Rows<T>& grad = lefts[task.layer];
+    PaddedRows<T>& grad = lefts[task.layer];
     T* part = parts.data() + i * length;
-    const auto product = [&](Rows<T>& left, const Tensor& weight, int64_t begin, int64_t end) {
+    const auto product = [&](PaddedRows<T>& left, const Tensor& weight, int64_t begin, int64_t end) {
       const Projection<T> projection{
           left.memory.data(), part,        rows, left.size, left.stride, sum.stride,
           static_cast<const T*>(weight.data_ptr()), weight.stride(0)};
@@ -133,7 +133,7 @@ void gradients_few(
     };
     if (!task.adapter) return product(grad, layer.weight, task.begin, task.end);
     if (rank == 0) return std::fill_n(part, length, T(0)), void();
-    Rows<T> grad_low(rows, rank);
+    PaddedRows<T> grad_low(rows, rank);
     const Tensor* grads_ab = of_adapters + adapters_before[task.layer];
     adapter(
         {{static_cast<const T*>(low.data_ptr()) + rank_of[task.layer], ranks}, matrix<const T>(layer.b),

@@ -9,8 +9,8 @@ Tensor few_rows_matmul(const Tensor& x, const Tensor& weight, bool transposed) {
   const Tensor y = new_tensor(x, {x.size(0), weight.size(transposed ? 0 : 1)}, x.scalar_type());
   with_storage_type("x", x.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
-    Rows<Acc<S>> rows = read<S>(x);
-    Rows<Acc<S>> product = multiply<S>(rows, weight, transposed);
+    PaddedRows<Acc<S>> rows = read<S>(x);
+    PaddedRows<Acc<S>> product = multiply<S>(rows, weight, transposed);
     write<S>(product, y);
   });
   return y;

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "diffmas/offsets.h"
+#include "diffmas/mask.h"
 
 namespace diffmas {
 
@@ -77,6 +77,7 @@ struct AttentionInputs {
   Packed<const S> q;
   Trace<const S> keys, values;
   RowRanges rows;
+  Mask mask;
   int64_t group, dim;
   Acc<S> scale;
 };

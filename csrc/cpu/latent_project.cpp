@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> latent_project(const Tensor& hidden, const OptionalTe
   with_storage_type("hidden", hidden.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using A = Acc<S>;
-    Rows<A> y = read<S>(hidden);
+    PaddedRows<A> y = read<S>(hidden);
     if (weight) y = multiply<S>(y, *weight, false);
     for (int64_t i = 0; i < y.rows; ++i) {
       A* row = y.row(i);
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> latent_project_backward(
   with_storage_type("hidden", hidden.scalar_type(), [&](auto storage) {
     using S = decltype(storage);
     using A = Acc<S>;
-    Rows<A> grad_y = read<S>(grad_out), unit = read<S>(out);
+    PaddedRows<A> grad_y = read<S>(grad_out), unit = read<S>(out);
     const A* norms = static_cast<const A*>(norm.data_ptr());
     for (int64_t i = 0; i < grad_y.rows; ++i) {
       A *grad = grad_y.row(i), *u = unit.row(i);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> latent_project_backward(
       for (int64_t d = 0; d < size; ++d) grad[d] = factor * (grad[d] - projection * u[d]);
     }
     if (weight_gradient) {
-      Rows<A> x = read<S>(hidden);
+      PaddedRows<A> x = read<S>(hidden);
       const auto kernel = DIFFMAS_KERNEL(outer_product<A>);
       const OuterProduct<A> product{
           x.memory.data(), grad_y.memory.data(), static_cast<A*>(grad_weight.data_ptr()), x.rows, size, x.stride};

@@ -20,12 +20,15 @@ struct QueryPlan {
 /// every thread busy.
 constexpr int64_t SPLIT_ROWS = 2 * TILE, SPLIT_COLUMNS = 1024;
 
-inline QueryPlan plan_queries(const RowRanges& rows, int64_t batch, int64_t heads, int64_t group) {
+inline QueryPlan plan_queries(
+    const RowRanges& rows, const Mask& mask, int64_t batch, int64_t heads, int64_t group) {
   QueryPlan plan;
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t total = rows.count(row) * group;
     for (int64_t first = 0; first < total; first += TILE) {
-      const int64_t last = std::min(first + TILE, total), columns = rows.position(row, (last - 1) / group) + 1;
+      const int64_t last = std::min(first + TILE, total);
+      const int64_t lowest = mask.first_seen(rows.position(row, first / group)) / STEP * STEP;
+      const int64_t columns = mask.end_seen(rows.position(row, (last - 1) / group)) - lowest;
       const int64_t longest = total <= NARROW ? NARROW_COLUMNS : total <= SPLIT_ROWS ? SPLIT_COLUMNS : columns;
       const int64_t count = (columns + longest - 1) / longest;
       const int64_t width = ((columns + count - 1) / count + STEP - 1) / STEP * STEP;
@@ -33,7 +36,7 @@ inline QueryPlan plan_queries(const RowRanges& rows, int64_t batch, int64_t head
         if (count > 1) plan.splits.push_back({row, head, first, last, plan.partial_rows, count});
         for (int64_t split = 0; split < count; ++split) {
           const int64_t begin = std::min(split * width, columns), end = std::min(begin + width, columns);
-          plan.tiles.push_back({row, head, first, last, begin, end, count > 1 ? plan.partial_rows : -1});
+          plan.tiles.push_back({row, head, first, last, lowest + begin, lowest + end, count > 1 ? plan.partial_rows : -1});
           plan.partial_rows += count > 1 ? last - first : 0;
           plan.work += (last - first) * (end - begin);
         }
@@ -55,15 +58,17 @@ struct ColumnPlan {
 };
 
 inline ColumnPlan plan_columns(
-    const RowRanges& rows, const int32_t* column_begin, const int32_t* column_end, int64_t batch, int64_t heads,
-    int64_t group) {
+    const RowRanges& rows, const Mask& mask, const int32_t* column_begin, const int32_t* column_end, int64_t batch,
+    int64_t heads, int64_t group) {
   ColumnPlan plan;
   std::vector<std::pair<int64_t, ColumnTile>> tiles;
   for (int64_t row = 0; row < batch; ++row)
     for (int64_t begin = column_begin[row]; rows.count(row) > 0 && begin < column_end[row]; begin += TILE) {
       const int64_t end = std::min<int64_t>(begin + TILE, column_end[row]);
-      const int64_t hidden = std::clamp<int64_t>(begin - rows.position(row, 0), 0, rows.count(row));
-      const int64_t work = (rows.count(row) - hidden) * group * (end - begin);
+      const int64_t start = rows.position(row, 0), tokens = rows.count(row);
+      const int64_t seeing = std::min(tokens, mask.end_seeing(end - 1) - start) -
+          std::max<int64_t>(0, mask.first_seeing(begin) - start);
+      const int64_t work = std::max<int64_t>(0, seeing) * group * (end - begin);
       for (int64_t head = 0; work > 0 && head < heads; ++head) {
         tiles.push_back({work, {row, head, begin, end}});
         plan.work += work;

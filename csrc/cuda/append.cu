@@ -35,22 +35,21 @@ void launch_gather(
 
 }  // namespace
 
-void kv_append(
-    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, int64_t max_new) {
-  check_append(k, v, keys, values, q_begin, q_end, starts, max_new);
+void kv_append(const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Rows& rows) {
+  check_append(k, v, keys, values, rows);
+  const int64_t max_seqlen_q = rows.max_seqlen_q;
   const int64_t batch = keys.size(0), heads = keys.size(1), size = static_cast<int64_t>(keys.element_size());
-  if (batch * heads * max_new * keys.size(3) == 0) return;
+  if (batch * heads * max_seqlen_q * keys.size(3) == 0) return;
   const LaunchScope scope(keys);
   const auto launch = [&](auto vector) {
     using V = decltype(vector);
     const int64_t elements = sizeof(V) / size;
     const int width = static_cast<int>(keys.size(3) / elements);
-    const dim3 grid(divide_up(max_new, APPEND_TOKENS), heads, batch);
+    const dim3 grid(divide_up(max_seqlen_q, APPEND_TOKENS), heads, batch);
     scope.launch(
-        "kv_append", append_kernel<V>, grid, whole_warps(std::min<int64_t>(max_new, APPEND_TOKENS) * width), 0,
+        "kv_append", append_kernel<V>, grid, whole_warps(std::min<int64_t>(max_seqlen_q, APPEND_TOKENS) * width), 0,
         packed_as<const V>(k, elements), packed_as<const V>(v, elements), trace_as<V>(keys, elements),
-        trace_as<V>(values, elements), row_ranges(q_begin, q_end, starts), width);
+        trace_as<V>(values, elements), rows.ranges(), width);
   };
   switch (common_alignment({&k, &v, &keys, &values})) {
     case 16: return launch(int4{});
@@ -61,15 +60,14 @@ void kv_append(
 }
 
 std::tuple<Tensor, Tensor> kv_gather(
-    const Tensor& keys, const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts,
-    int64_t max_new, int64_t total, ScalarType dtype) {
-  check_gather(keys, values, q_begin, q_end, starts, max_new, total, dtype);
+    const Tensor& keys, const Tensor& values, const Rows& given, int64_t total, ScalarType dtype) {
+  check_gather(keys, values, given, total, dtype);
   const int64_t heads = keys.size(1), dim = keys.size(3);
   const Tensor k = new_tensor(keys, {total, heads, dim}, dtype), v = new_tensor(keys, {total, heads, dim}, dtype);
   if (total * heads * dim == 0) return {k, v};
   const LaunchScope scope(keys);
   const bool aligned = common_alignment({&keys, &values, &k, &v}) == 16;
-  const RowRanges rows = row_ranges(q_begin, q_end, starts);
+  const RowRanges rows = given.ranges();
   with_storage_type("keys", keys.scalar_type(), [&](auto source) {
     using S = decltype(source);
     with_storage_type("dtype", dtype, [&](auto target) {

@@ -11,22 +11,23 @@ namespace diffmas {
 /// Arguments that every attention operator has, checked.
 struct AttentionCall {
   const char* name;
-  const Tensor &q, &keys, &values, &q_begin, &q_end, &starts;
-  int64_t max_new, max_kv;
-  double scale;
+  const Tensor &q, &keys, &values;
+  const Rows& rows;
+  const Scores& scores;
 
   int64_t batch() const { return keys.size(0); }
   int64_t kv_heads() const { return keys.size(1); }
   int64_t dim() const { return keys.size(3); }
   int64_t group() const { return q.size(1) / keys.size(1); }
   /// Most packed query rows of a (batch row, kv head).
-  int64_t packed_rows() const { return max_new * group(); }
+  int64_t packed_rows() const { return rows.max_seqlen_q * group(); }
   bool empty() const { return batch() * q.numel() * packed_rows() == 0; }
 
   void check() const {
+    STD_TORCH_CHECK(!scores.window, "window is ", *scores.window, "; allowed on CUDA: None");
     STD_TORCH_CHECK(dim() <= 256, "keys has head dim ", dim(), "; allowed on CUDA: 1 to 256");
     STD_TORCH_CHECK(
-        packed_rows() * group() < (int64_t(1) << 32), "max_new is ", max_new, "; allowed on CUDA: below ",
+        packed_rows() * group() < (int64_t(1) << 32), "max_seqlen_q is ", rows.max_seqlen_q, "; allowed on CUDA: below ",
         (int64_t(1) << 32) / (group() * group()), " with ", group(), " query heads per head of keys");
   }
 
@@ -39,13 +40,13 @@ struct AttentionCall {
 
   WorkPlan unsplit() const {
     return {
-        row_ranges(q_begin, q_end, starts), static_cast<int>(batch()), 0, Divisor(static_cast<uint32_t>(group()))};
+        rows.ranges(), static_cast<int>(batch()), 0, Divisor(static_cast<uint32_t>(group()))};
   }
 
   template <class T>
   AttentionInputs<T> inputs(const WorkPlan& plan) const {
     return {packed<const T>(q), trace<const T>(keys), trace<const T>(values), plan, static_cast<int>(dim()),
-            static_cast<Acc<T>>(scale)};
+            static_cast<Acc<T>>(scores.softmax_scale)};
   }
 };
 
@@ -60,7 +61,7 @@ struct SplitWork {
     constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 2;
     const int64_t tiles = divide_up(call.packed_rows(), tile_rows) * call.kv_heads(), batch = call.batch();
     const int64_t wanted = scope.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR;
-    const int64_t most = batch * divide_up(call.max_kv, MIN_CHUNK_COLUMNS);
+    const int64_t most = batch * divide_up(call.rows.max_seqlen_k, MIN_CHUNK_COLUMNS);
     if (tiles * batch < wanted && most >= 2 * batch) {
       // find_chunk sets one slot a row aside.
       const int64_t slots = std::min(batch + divide_up(wanted, tiles), most);

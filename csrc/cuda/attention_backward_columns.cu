@@ -7,16 +7,14 @@ namespace diffmas {
 
 void cached_attention_backward_columns(
     const Tensor& grad_out, const Tensor& q, const Tensor& lse, const Tensor& delta, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& q_begin,
-    const Tensor& q_end, const Tensor& starts, const Tensor& column_begin, const Tensor& column_end, int64_t max_new,
-    int64_t max_kv, double scale) {
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
+    const Scores& scores) {
   check_backward_columns(
-      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, q_begin, q_end, starts, column_begin, column_end,
-      max_new, max_kv);
+      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, scores);
   const AttentionCall call{
-      "cached_attention_backward_columns", q, keys, values, q_begin, q_end, starts, max_new, max_kv, scale};
+      "cached_attention_backward_columns", q, keys, values, rows, scores};
   call.check();
-  if (call.empty() || max_kv == 0) return;
+  if (call.empty() || rows.max_seqlen_k == 0) return;
   const LaunchScope scope(q);
   const auto launch = [&](auto storage, auto kernel, int tile_columns, int threads, size_t shared) {
     using T = decltype(storage);
@@ -27,9 +25,9 @@ void cached_attention_backward_columns(
     a.delta = packed<const A>(delta);
     a.grad_keys = trace<A>(grad_keys);
     a.grad_values = trace<A>(grad_values);
-    a.column_begin = indices(column_begin);
-    a.column_end = indices(column_end);
-    const dim3 grid(divide_up(max_kv, tile_columns), call.kv_heads(), call.batch());
+    a.column_begin = indices(columns.begin);
+    a.column_end = indices(columns.end);
+    const dim3 grid(divide_up(rows.max_seqlen_k, tile_columns), call.kv_heads(), call.batch());
     scope.launch(call.name, kernel, grid, threads, shared, a);
   };
   // Accumulators are updated two neighbours at a time.
@@ -49,6 +47,17 @@ void cached_attention_backward_columns(
       launch(storage, attention_backward_columns_simple_kernel<T>, SIMPLE_COLUMNS<T>, SIMPLE_THREADS,
              simple_shared_elements<T>(static_cast<int>(call.dim()), 2, 4) * sizeof(Acc<T>));
     });
+}
+
+Tensor cached_attention_backward(
+    const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
+    const Scores& scores) {
+  const auto [grad_q, delta] = cached_attention_backward_queries(
+      grad_out, q, out, lse, keys, values, rows, scores);
+  cached_attention_backward_columns(
+      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, scores);
+  return grad_q;
 }
 
 }  // namespace diffmas

@@ -57,11 +57,10 @@ struct QueryGradient {
 
 std::tuple<Tensor, Tensor> cached_attention_backward_queries(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new,
-    int64_t max_kv, double scale) {
-  check_backward_queries(grad_out, q, out, lse, keys, values, q_begin, q_end, starts, max_new, max_kv);
+    const Tensor& values, const Rows& rows, const Scores& scores) {
+  check_backward_queries(grad_out, q, out, lse, keys, values, rows, scores);
   const AttentionCall call{
-      "cached_attention_backward_queries", q, keys, values, q_begin, q_end, starts, max_new, max_kv, scale};
+      "cached_attention_backward_queries", q, keys, values, rows, scores};
   call.check();
   const Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Tensor delta = new_tensor(q, {q.size(0), q.size(1)}, lse.scalar_type());
@@ -74,19 +73,17 @@ std::tuple<Tensor, Tensor> cached_attention_backward_queries(
 
 std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Tensor& pending_q,
-    const Tensor& pending_grad, const Tensor& pending_lse, const Tensor& pending_delta, int64_t slot,
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_kv, double scale) {
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending, const Rows& rows,
+    const Scores& scores) {
   check_backward_token(
-      grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending_q, pending_grad, pending_lse, pending_delta,
-      slot, q_begin, q_end, starts, max_kv);
+      grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, rows, scores);
   const AttentionCall call{
-      "cached_attention_backward_token", q, keys, values, q_begin, q_end, starts, 1, max_kv, scale};
+      "cached_attention_backward_token", q, keys, values, rows, scores};
   call.check();
   const Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Tensor grad_k = new_tensor(q, {q.size(0), keys.size(1), q.size(2)}, q.scalar_type());
   const Tensor grad_v = new_tensor(q, {q.size(0), keys.size(1), q.size(2)}, q.scalar_type());
-  if (pending_q.numel() == 0) return {grad_q, grad_k, grad_v};
+  if (pending.q.numel() == 0) return {grad_q, grad_k, grad_v};
   QueryGradient{call, grad_out, out, lse, grad_q, std::nullopt}.run([&](auto storage) {
     using T = decltype(storage);
     using A = Acc<T>;
@@ -99,19 +96,19 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     own.values = trace<const T>(values);
     own.grad_keys = trace<const A>(grad_keys);
     own.grad_values = trace<const A>(grad_values);
-    own.pending_q = trace<T>(pending_q);
-    own.pending_grad = trace<T>(pending_grad);
-    own.pending_lse = trace<A>(pending_lse);
-    own.pending_delta = trace<A>(pending_delta);
+    own.pending_q = trace<T>(pending.q);
+    own.pending_grad = trace<T>(pending.grad);
+    own.pending_lse = trace<A>(pending.lse);
+    own.pending_delta = trace<A>(pending.delta);
     own.grad_k = packed<T>(grad_k);
     own.grad_v = packed<T>(grad_v);
-    own.rows = row_ranges(q_begin, q_end, starts);
-    own.slot = static_cast<int>(slot);
-    own.slots = static_cast<int>(pending_q.size(1));
+    own.rows = rows.ranges();
+    own.pending_starts = indices(pending.starts);
+    own.slots = static_cast<int>(pending.q.size(1));
     own.group = static_cast<int>(call.group());
     own.dim = static_cast<int>(call.dim());
     own.blocks = static_cast<int>(call.batch());
-    own.scale = static_cast<A>(scale);
+    own.scale = static_cast<A>(scores.softmax_scale);
     return own;
   });
   return {grad_q, grad_k, grad_v};

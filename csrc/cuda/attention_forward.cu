@@ -7,17 +7,17 @@ namespace diffmas {
 
 std::tuple<Tensor, Tensor> cached_attention(
     const Tensor& q, const OptionalTensor& k, const OptionalTensor& v, const Tensor& keys, const Tensor& values,
-    const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_new, int64_t max_kv, double scale) {
-  check_cached_attention(q, k, v, keys, values, q_begin, q_end, starts, max_new, max_kv);
-  const AttentionCall call{"cached_attention", q, keys, values, q_begin, q_end, starts, max_new, max_kv, scale};
+    const Rows& rows, const Scores& scores) {
+  check_cached_attention(q, k, v, keys, values, rows, scores);
+  const AttentionCall call{"cached_attention", q, keys, values, rows, scores};
   call.check();
   const Tensor out = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Tensor lse = new_tensor(q, {q.size(0), q.size(1)}, accumulation_dtype("q", q.scalar_type()));
   if (call.empty()) return {out, lse};
   const LaunchScope scope(q);
   const bool tensor_cores = call.tensor_cores(scope, sizeof(ForwardShared<Half, 256, 1>), {&out});
-  const bool appends = tensor_cores && k && max_new == 1;
-  if (k && !appends) kv_append(*k, *v, keys, values, q_begin, q_end, starts, max_new);
+  const bool appends = tensor_cores && k && rows.max_seqlen_q == 1;
+  if (k && !appends) kv_append(*k, *v, keys, values, rows);
 
   const auto run = [&](auto storage, auto kernel, int tile_rows, int threads, size_t shared) {
     using T = decltype(storage);

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from diffmas.agents.latent_runs import step_by_step
 from diffmas.models.agent_model import AgentModel
 from diffmas_ops import KVTrace
+from diffmas_ops.call import Run
 from diffmas_ops.gradients import TraceGradients
-from diffmas_ops.trace import TraceStorage
+from diffmas_ops.storage import TraceStorage
 
 CUDA_GRAPHS = ("off", "auto")
 #: Capacities are multiples of this, so that batches of other lengths meet the same recordings.
@@ -203,7 +204,7 @@ class _Run:
         trace.detach_()
         with torch.set_grad_enabled(self._recording):
             step_by_step(self._model(), self._steps, trace, self._hidden)
-        self._order = trace.order
+        self._order = trace.order.token
         return []
 
     def _differentiate(self) -> list[Tensor | None]:
@@ -220,9 +221,9 @@ class _Place:
 
     run: _Run
     gradients: TraceGradients
-    number: int
+    skipped: Run
     ends: Tensor
-    max_kv: int
+    max_seqlen_k: int
 
 
 class _Replay(torch.autograd.Function):
@@ -239,9 +240,9 @@ class _Replay(torch.autograd.Function):
     def backward(ctx, *_):
         place: _Place = ctx.place
         # Rows that single-token calls right behind this run have deferred; its own take their place.
-        place.gradients.flush_all(place.ends, place.max_kv)
+        place.gradients.flush_all(place.ends, place.max_seqlen_k)
         hidden, *parameters = place.run.backward()
-        place.gradients.defer(place.run.deferred, place.number)
+        place.gradients.defer(place.run.deferred, place.skipped)
         # The very tensors a replay writes: autograd copies what is held elsewhere, and adds out of place.
         return None, hidden, None, None, *parameters
 
@@ -290,18 +291,18 @@ class CapturedRuns:
 
     def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
-        differentiable = hidden.requires_grad or trace.order.requires_grad or parameters
+        differentiable = hidden.requires_grad or trace.order.token.requires_grad or parameters
         recording = torch.is_grad_enabled() and bool(differentiable)
         run = self._find(model, steps, trace, hidden, parameters if recording else [], recording)
         if run is None:
             return step_by_step(model, steps, trace, hidden)
         starts = trace.lengths
-        number = trace.skip(steps)
+        skipped = trace.skip(steps)
         if not recording:
             return run.forward(hidden, starts)
-        place = _Place(run, trace.gradients, number, trace.lengths, max(trace.host_lengths))
-        trace.order = _Replay.apply(trace.order, hidden, place, starts, *parameters)
-        trace.differentiable = trace.host_lengths
+        place = _Place(run, trace.gradients, skipped, trace.lengths, max(trace.host_lengths))
+        token = _Replay.apply(trace.order.token, hidden, place, starts, *parameters)
+        trace.order.advance(token, trace.host_lengths)
 
     def _find(
         self,

@@ -65,7 +65,8 @@ class Sweeps:
         outputs = model.read(trace, call, inputs_embeds=inputs.view(-1, width)).view_as(inputs)
         aligned = model.alignment(outputs[:, :-1].reshape(-1, width)).view(*outputs[:, :-1].shape)
         rehearsals = min(self.sweeps, steps) - 1
-        trace.order = _Solve.apply(trace.order, aligned, _Rehearsals(rehearsals, call, trace.order, inputs, aligned))
+        token = trace.order.token
+        trace.order.token = _Solve.apply(token, aligned, _Rehearsals(rehearsals, call, token, inputs, aligned))
 
 
 @dataclass(frozen=True)

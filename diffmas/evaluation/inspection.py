@@ -130,11 +130,10 @@ class _Masses:
     ) -> tuple[Tensor, Tensor]:
         call = self._call
         keys, values = call.storage.keys[layer], call.storage.values[layer]
-        rows = call.q_begin, call.q_end, call.starts
         ops = backends.functions("cached_attention", q, call.implementation, many=call.run is None)
-        out, lse = ops.cached_attention(q, k, v, keys, values, *rows, call.max_new, call.max_kv, scale)
-        keys = keys[0, :, : call.max_kv].to(lse.dtype)
-        columns, total = torch.arange(call.max_kv, device=q.device), keys.new_zeros(call.max_kv)
+        out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scale)
+        keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
+        columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)
         positions = call.position_ids[0]
         for begin in range(len(q) - self._queries, len(q), _BLOCK):
             some = slice(begin, begin + _BLOCK)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import KVTrace, backends, merge_states
+from diffmas_ops.rows import RowRanges
 
 
 @dataclass(eq=False)
@@ -86,7 +87,7 @@ class Columns:
 
 
 class _Ranges:
-    """At most one packed token a row: `q_begin[b] … q_end[b] - 1` of them, in column `starts[b]`; int32 `[rows]`."""
+    """At most one packed token a row, as `rows`."""
 
     def __init__(self, columns: Columns, token_of: dict[int, int], starts: Sequence[int]):
         rows = columns.keys.shape[1]
@@ -94,14 +95,13 @@ class _Ranges:
         for row, token in token_of.items():
             begin[row], count[row], column[row] = token, 1, starts[row]
         packed = torch.tensor([begin, count, column], dtype=torch.int32).to(columns.keys.device)
-        self.q_begin, self._count, self.starts = packed.unbind(0)
-        self.q_end = self.q_begin + self._count
-        self.max_kv = 1 + max(column)
+        q_begin, self._count, starts = packed.unbind(0)
+        self.rows = RowRanges(q_begin, q_begin + self._count, starts, 1, 1 + max(column))
 
     def advance(self) -> None:
         """To the next column."""
-        self.starts += self._count
-        self.max_kv += 1
+        rows = self.rows
+        self.rows = rows._replace(starts=rows.starts + self._count, max_seqlen_k=rows.max_seqlen_k + 1)
 
 
 class OwnTraces:
@@ -111,7 +111,7 @@ class OwnTraces:
         position_ids: int64 `[1, answers]` of the next tokens; this and what follows as in :class:`diffmas_ops.Call`.
     """
 
-    max_new, run, slot, outputs, attend = 1, 0, 0, None, None
+    run, slot, outputs, attend = True, 0, None, None
 
     def __init__(self, like: KVTrace):
         self.storage, self.implementation = Columns(like), like.implementation
@@ -129,16 +129,15 @@ class OwnTraces:
         """From now on, one token of each of `slots` a step, packed in this order."""
         self._slots, self.total = slots, len(slots)
         self._ranges = _Ranges(self.storage, {slot: i for i, slot in enumerate(slots)}, self.storage.lengths)
-        self.q_begin, self.q_end, self.starts = self._ranges.q_begin, self._ranges.q_end, self._ranges.starts
-        self.position_ids = torch.tensor([self._positions(slots)]).to(self.starts.device)
+        self.position_ids = torch.tensor([self._positions(slots)]).to(self.storage.keys.device)
 
     def _positions(self, slots: Sequence[int]) -> list[int]:
         return [self.storage.lengths[slot] for slot in slots]
 
     def open(self) -> None:
         """Make room for the next tokens."""
-        self.max_kv = self._ranges.max_kv
-        self.storage.reserve(self.max_kv)
+        self.rows = self._ranges.rows
+        self.storage.reserve(self.rows.max_seqlen_k)
 
     def close(self) -> None:
         """The tokens have been read."""
@@ -200,7 +199,7 @@ class SharedTraces(OwnTraces):
         self._grid = len(token_of), max(taken.values())
         at = [token_of[row] * self._grid[1] + head for row, head in zip(rows, heads, strict=True)]
         whole = at == list(range(self._grid[0] * self._grid[1]))
-        self._at = None if whole else torch.tensor(at).to(self.starts.device)
+        self._at = None if whole else torch.tensor(at).to(self.storage.keys.device)
 
     def _positions(self, slots: Sequence[int]) -> list[int]:
         prefixes = (self._shared.lengths[self._row_of[self._prompt_of[slot]]] for slot in slots)
@@ -208,15 +207,14 @@ class SharedTraces(OwnTraces):
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float) -> tuple[Tensor, Tensor]:
         """Append `k, v [answers, num_kv_heads, D]` where given, attend with `q [answers, num_heads, D]`."""
-        own = self._attend(self.storage, self, q, k, v, layer, scale)
-        shared = self._attend(self._shared, self._prefix, self._pack(q), None, None, layer, scale)
+        own = self._attend(self.storage, self.rows, q, k, v, layer, scale)
+        shared = self._attend(self._shared, self._prefix.rows, self._pack(q), None, None, layer, scale)
         outs, lses = (torch.stack((a, self._unpack(b))) for a, b in zip(own, shared, strict=True))
         return merge_states(outs, lses, implementation=self.implementation)
 
     def _attend(self, columns: Columns, rows, q, k, v, layer: int, scale: float) -> tuple[Tensor, Tensor]:
         keys, values = columns.keys[layer], columns.values[layer]
-        ranges = rows.q_begin, rows.q_end, rows.starts
-        return self._ops.cached_attention(q, k, v, keys, values, *ranges, 1, rows.max_kv, scale)
+        return self._ops.cached_attention(q, k, v, keys, values, rows, scale)
 
     def _pack(self, q: Tensor) -> Tensor:
         """`[answers, heads, D]` to `[rows, kv_heads · samples · group, D]`."""

@@ -118,7 +118,7 @@ class AgentModel(nn.Module):
         call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
         hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
         if is_sharded(self) and hidden.requires_grad:
-            trace.order = reach(trace.order, hidden)
+            trace.order.token = reach(trace.order.token, hidden)
         return hidden
 
     def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:

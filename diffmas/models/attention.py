@@ -48,7 +48,7 @@ def trace_attention(
             raise UnsupportedModelError(f"the model's attention uses {name} = {kwargs[name]}; this is not supported")
     dtype = trace_call.storage.keys.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    out = cached_attention(q, k, v, trace_call, layer=module.layer_idx, scale=scaling)
+    out = cached_attention(q, k, v, trace_call, layer=module.layer_idx, softmax_scale=scaling)
     return out.unsqueeze(0), None
 
 

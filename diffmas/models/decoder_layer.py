@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
-from diffmas_ops.trace import Outputs
+from diffmas_ops.call import Outputs
+from diffmas_ops.need import Need
 
 #: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -119,7 +120,8 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
     # What insists on another implementation of the operators gets it, from the model's own modules.
-    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", "decoder_layer", "cpu", dtype) is not None:
+    need = Need("decoder_layer", "cpu", dtype)
+    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", need) is not None:
         return None
     if call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
@@ -185,8 +187,7 @@ def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ..
     queries = call if layer.outputs is None else layer.outputs
     return torch.ops.diffmas.decoder_layer(
         h, cos, sin, *layer.parts.parameters, *call.storage.layer(layer.index),
-        call.q_begin, call.q_end, call.starts, call.max_new, layer.output_index,
-        queries.q_begin, queries.q_end, queries.starts, queries.max_new, call.max_kv, layer.scale,
+        *call.rows[:4], layer.output_index, *queries.rows, layer.scale,
     )  # fmt: skip
 
 
@@ -214,7 +215,7 @@ class _DecoderLayer(torch.autograd.Function):
             grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, *parameters, index
         )
         attention = layer.call.gradients.backward(
-            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, layer.outputs
+            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, outputs=layer.outputs
         )
         grad_h, *of_input = torch.ops.diffmas.decoder_layer_backward_input(
             *attention, grad_middle, h, cos, sin, k, q, low_q, low_kv, *parameters, index

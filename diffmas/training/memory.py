@@ -161,9 +161,9 @@ class _Sample:
         )
         agents = len(system.topology.agents)
         prompts = [[length] * rows] * agents
-        training, steps, gradients = system.training, system.latent_steps, [(p, p.grad) for p in system.parameters()]
+        training, whole, gradients = system.training, system.trajectory, [(p, p.grad) for p in system.parameters()]
         system.train().zero_grad(set_to_none=True)
-        system.latent_steps = min(steps, _STEPS)
+        system.trajectory = replace(whole, latent_steps=min(whole.latent_steps, _STEPS))
         context = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
 
         def forward():
@@ -177,7 +177,7 @@ class _Sample:
             plan = plan_of(system, prompts, [length] * rows)
         finally:
             system.train(training)
-            system.latent_steps = steps
+            system.trajectory = whole
             for parameter, gradient in gradients:
                 parameter.grad = gradient
         return cls(plan, held, held + extra)

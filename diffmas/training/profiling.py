@@ -92,8 +92,8 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
         def ran(hidden: Tensor) -> None:
             if hidden.requires_grad:
                 hidden.register_hook(lambda grad: mark(name + BACKWARD))
-            if (order := call.order) is not None and order.grad_fn is not None:
-                order.grad_fn.register_prehook(lambda grads: mark(name + BACKWARD))
+            if (token := call.order_token) is not None and token.grad_fn is not None:
+                token.grad_fn.register_prehook(lambda grads: mark(name + BACKWARD))
 
         return ran
 

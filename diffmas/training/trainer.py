@@ -360,8 +360,10 @@ class StopOnInterrupt(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         if self.interrupted:
             # Trainer ends the epoch wherever it stops; only at its true end is anything due.
-            control.should_evaluate &= float(state.epoch).is_integer()
-            control.should_save = control.should_evaluate
+            due = float(state.epoch).is_integer()
+            control.unplanned_save = not (due and control.should_save)
+            control.should_evaluate &= due
+            control.should_save = due and (control.should_evaluate or control.should_save)
 
     def _remember(self, number, frame):
         self.interrupted = True

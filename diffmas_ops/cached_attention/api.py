@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas_ops import backends
-from diffmas_ops.dtypes import accumulation_dtype
-from diffmas_ops.trace import Call
+from diffmas_ops.cached_attention.mask import check_window
+from diffmas_ops.call import Call
+from diffmas_ops.errors import UnsupportedError
 
 
 # Dynamo would specialise on the call handle and compile anew for every call.
@@ -20,79 +21,71 @@ def cached_attention(
     call: Call,
     *,
     layer: int,
-    scale: float | None = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    interleaved: bool = False,
+    softmax_scale: float | None = None,
+    window: int | None = None,
 ) -> Tensor:
-    """Append `k, v` to the trace and attend: query token at position p of a row sees its columns 0 … p.
+    """Append `k, v` to the trace and attend: query token at position p of a row sees its columns up to p.
 
     Gradients reach `q, k, v` of this call and of every earlier call of the trace; they are first-order only.
     Running a call's layer again (activation checkpointing, non-reentrant) rewrites the same columns.
 
     Args:
-        q: `[total, num_heads, head_dim]`, rotated, unless `position_embeddings` are given.
+        q: `[total, num_heads, head_dim]`, rotated.
         k, v: `[total, num_kv_heads, head_dim]`, keys like queries; `num_heads` is a multiple of `num_kv_heads`.
         call: from :meth:`KVTrace.open`; `total` is its number of new tokens.
         layer: which of the trace's layers.
-        scale: of the scores; default `head_dim ** -0.5`.
-        position_embeddings: `(cos, sin)`, `[1, total, R]` each, as transformers' rotary modules give them (their
-            scaling included): `q` and `k` come un-rotated, and turning them and appending are one operation. The
-            first R/2 entries of a token are its pairs'; dims from R on do not turn. In the dtype of `q` or its
-            accumulation dtype; no gradient reaches them.
-        interleaved: dims `(2d, 2d + 1)` turn together, otherwise `(d, d + R/2)`.
+        softmax_scale: of the scores; default `head_dim ** -0.5`.
+        window: columns a query sees, the last of them its own; None: all.
 
     Returns:
         `[total, num_heads, head_dim]` in the dtype of `q`.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit the call, each named.
+        UnsupportedError: a window, where the call's implementation has none or several traces are attended to.
     """
     _check(q, k, v, call, layer)
-    turns = None if position_embeddings is None else (*_turns(*position_embeddings, q), interleaved)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    check_window(window)
+    scores = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale), window
     order = call.enter(layer)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, order))
     if needs_grad:
-        out, order = _CachedAttention.apply(q, k, v, order, call, layer, scale, turns)
+        out, order = _CachedAttention.apply(q, k, v, order, call, layer, *scores)
     else:
-        out = _forward(q, k, v, call, layer, scale, turns)[1]
+        out = _forward(q, k, v, call, layer, *scores)[0]
     call.leave(layer, order)
     return out
 
 
-def _forward(q, k, v, call, layer, scale, turns) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated queries, output and log-sum-exp."""
-    keys, values = call.storage.keys[layer], call.storage.values[layer]
-    rows = (call.q_begin, call.q_end, call.starts)
-    if turns is not None:
-        append = backends.functions("rotary_append", q, call.implementation).rotary_append
-        q, k, v = append(q, k, v, *turns, keys, values, *rows, call.max_new), None, None
+def _forward(q, k, v, call, layer, softmax_scale, window) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp."""
     if call.attend is not None:
-        return q, *call.attend(q, k, v, layer, scale)
-    attend = backends.functions("cached_attention", q, call.implementation, many=call.run is None).cached_attention
-    return q, *attend(q, k, v, keys, values, *rows, call.max_new, call.max_kv, scale)
+        if window is not None:
+            raise UnsupportedError(f"window is {window}; allowed: None, for a call over several traces")
+        return call.attend(q, k, v, layer, softmax_scale)
+    keys, values = call.storage.keys[layer], call.storage.values[layer]
+    many = call.run is None
+    ops = backends.functions("cached_attention", q, call.implementation, many=many, window=window)
+    return ops.cached_attention(q, k, v, keys, values, call.rows, softmax_scale, window)
 
 
 class _CachedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, order, call, layer, scale, turns):
-        q, out, lse = _forward(q, k, v, call, layer, scale, turns)
-        ctx.save_for_backward(q, out, lse, *(turns or ())[:2])
-        ctx.call, ctx.layer, ctx.scale, ctx.interleaved = call, layer, scale, turns and turns[2]
+    def forward(ctx, q, k, v, order, call, layer, *scores):
+        out, lse = _forward(q, k, v, call, layer, *scores)
+        ctx.save_for_backward(q, out, lse)
+        ctx.call, ctx.layer, ctx.scores = call, layer, scores
         ctx.set_materialize_grads(False)
         return out, order.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _):
-        q, out, lse, *turns = ctx.saved_tensors
+        q, out, lse = ctx.saved_tensors
         # Only later calls may have used this one: its own queries then owe nothing.
         grad_out = torch.zeros_like(out) if grad_out is None else _unit_stride(grad_out)
-        grad_q, grad_k, grad_v = ctx.call.gradients.backward(ctx.call, ctx.layer, grad_out, q, out, lse, ctx.scale)
-        if turns:
-            turn_back = backends.functions("rotary_append", q, ctx.call.implementation).rotary_backward
-            grad_q, grad_k = turn_back(grad_q, grad_k, *turns, ctx.interleaved)
-        return grad_q, grad_k, grad_v, *[None] * 5
+        grads = ctx.call.gradients.backward(ctx.call, ctx.layer, grad_out, q, out, lse, *ctx.scores)
+        return *grads, *[None] * 5
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -119,22 +112,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, call: Call, layer: int) -> None:
             raise ValueError(f"{name} is on {tensor.device}; allowed: {call.storage.keys.device}, the trace's device")
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1")
-
-
-def _turns(cos: Tensor, sin: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's pairs, `[total, R/2]`."""
-    total, _, head_dim = q.shape
-    acc = accumulation_dtype(q.dtype)
-    for name, tensor in (("cos", cos), ("sin", sin)):
-        size = tensor.shape[-1]
-        if tuple(tensor.shape) != (1, total, cos.shape[-1]) or size % 2 or size > head_dim:
-            raise ValueError(
-                f"{name} of position_embeddings has shape {tuple(tensor.shape)}; allowed: [1, {total}, R], the same "
-                f"for both, with R even and ≤ {head_dim}, the head_dim"
-            )
-        if tensor.dtype not in (q.dtype, acc) or tensor.dtype != cos.dtype:
-            allowed = " or ".join(dict.fromkeys(map(str, (q.dtype, acc))))
-            raise TypeError(f"{name} of position_embeddings is {tensor.dtype}; allowed: {allowed}, the same for both")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} of position_embeddings is on {tensor.device}; allowed: {q.device}, as q")
-    return tuple(_unit_stride(x.detach())[0, :, : x.shape[-1] // 2] for x in (cos, sin))

@@ -22,6 +22,8 @@ from torch import Tensor
 from diffmas_ops import backends
 from diffmas_ops.cached_attention.flash_engines import Engine, choose
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.errors import UnsupportedError
+from diffmas_ops.rows import ColumnRanges, RowRanges
 
 
 class _Batch(NamedTuple):
@@ -62,23 +64,21 @@ def cached_attention(
     v: Tensor | None,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.cached_attention`."""
+    """See `reference.cached_attention`; there is no window."""
+    _refuse(window)
     engine = choose(q)
     if k is not None:
         append = backends.functions("kv_append", keys).kv_append
-        append(k, v, keys, values, q_begin, q_end, starts, max_new)
+        append(k, v, keys, values, rows)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-    for batch in _batches(q_begin, q_end, starts):
+    for batch in _batches(*rows[:3]):
         states = [
-            engine.forward(batch.tokens(q), batch.columns(keys, span), batch.columns(values, span), scale, causal)
+            engine.forward(batch.tokens(q), *(batch.columns(x, span) for x in (keys, values)), softmax_scale, causal)
             for span, causal in batch.parts(engine)
         ]
         batch_out, batch_lse = states[0] if len(states) == 1 else _merge(*states)
@@ -96,18 +96,15 @@ def cached_attention_backward(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    column_begin: Tensor,
-    column_end: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    columns: ColumnRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """`cached_attention_backward_queries` and `…_columns` in one: engines compute all gradients together."""
-    batches = _batches(q_begin, q_end, starts, column_begin, column_end)
-    return _backward(grad_out, q, out, lse, keys, values, (grad_keys, grad_values), batches, scale)
+    _refuse(window)
+    batches = _batches(*rows[:3], *columns)
+    return _backward(grad_out, q, out, lse, keys, values, (grad_keys, grad_values), batches, softmax_scale)
 
 
 def cached_attention_backward_queries(
@@ -117,17 +114,15 @@ def cached_attention_backward_queries(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cached_attention_backward_queries`; `cached_attention_backward` saves half of the work."""
+    _refuse(window)
     delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1)
-    batches = _batches(q_begin, q_end, starts)
-    return _backward(grad_out, q, out, lse, keys, values, None, batches, scale), delta
+    batches = _batches(*rows[:3])
+    return _backward(grad_out, q, out, lse, keys, values, None, batches, softmax_scale), delta
 
 
 def cached_attention_backward_columns(
@@ -139,22 +134,24 @@ def cached_attention_backward_columns(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    column_begin: Tensor,
-    column_end: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    columns: ColumnRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> None:
     """See `reference.cached_attention_backward_columns`."""
+    _refuse(window)
     # An engine wants the output only to form delta = out · grad_out: the part of it along grad_out does.
     grad = grad_out.to(delta.dtype)
     square = (grad * grad).sum(-1)
     along = grad * torch.where(square > 0, delta / square, 0.0).unsqueeze(-1)
-    batches = _batches(q_begin, q_end, starts, column_begin, column_end)
-    _backward(grad_out, q, along.to(q.dtype), lse, keys, values, (grad_keys, grad_values), batches, scale)
+    batches = _batches(*rows[:3], *columns)
+    _backward(grad_out, q, along.to(q.dtype), lse, keys, values, (grad_keys, grad_values), batches, softmax_scale)
+
+
+def _refuse(window: int | None) -> None:
+    if window is not None:
+        raise UnsupportedError(f"window is {window}; allowed for flash: None")
 
 
 def _backward(
@@ -197,7 +194,7 @@ _remembered: dict[int, tuple[list[weakref.ref], list[int], list[_Batch]]] = {}
 
 
 def _batches(*ranges: Tensor) -> list[_Batch]:
-    """Runs of alike rows of `q_begin, q_end, starts` and, for gradients of columns, `column_begin, column_end`.
+    """Runs of alike rows of `q_begin, q_end, starts` and, for gradients of columns, their begin and end.
 
     The last answer is kept: every layer of a call asks the same.
     """

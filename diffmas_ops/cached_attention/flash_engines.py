@@ -7,15 +7,18 @@ given as many columns as queries.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffmas_ops.backends import UnsupportedError
+from diffmas_ops.errors import UnsupportedError
+from diffmas_ops.need import Need
 
 #: Environment variable that insists on one of `ENGINES` instead of the first of `_preference` that can serve.
 VARIABLE = "DIFFMAS_FLASH_ENGINE"
@@ -71,13 +74,19 @@ def choose(like: Tensor) -> Engine:
     raise UnsupportedError("no flash-attention engine can serve; " + "; ".join(refusals))
 
 
-def refusal(device: str, dtype: torch.dtype) -> str | None:
-    """Why no engine can run on `device` ("cpu", "cuda") in `dtype`, or None where one can."""
+def refusal(need: Need) -> str | None:
+    """Why no engine can serve, or None where one can."""
+    if need.window:
+        return "it has no window of columns"
     try:
-        choose(torch.empty(1, 64, dtype=dtype, device=device))
+        choose(torch.empty(1, 64, dtype=need.dtype, device=need.device))
     except UnsupportedError as error:
         return str(error)
     return None
+
+
+def functions(operator: str) -> ModuleType:
+    return importlib.import_module(f"diffmas_ops.{operator}.flash")
 
 
 def _preference(like: Tensor) -> tuple[str, ...]:

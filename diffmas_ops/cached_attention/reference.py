@@ -6,8 +6,10 @@ The backward formulas are those of FlashAttention-2 (arXiv 2307.08691, section 2
 import torch
 from torch import Tensor
 
+from diffmas_ops.cached_attention.mask import check_window, sees
 from diffmas_ops.dtypes import accumulation_dtype
-from diffmas_ops.kv_append.reference import kv_append, row_ranges
+from diffmas_ops.kv_append.reference import kv_append, on_host
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 
 def cached_attention(
@@ -16,23 +18,21 @@ def cached_attention(
     v: Tensor | None,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Append `k, v` where given, then attend: `out [T, Hq, D]` and `lse [T, Hq]`."""
+    """Append `k, v` where given, then attend to what `mask.sees`: `out [T, Hq, D]` and `lse [T, Hq]`."""
+    check_window(window)
     if k is not None:
-        kv_append(k, v, keys, values, q_begin, q_end, starts, max_new)
+        kv_append(k, v, keys, values, rows)
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.zeros(q.shape[:2], dtype=accumulation_dtype(q.dtype), device=q.device)
-    for row, (begin, end, start) in enumerate(row_ranges(q_begin, q_end, starts)):
+    for row, (begin, end, start) in enumerate(on_host(*rows[:3])):
         if begin == end:
             continue
         columns = slice(0, start + end - begin)
-        scores = _scores(q[begin:end], keys[row, :, columns], start, 0, scale)
+        scores = _scores(q[begin:end], keys[row, :, columns], start, 0, softmax_scale, window)
         row_lse = torch.logsumexp(scores, dim=-1)
         probabilities = torch.exp(scores - row_lse.unsqueeze(-1))
         out[begin:end] = _ungroup(probabilities @ values[row, :, None, columns].to(scores.dtype)).to(q.dtype)
@@ -47,26 +47,23 @@ def cached_attention_backward_queries(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`grad_q [T, Hq, D]` and `delta [T, Hq] = Σ_d out · grad_out`."""
     acc = accumulation_dtype(q.dtype)
     grad_q = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     delta = (out.to(acc) * grad_out.to(acc)).sum(-1)
-    for row, (begin, end, start) in enumerate(row_ranges(q_begin, q_end, starts)):
+    for row, (begin, end, start) in enumerate(on_host(*rows[:3])):
         if begin == end:
             continue
         tokens, columns = slice(begin, end), slice(0, start + end - begin)
         _, grad_scores = _score_gradient(
             grad_out[tokens], q[tokens], lse[tokens], delta[tokens],
-            keys[row, :, columns], values[row, :, columns], start, 0, scale,
+            keys[row, :, columns], values[row, :, columns], start, 0, softmax_scale, window,
         )  # fmt: skip
-        grad_q[tokens] = _ungroup(grad_scores @ keys[row, :, None, columns].to(acc) * scale).to(q.dtype)
+        grad_q[tokens] = _ungroup(grad_scores @ keys[row, :, None, columns].to(acc) * softmax_scale).to(q.dtype)
     return grad_q, delta
 
 
@@ -79,28 +76,23 @@ def cached_attention_backward_columns(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    column_begin: Tensor,
-    column_end: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    columns: ColumnRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> None:
-    """Add what the rows' queries owe to columns `column_begin[b] … column_end[b] - 1`, in place."""
-    ranges = row_ranges(q_begin, q_end, starts, column_begin, column_end)
-    for row, (begin, end, start, first, last) in enumerate(ranges):
+    """Add what the rows' queries owe to `columns`, in place."""
+    for row, (begin, end, start, first, last) in enumerate(on_host(*rows[:3], *columns)):
         if begin == end or first >= last:
             continue
-        tokens, columns = slice(begin, end), slice(first, last)
+        tokens, owed = slice(begin, end), slice(first, last)
         probabilities, grad_scores = _score_gradient(
             grad_out[tokens], q[tokens], lse[tokens], delta[tokens],
-            keys[row, :, columns], values[row, :, columns], start, first, scale,
+            keys[row, :, owed], values[row, :, owed], start, first, softmax_scale, window,
         )  # fmt: skip
         groups = keys.shape[1]
-        grad_keys[row, :, columns] += (grad_scores.mT @ _group(q[tokens], groups)).sum(1) * scale
-        grad_values[row, :, columns] += (probabilities.mT @ _group(grad_out[tokens], groups)).sum(1)
+        grad_keys[row, :, owed] += (grad_scores.mT @ _group(q[tokens], groups)).sum(1) * softmax_scale
+        grad_values[row, :, owed] += (probabilities.mT @ _group(grad_out[tokens], groups)).sum(1)
 
 
 def cached_attention_backward(
@@ -112,20 +104,15 @@ def cached_attention_backward(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    column_begin: Tensor,
-    column_end: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    columns: ColumnRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """The queries' gradient, and what `cached_attention_backward_columns` adds."""
-    rows, sizes = (q_begin, q_end, starts), (max_new, max_kv, scale)
-    grad_q, delta = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, *rows, *sizes)
+    grad_q, delta = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, rows, softmax_scale, window)
     cached_attention_backward_columns(
-        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, column_begin, column_end, *sizes
+        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, softmax_scale, window
     )
     return grad_q
 
@@ -139,42 +126,33 @@ def cached_attention_backward_token(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    pending_q: Tensor,
-    pending_grad: Tensor,
-    pending_lse: Tensor,
-    pending_delta: Tensor,
-    slot: int,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_kv: int,
-    scale: float,
+    pending: Pending,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of a call of at most one token a row; defers what its queries owe to older columns.
 
-    `pending_* [B, P, Hq(, D)]`: slot `slot` is written, slots after it hold the later single-token calls.
+    A row's token is written into its slot of `pending`; the slots after it hold the later single-token calls.
     """
-    grad_q, delta = cached_attention_backward_queries(
-        grad_out, q, out, lse, keys, values, q_begin, q_end, starts, 1, max_kv, scale
-    )
+    grad_q, delta = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, rows, softmax_scale, window)
     grad_k = torch.zeros(q.shape[0], *keys.shape[1::2], dtype=q.dtype, device=q.device)
     grad_v = torch.zeros_like(grad_k)
     groups = keys.shape[1]
-    for row, (begin, end, column) in enumerate(row_ranges(q_begin, q_end, starts)):
-        present = slice(begin, end)
-        pending_q[row, slot] = q[present].sum(0)
-        pending_grad[row, slot] = grad_out[present].sum(0)
-        pending_lse[row, slot] = lse[begin] if end > begin else torch.inf
-        pending_delta[row, slot] = delta[present].sum(0)
+    for row, (begin, end, column, first) in enumerate(on_host(*rows[:3], pending.starts)):
         if begin == end:
             continue
+        slot = column - first
+        for to, source in zip(pending[:4], (q, grad_out, lse, delta), strict=True):
+            to[row, slot] = source[begin]
         own = slice(column, column + 1)
+        later_q, later_grad, later_lse, later_delta = (x[row, slot:] for x in pending[:4])
         probabilities, grad_scores = _score_gradient(
-            pending_grad[row, slot:], pending_q[row, slot:], pending_lse[row, slot:], pending_delta[row, slot:],
-            keys[row, :, own], values[row, :, own], column, column, scale,
+            later_grad, later_q, later_lse, later_delta, keys[row, :, own], values[row, :, own], column, column,
+            softmax_scale, window,
         )  # fmt: skip
-        own_k = (grad_scores.mT @ _group(pending_q[row, slot:], groups)).sum(1) * scale
-        own_v = (probabilities.mT @ _group(pending_grad[row, slot:], groups)).sum(1)
+        own_k = (grad_scores.mT @ _group(later_q, groups)).sum(1) * softmax_scale
+        own_v = (probabilities.mT @ _group(later_grad, groups)).sum(1)
         grad_k[begin] = (grad_keys[row, :, own] + own_k).squeeze(1)
         grad_v[begin] = (grad_values[row, :, own] + own_v).squeeze(1)
     return grad_q, grad_k, grad_v
@@ -190,13 +168,13 @@ def _ungroup(x: Tensor) -> Tensor:
     return x.permute(2, 0, 1, 3).flatten(1, 2)
 
 
-def _scores(q: Tensor, keys: Tensor, start: int, first: int, scale: float) -> Tensor:
+def _scores(q: Tensor, keys: Tensor, start: int, first: int, scale: float, window: int | None = None) -> Tensor:
     """Masked `scale · q kᵀ [Hkv, Hq / Hkv, n, columns]` of queries at `start…` against columns `first…`."""
     queries = _group(q, keys.shape[0])
     scores = queries @ keys.unsqueeze(1).mT.to(queries.dtype) * scale
     positions = torch.arange(start, start + q.shape[0], device=q.device)
     columns = torch.arange(first, first + keys.shape[1], device=q.device)
-    return scores.masked_fill(columns > positions.unsqueeze(1), -torch.inf)
+    return scores.masked_fill(~sees(positions.unsqueeze(1), columns, window), -torch.inf)
 
 
 def _score_gradient(
@@ -209,11 +187,12 @@ def _score_gradient(
     start: int,
     first: int,
     scale: float,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Probabilities `P` and score gradients `P ∘ (dO vᵀ - delta)`, both `[Hkv, Hq / Hkv, n, columns]`."""
     groups = keys.shape[0]
     row_lse = lse.unflatten(1, (groups, -1)).permute(1, 2, 0).unsqueeze(-1)
     row_delta = delta.unflatten(1, (groups, -1)).permute(1, 2, 0).unsqueeze(-1)
-    probabilities = torch.exp(_scores(q, keys, start, first, scale) - row_lse)
+    probabilities = torch.exp(_scores(q, keys, start, first, scale, window) - row_lse)
     grad = _group(grad_out, groups)
     return probabilities, probabilities * (grad @ values.unsqueeze(1).mT.to(grad.dtype) - row_delta)

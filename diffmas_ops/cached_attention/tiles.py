@@ -80,9 +80,9 @@ def tile(kernel: str, like: torch.Tensor, rows: int) -> Tile:
     return chosen
 
 
-def split(programs: int, max_kv: int, block_n: int, device: torch.device) -> tuple[int, int]:
+def split(programs: int, max_seqlen_k: int, block_n: int, device: torch.device) -> tuple[int, int]:
     """`(parts, columns per part)`: cut long traces up where `programs` blocks of queries would not fill the GPU."""
     wanted = max(1, 2 * multiprocessors(device) // max(programs, 1))
-    blocks = -(-max_kv // block_n)
+    blocks = -(-max_seqlen_k // block_n)
     chunk = max(4, -(-blocks // wanted)) * block_n
-    return max(1, -(-max_kv // chunk)), chunk
+    return max(1, -(-max_seqlen_k // chunk)), chunk

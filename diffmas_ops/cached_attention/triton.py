@@ -3,12 +3,14 @@
 import triton
 from torch import Tensor
 
+from diffmas_ops.cached_attention.mask import check_window
 from diffmas_ops.cached_attention.tiles import split, tile
 from diffmas_ops.cached_attention.triton_backward import columns_kernel, queries_kernel, token_kernel
 from diffmas_ops.cached_attention.triton_forward import forward_kernel
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.kv_append.triton import kv_append
 from diffmas_ops.merge_states.triton import merge_into
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _BLOCK_PENDING = 32
@@ -20,27 +22,25 @@ def cached_attention(
     v: Tensor | None,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cached_attention`."""
+    check_window(window)
     if k is not None:
-        kv_append(k, v, keys, values, q_begin, q_end, starts, max_new)
-    if scale <= 0:
-        q, scale = q * (-1.0 if scale < 0 else 0.0), -scale or 1.0
+        kv_append(k, v, keys, values, rows)
+    if softmax_scale <= 0:
+        q, softmax_scale = q * (-1.0 if softmax_scale < 0 else 0.0), -softmax_scale or 1.0
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
-    grid, splits, chunk, shape = _plan("forward", q, keys, max_new, max_kv)
+    grid, splits, chunk, shape = _plan("forward", q, keys, rows, window)
     outs, lses = out.unsqueeze(0), lse.unsqueeze(0)
     if splits > 1:
         outs, lses = lse.new_empty(splits, *q.shape), lse.new_empty(splits, *lse.shape)
     with launch_on(q):
         forward_kernel[grid](
-            q, keys, values, outs, lses, q_begin, q_end, starts, splits, chunk, scale,
+            q, keys, values, outs, lses, *rows[:3], splits, chunk, softmax_scale,
             *_strides(q, keys, values), *outs.stride()[:3], *lses.stride()[:2], **shape,
         )  # fmt: skip
     if splits > 1:
@@ -55,16 +55,12 @@ def cached_attention_backward_queries(
     lse: Tensor,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cached_attention_backward_queries`."""
-    rows = (q_begin, q_end, starts)
-    parts, delta = _query_gradients(grad_out, q, out, lse, keys, values, *rows, max_new, max_kv, scale, q.dtype)
+    parts, delta = _query_gradients(grad_out, q, out, lse, keys, values, rows, softmax_scale, window, q.dtype)
     return parts[0] if len(parts) == 1 else parts.sum(0).to(q.dtype), delta
 
 
@@ -77,24 +73,20 @@ def cached_attention_backward_columns(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    column_begin: Tensor,
-    column_end: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    columns: ColumnRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> None:
     """See `reference.cached_attention_backward_columns`."""
     group = q.shape[1] // keys.shape[1]
-    chosen = tile("columns", q, max_new * group)
+    chosen = tile("columns", q, rows.max_seqlen_q * group)
     with launch_on(q):
-        columns_kernel[triton.cdiv(max_kv, chosen.block_n), keys.shape[1], keys.shape[0]](
+        columns_kernel[triton.cdiv(rows.max_seqlen_k, chosen.block_n), keys.shape[1], keys.shape[0]](
             grad_out, q, lse, delta, keys, values, grad_keys, grad_values,
-            q_begin, q_end, starts, column_begin, column_end, scale,
+            *rows[:3], *columns, softmax_scale,
             *_strides(grad_out, q), lse.stride(0), delta.stride(0), *_strides(keys, values, grad_keys, grad_values),
-            **_shape(q, group, chosen),
+            **_shape(q, group, chosen, window),
         )  # fmt: skip
 
 
@@ -107,20 +99,15 @@ def cached_attention_backward(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    column_begin: Tensor,
-    column_end: Tensor,
-    max_new: int,
-    max_kv: int,
-    scale: float,
+    rows: RowRanges,
+    columns: ColumnRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """See `reference.cached_attention_backward`."""
-    rows, sizes = (q_begin, q_end, starts), (max_new, max_kv, scale)
-    grad_q, delta = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, *rows, *sizes)
+    grad_q, delta = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, rows, softmax_scale, window)
     cached_attention_backward_columns(
-        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, column_begin, column_end, *sizes
+        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, softmax_scale, window
     )
     return grad_q
 
@@ -134,69 +121,62 @@ def cached_attention_backward_token(
     values: Tensor,
     grad_keys: Tensor,
     grad_values: Tensor,
-    pending_q: Tensor,
-    pending_grad: Tensor,
-    pending_lse: Tensor,
-    pending_delta: Tensor,
-    slot: int,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_kv: int,
-    scale: float,
+    pending: Pending,
+    rows: RowRanges,
+    softmax_scale: float,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.cached_attention_backward_token`."""
     batch, kv_heads, _, head_dim = keys.shape
     group = q.shape[1] // kv_heads
-    rows = (q_begin, q_end, starts)
-    parts, delta = _query_gradients(grad_out, q, out, lse, keys, values, *rows, 1, max_kv, scale, lse.dtype)
+    parts, delta = _query_gradients(grad_out, q, out, lse, keys, values, rows, softmax_scale, window, lse.dtype)
     grad_q = q.new_empty(q.shape)
     grad_k, grad_v = (q.new_empty(q.shape[0], kv_heads, head_dim) for _ in range(2))
     with launch_on(q):
         token_kernel[kv_heads, batch](
             parts, grad_out, q, lse, delta, keys, values, grad_keys, grad_values, grad_q, grad_k, grad_v,
-            pending_q, pending_grad, pending_lse, pending_delta, *rows, len(parts), slot, pending_q.shape[1], scale,
+            *pending, *rows[:3], len(parts), pending.q.shape[1], softmax_scale,
             *parts.stride()[:3], *_strides(grad_out, q), lse.stride(0), delta.stride(0),
-            *_strides(keys, values, grad_keys, grad_values, pending_q, pending_grad),
-            *pending_lse.stride()[:2], *pending_delta.stride()[:2],
+            *_strides(keys, values, grad_keys, grad_values, pending.q, pending.grad),
+            *pending.lse.stride()[:2], *pending.delta.stride()[:2],
             G=group, D=head_dim, BLOCK_G=triton.next_power_of_2(group), BLOCK_M=_BLOCK_PENDING,
-            BLOCK_D=triton.next_power_of_2(head_dim), **LAUNCH_OPTIONS,
+            BLOCK_D=triton.next_power_of_2(head_dim), WINDOW=window or 0, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return grad_q, grad_k, grad_v
 
 
 def _query_gradients(
-    grad_out, q, out, lse, keys, values, q_begin, q_end, starts, max_new, max_kv, scale, whole_dtype
+    grad_out, q, out, lse, keys, values, rows, softmax_scale, window, whole_dtype
 ) -> tuple[Tensor, Tensor]:
     """`grad_q [S, T, Hq, D]`, what each part of the columns adds (in `whole_dtype` if S is 1), and `delta [T, Hq]`."""
-    grid, splits, chunk, shape = _plan("queries", q, keys, max_new, max_kv)
+    grid, splits, chunk, shape = _plan("queries", q, keys, rows, window)
     parts = q.new_empty(splits, *q.shape, dtype=whole_dtype if splits == 1 else lse.dtype)
     delta = lse.new_empty(lse.shape)
     with launch_on(q):
         queries_kernel[grid](
-            grad_out, q, out, lse, keys, values, parts, delta, q_begin, q_end, starts, splits, chunk, scale,
+            grad_out, q, out, lse, keys, values, parts, delta, *rows[:3], splits, chunk, softmax_scale,
             *_strides(grad_out, q, out), lse.stride(0), *_strides(keys, values),
             *parts.stride()[:3], delta.stride(0), **shape,
         )  # fmt: skip
     return parts, delta
 
 
-def _plan(kernel: str, q: Tensor, keys: Tensor, max_new: int, max_kv: int) -> tuple[tuple, int, int, dict]:
+def _plan(kernel: str, q: Tensor, keys: Tensor, rows: RowRanges, window: int | None) -> tuple[tuple, int, int, dict]:
     """Grid, parts of the columns, columns per part and compile-time shape of a kernel over blocks of queries."""
     batch, kv_heads = keys.shape[:2]
     group = q.shape[1] // kv_heads
-    chosen = tile(kernel, q, max_new * group)
-    blocks = triton.cdiv(max_new * group, chosen.block_m)
-    splits, chunk = split(blocks * kv_heads * batch, max_kv, chosen.block_n, q.device)
-    return (blocks, kv_heads * splits, batch), splits, chunk, _shape(q, group, chosen)
+    chosen = tile(kernel, q, rows.max_seqlen_q * group)
+    blocks = triton.cdiv(rows.max_seqlen_q * group, chosen.block_m)
+    splits, chunk = split(blocks * kv_heads * batch, rows.max_seqlen_k, chosen.block_n, q.device)
+    return (blocks, kv_heads * splits, batch), splits, chunk, _shape(q, group, chosen, window)
 
 
-def _shape(q: Tensor, group: int, chosen) -> dict:
+def _shape(q: Tensor, group: int, chosen, window: int | None) -> dict:
     head_dim = q.shape[-1]
     return dict(
         G=group, D=head_dim, BLOCK_M=chosen.block_m, BLOCK_N=chosen.block_n,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **LAUNCH_OPTIONS,
+        WINDOW=window or 0, num_warps=chosen.num_warps, num_stages=chosen.num_stages, **LAUNCH_OPTIONS,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The Triton backward kernels; formulas of FlashAttention-2 (arXiv 2307.08691, section 2.3), without atomics.
+"""The Triton backward kernels; formulas of FlashAttention-2 (arXiv 2307.08691, section 2.3).
 
 dQ is computed by blocks of queries that walk over columns, dK and dV by blocks of columns that walk over queries and
 add straight into the accumulators: every sum has one owner and one order.
@@ -8,12 +8,13 @@ import triton
 import triton.language as tl
 
 from diffmas_ops.cached_attention.triton_forward import LOG2E, load_rows, query_block
+from diffmas_ops.cached_attention.triton_mask import queries_seeing, sees
 
 
 @triton.jit
 def _walk_columns(
     acc, q, grad, lse, delta, keys, values, keys_c, values_c, position, first, last, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for n in range(first, last, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
@@ -23,7 +24,7 @@ def _walk_columns(
         v = load_rows(values, wide * values_c, present, D, BLOCK_D, MASKED)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="ieee") * scale - lse[:, None])
         if MASKED:
-            p = tl.where(column[None, :] <= position[:, None], p, 0.0)
+            p = tl.where(sees(position[:, None], column[None, :], WINDOW), p, 0.0)
         grad_p = tl.dot(grad, tl.trans(v), input_precision="ieee")
         grad_scores = p * (grad_p - delta[:, None])
         acc = tl.dot(grad_scores.to(k.dtype), k, acc, input_precision="ieee")
@@ -36,10 +37,11 @@ def queries_kernel(
     grad_t, grad_h, q_t, q_h, out_t, out_h, lse_t, keys_b, keys_h, keys_c, values_b, values_h, values_c,
     grad_q_s, grad_q_t, grad_q_h, delta_t,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """`grad_q [S, T, Hq, D]`, what each part of the columns adds (zero for an empty part), and `delta [T, Hq]`."""
     some, row, kv_head, part, token, head, present, position, first, unmasked, last = query_block(
-        q_begin, q_end, starts, splits, chunk, G, BLOCK_M, BLOCK_N
+        q_begin, q_end, starts, splits, chunk, G, BLOCK_M, BLOCK_N, WINDOW
     )
     if some:
         keys += row * keys_b + kv_head * keys_h
@@ -54,11 +56,11 @@ def queries_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         acc = _walk_columns(
             acc, queries, grad, row_lse, row_delta, keys, values, keys_c, values_c, position, first, unmasked,
-            scale * LOG2E, D, BLOCK_N, BLOCK_D, False,
+            scale * LOG2E, D, BLOCK_N, BLOCK_D, WINDOW, False,
         )  # fmt: skip
         acc = _walk_columns(
             acc, queries, grad, row_lse, row_delta, keys, values, keys_c, values_c, position, unmasked, last,
-            scale * LOG2E, D, BLOCK_N, BLOCK_D, True,
+            scale * LOG2E, D, BLOCK_N, BLOCK_D, WINDOW, True,
         )  # fmt: skip
         d = tl.arange(0, BLOCK_D)[None, :]
         at = grad_q + part * grad_q_s + token[:, None] * grad_q_t + head[:, None] * grad_q_h + d
@@ -69,7 +71,8 @@ def queries_kernel(
 def _walk_queries(
     grad_k, grad_v, k, v, grad_out, q, lse, delta, begin, start, kv_head, rows, first, last, column, scale,
     grad_t, grad_h, q_t, q_h, lse_t, delta_t,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     for m0 in range(first, last, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
@@ -84,7 +87,7 @@ def _walk_queries(
         row_delta = tl.load(delta + token * delta_t + head, mask=present, other=0.0)
         p = tl.exp2(tl.dot(k, tl.trans(queries), input_precision="ieee") * scale - row_lse[None, :])
         if MASKED:
-            p = tl.where(column[:, None] <= (start + i)[None, :], p, 0.0)
+            p = tl.where(sees((start + i)[None, :], column[:, None], WINDOW), p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision="ieee")
         grad_p = tl.dot(v, tl.trans(grad), input_precision="ieee")
         grad_scores = p * (grad_p - row_delta[None, :])
@@ -99,6 +102,7 @@ def columns_kernel(
     grad_t, grad_h, q_t, q_h, lse_t, delta_t, keys_b, keys_h, keys_c, values_b, values_h, values_c,
     gk_b, gk_h, gk_c, gv_b, gv_h, gv_c,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Add what a row's queries owe to one block of its columns, a `(blocks, kv heads, rows)` grid."""
     kv_head = tl.program_id(1).to(tl.int64)
@@ -110,9 +114,12 @@ def columns_kernel(
     end = tl.load(column_end + row)
     # Query rows before `first` see nothing of the block; from `unmasked` on they see all of it.
     first = tl.maximum(first_column - start, 0) * G
+    rows = queries_seeing(tl.minimum(first_column + BLOCK_N, end) - 1, start, rows // G, WINDOW) * G
     if (first_column < end) & (first < rows):
-        seen_by_all = tl.maximum(first_column + BLOCK_N - 1 - start, 0) * G
+        seen_by_all = tl.maximum(tl.minimum(first_column + BLOCK_N, end) - 1 - start, 0) * G
         unmasked = tl.minimum(first + tl.cdiv(seen_by_all - first, BLOCK_M) * BLOCK_M, rows)
+        if WINDOW > 0:
+            unmasked = rows
         column = first_column + tl.arange(0, BLOCK_N)
         wide = column.to(tl.int64)
         inside = column < end
@@ -122,11 +129,11 @@ def columns_kernel(
         grad_v = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_k, grad_v = _walk_queries(
             grad_k, grad_v, k, v, grad_out, q, lse, delta, begin, start, kv_head, rows, first, unmasked, column,
-            scale * LOG2E, grad_t, grad_h, q_t, q_h, lse_t, delta_t, G, D, BLOCK_M, BLOCK_D, True,
+            scale * LOG2E, grad_t, grad_h, q_t, q_h, lse_t, delta_t, G, D, BLOCK_M, BLOCK_D, WINDOW, True,
         )  # fmt: skip
         grad_k, grad_v = _walk_queries(
             grad_k, grad_v, k, v, grad_out, q, lse, delta, begin, start, kv_head, rows, unmasked, rows, column,
-            scale * LOG2E, grad_t, grad_h, q_t, q_h, lse_t, delta_t, G, D, BLOCK_M, BLOCK_D, False,
+            scale * LOG2E, grad_t, grad_h, q_t, q_h, lse_t, delta_t, G, D, BLOCK_M, BLOCK_D, WINDOW, False,
         )  # fmt: skip
         d = tl.arange(0, BLOCK_D)[None, :]
         mask = inside[:, None] & (d < D)
@@ -145,14 +152,15 @@ def _owe(q, grad, lse, delta, k, v, scale):
     return tl.sum(grad_scores[:, None] * q, 0), tl.sum(p[:, None] * grad, 0)
 
 
-@triton.jit(do_not_specialize=["splits", "slot", "slots"])
+@triton.jit(do_not_specialize=["splits", "slots"])
 def token_kernel(
     partial_grad_q, grad_out, q, lse, delta, keys, values, grad_keys, grad_values, grad_q, grad_k, grad_v,
-    pending_q, pending_grad, pending_lse, pending_delta, q_begin, q_end, starts, splits, slot, slots, scale,
+    pending_q, pending_grad, pending_lse, pending_delta, pending_starts, q_begin, q_end, starts, splits, slots, scale,
     part_s, part_t, part_h, grad_t, grad_h, q_t, q_h, lse_t, delta_t,
     keys_b, keys_h, keys_c, values_b, values_h, values_c, gk_b, gk_h, gk_c, gv_b, gv_h, gv_c,
     pq_b, pq_p, pq_h, pg_b, pg_p, pg_h, pl_b, pl_p, pd_b, pd_p,
     G: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Finish a single-token call: sum dQ over the parts, put its rows on the pending list, read out its own column."""
     kv_head = tl.program_id(0).to(tl.int64)
@@ -166,19 +174,20 @@ def token_kernel(
     d = tl.arange(0, BLOCK_D)
     inside = (g < G)[:, None] & (d < D)[None, :]
 
-    queries = load_rows(q, token * q_t + head * q_h, present, D, BLOCK_D, True)
-    grad = load_rows(grad_out, token * grad_t + head * grad_h, present, D, BLOCK_D, True)
-    row_lse = tl.load(lse + token * lse_t + head, mask=present, other=float("inf"))
-    row_delta = tl.load(delta + token * delta_t + head, mask=present, other=0.0)
-    at_slot = slot.to(tl.int64)
-    to_q = pending_q + row * pq_b + at_slot * pq_p + head[:, None] * pq_h + d[None, :]
-    to_grad = pending_grad + row * pg_b + at_slot * pg_p + head[:, None] * pg_h + d[None, :]
-    tl.store(to_q, queries, mask=inside)
-    tl.store(to_grad, grad, mask=inside)
-    tl.store(pending_lse + row * pl_b + at_slot * pl_p + head, row_lse, mask=g < G)
-    tl.store(pending_delta + row * pd_b + at_slot * pd_p + head, row_delta, mask=g < G)
-
     if count > 0:
+        queries = load_rows(q, token * q_t + head * q_h, present, D, BLOCK_D, True)
+        grad = load_rows(grad_out, token * grad_t + head * grad_h, present, D, BLOCK_D, True)
+        row_lse = tl.load(lse + token * lse_t + head, mask=present, other=float("inf"))
+        row_delta = tl.load(delta + token * delta_t + head, mask=present, other=0.0)
+        slot = tl.load(starts + row) - tl.load(pending_starts + row)
+        at_slot = slot.to(tl.int64)
+        to_q = pending_q + row * pq_b + at_slot * pq_p + head[:, None] * pq_h + d[None, :]
+        to_grad = pending_grad + row * pg_b + at_slot * pg_p + head[:, None] * pg_h + d[None, :]
+        tl.store(to_q, queries, mask=inside)
+        tl.store(to_grad, grad, mask=inside)
+        tl.store(pending_lse + row * pl_b + at_slot * pl_p + head, row_lse, mask=g < G)
+        tl.store(pending_delta + row * pd_b + at_slot * pd_p + head, row_delta, mask=g < G)
+
         total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
         parts = partial_grad_q + token * part_t + head[:, None] * part_h + d[None, :]
         for _ in range(splits):
@@ -193,9 +202,11 @@ def token_kernel(
         v = tl.load(values + row * values_b + kv_head * values_h + column * values_c + d, mask=d < D, other=0.0)
         k, v = k.to(tl.float32), v.to(tl.float32)
         own_k, own_v = _owe(queries, grad, row_lse, row_delta, k, v, scale)
-        for m0 in range((slot + 1) * G, slots * G, BLOCK_M):
+        # A slot further on stands a column further on.
+        seeing = queries_seeing(slot, 0, slots, WINDOW) * G
+        for m0 in range((slot + 1) * G, seeing, BLOCK_M):
             m = m0 + tl.arange(0, BLOCK_M)
-            later = m < slots * G
+            later = m < seeing
             later_slot = (m // G).to(tl.int64)
             later_head = kv_head * G + m % G
             more_k, more_v = _owe(

@@ -7,6 +7,8 @@ reads its keys and values once. Exponentials are in base 2 inside, the log-sum-e
 import triton
 import triton.language as tl
 
+from diffmas_ops.cached_attention.triton_mask import first_seen, sees
+
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
@@ -25,7 +27,10 @@ def load_rows(pointer, offset, present, D: tl.constexpr, BLOCK_D: tl.constexpr, 
 
 
 @triton.jit
-def query_block(q_begin, q_end, starts, splits, chunk, G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def query_block(
+    q_begin, q_end, starts, splits, chunk,
+    G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
     """Which queries and columns this program of a `(blocks, kv heads * splits, rows)` grid works on.
 
     Columns `first … unmasked - 1` are whole blocks that every query sees, `unmasked … last - 1` need the mask. A
@@ -48,6 +53,11 @@ def query_block(q_begin, q_end, starts, splits, chunk, G: tl.constexpr, BLOCK_M:
     seen_by_any = start + tl.minimum(count, (block * BLOCK_M + BLOCK_M - 1) // G + 1)
     last = tl.minimum(seen_by_any, first + chunk)
     unmasked = first + tl.maximum(tl.minimum(last, seen_by_all) - first, 0) // BLOCK_N * BLOCK_N
+    if WINDOW > 0:
+        # Blocks that no query sees any more are left out, and all others masked.
+        lowest = first_seen(start + (block * BLOCK_M) // G, WINDOW) // BLOCK_N * BLOCK_N
+        first = tl.maximum(first, lowest)
+        unmasked = first
     some = block * BLOCK_M < count * G
     return some, row, kv_head, part.to(tl.int64), token, head, i < count, start + i, first, unmasked, last
 
@@ -55,7 +65,7 @@ def query_block(q_begin, q_end, starts, splits, chunk, G: tl.constexpr, BLOCK_M:
 @triton.jit
 def _attend(
     acc, total, highest, q, keys, values, keys_c, values_c, position, first, last, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     for n in range(first, last, BLOCK_N):
         column = n + tl.arange(0, BLOCK_N)
@@ -64,7 +74,7 @@ def _attend(
         k = load_rows(keys, wide * keys_c, present, D, BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
-            scores = tl.where(column[None, :] <= position[:, None], scores, float("-inf"))
+            scores = tl.where(sees(position[:, None], column[None, :], WINDOW), scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         reference = new_highest
         if MASKED:
@@ -85,13 +95,14 @@ def forward_kernel(
     q, keys, values, out, lse, q_begin, q_end, starts, splits, chunk, scale,
     q_t, q_h, keys_b, keys_h, keys_c, values_b, values_h, values_c, out_s, out_t, out_h, lse_s, lse_t,
     G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """`out [S, T, Hq, D], lse [S, T, Hq]` of each part of the columns; -inf where a query sees nothing of a part.
 
     `scale` is positive: the highest score is looked for before scaling.
     """
     some, row, kv_head, part, token, head, present, position, first, unmasked, last = query_block(
-        q_begin, q_end, starts, splits, chunk, G, BLOCK_M, BLOCK_N
+        q_begin, q_end, starts, splits, chunk, G, BLOCK_M, BLOCK_N, WINDOW
     )
     if some:
         keys += row * keys_b + kv_head * keys_h
@@ -102,11 +113,11 @@ def forward_kernel(
         highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
         acc, total, highest = _attend(
             acc, total, highest, queries, keys, values, keys_c, values_c, position, first, unmasked, scale * LOG2E,
-            D, BLOCK_N, BLOCK_D, False,
+            D, BLOCK_N, BLOCK_D, WINDOW, False,
         )  # fmt: skip
         acc, total, highest = _attend(
             acc, total, highest, queries, keys, values, keys_c, values_c, position, unmasked, last, scale * LOG2E,
-            D, BLOCK_N, BLOCK_D, True,
+            D, BLOCK_N, BLOCK_D, WINDOW, True,
         )  # fmt: skip
         nothing = highest == float("-inf")
         d = tl.arange(0, BLOCK_D)[None, :]

@@ -82,8 +82,8 @@ def check_layer(
 
 
 def check_forward(
-    h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_new,
-    outputs, query_begin, query_end, query_starts, query_max_new, max_kv,
+    h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_seqlen_q,
+    outputs, query_begin, query_end, query_starts, query_max_seqlen_q, max_seqlen_k,
 ) -> Sizes:  # fmt: skip
     check_tensor("h", h, (None, None), h)
     size = check_layer(h.shape[0], h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, outputs)
@@ -96,11 +96,11 @@ def check_forward(
     )  # fmt: skip
     for name, tensor in index.items():
         check_tensor(name, tensor, (keys.shape[0],), h, torch.int32)
-    for name, number in (("max_new", max_new), ("query_max_new", query_max_new)):
+    for name, number in (("max_seqlen_q", max_seqlen_q), ("query_max_seqlen_q", query_max_seqlen_q)):
         if number < 0:
             raise ValueError(f"{name} is {number}; allowed: 0 and above")
-    if not 0 <= max_kv <= keys.shape[2]:
-        raise ValueError(f"max_kv is {max_kv}; allowed: 0 to {keys.shape[2]}, the capacity of keys")
+    if not 0 <= max_seqlen_k <= keys.shape[2]:
+        raise ValueError(f"max_seqlen_k is {max_seqlen_k}; allowed: 0 to {keys.shape[2]}, the capacity of keys")
     return size
 
 
@@ -146,10 +146,12 @@ def check_outputs(outputs: Tensor | None, tokens: int) -> None:
             raise ValueError(f"outputs has {token}; allowed: 0 to {tokens - 1}")
 
 
-def check_ranges(prefix: str, begin: Tensor, end: Tensor, starts: Tensor, tokens: int, max_new: int, max_kv: int):
-    """Contents: a row's range is among the packed `tokens`, at most `max_new` long, and ends before column `max_kv`."""
+def check_ranges(
+    prefix: str, begin: Tensor, end: Tensor, starts: Tensor, tokens: int, max_seqlen_q: int, max_seqlen_k: int
+):
+    """Contents: a row's range is among the `tokens`, at most `max_seqlen_q` long, and within `max_seqlen_k` columns."""
     starts_name = "starts" if prefix == "q" else f"{prefix}_starts"
-    of_max = "max_new" if prefix == "q" else f"{prefix}_max_new"
+    of_max = "max_seqlen_q" if prefix == "q" else f"{prefix}_max_seqlen_q"
     for row, (first, last, start) in enumerate(zip(begin.tolist(), end.tolist(), starts.tolist(), strict=True)):
         if not 0 <= first <= last <= tokens:
             raise ValueError(
@@ -157,7 +159,7 @@ def check_ranges(prefix: str, begin: Tensor, end: Tensor, starts: Tensor, tokens
                 f"allowed: 0 <= {prefix}_begin <= {prefix}_end <= {tokens}"
             )
         count = last - first
-        if count > max_new:
-            raise ValueError(f"{of_max} is {max_new}; allowed: at least the {count} tokens of row {row}")
-        if count and not 0 <= start <= max_kv - count:
-            raise ValueError(f"{starts_name}[{row}] is {start}; allowed: 0 to {max_kv - count}")
+        if count > max_seqlen_q:
+            raise ValueError(f"{of_max} is {max_seqlen_q}; allowed: at least the {count} tokens of row {row}")
+        if count and not 0 <= start <= max_seqlen_k - count:
+            raise ValueError(f"{starts_name}[{row}] is {start}; allowed: 0 to {max_seqlen_k - count}")

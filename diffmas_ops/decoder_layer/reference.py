@@ -21,6 +21,7 @@ from diffmas_ops.cached_attention.reference import cached_attention
 from diffmas_ops.decoder_layer import checks
 from diffmas_ops.decoder_layer.checks import DOWN, GATE, UP, K, O, Q, V
 from diffmas_ops.kv_append.reference import kv_append
+from diffmas_ops.rows import RowRanges
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Parameters:
 
 def decoder_layer(
     h: Tensor, cos: Tensor, sin: Tensor, norms, epsilon, weights, biases, a, b, scalings, keys: Tensor, values: Tensor,
-    q_begin: Tensor, q_end: Tensor, starts: Tensor, max_new: int, outputs: Tensor | None, query_begin: Tensor,
-    query_end: Tensor, query_starts: Tensor, query_max_new: int, max_kv: int, scale: float,
+    q_begin: Tensor, q_end: Tensor, starts: Tensor, max_seqlen_q: int, outputs: Tensor | None, query_begin: Tensor,
+    query_end: Tensor, query_starts: Tensor, query_max_seqlen_q: int, max_seqlen_k: int, softmax_scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`h [N, hidden]` of a call's tokens through the layer; their keys and values go to the rows' ends.
 
@@ -86,23 +87,23 @@ def decoder_layer(
     """
     queries = (query_begin, query_end, query_starts)
     size = checks.check_forward(
-        h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_new,
-        outputs, *queries, query_max_new, max_kv,
+        h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts,
+        max_seqlen_q, outputs, *queries, query_max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
     checks.check_outputs(outputs, size.tokens)
-    checks.check_ranges("q", q_begin, q_end, starts, size.tokens, max_new, keys.shape[2])
-    checks.check_ranges("query", *queries, size.rows, query_max_new, max_kv)
+    checks.check_ranges("q", q_begin, q_end, starts, size.tokens, max_seqlen_q, keys.shape[2])
+    checks.check_ranges("query", *queries, size.rows, query_max_seqlen_q, max_seqlen_k)
     p = Parameters(norms, epsilon, weights, biases, a, b, scalings)
     x = p.norm(norms[0], h)
     (k, low_k), (v, low_v) = p.linear(K, x), p.linear(V, x)
     v = v.unflatten(1, (-1, cos.shape[1]))
-    kv_append(p.rotated(norms[3], k, cos, sin), v, keys, values, q_begin, q_end, starts, max_new)
+    rows = RowRanges(q_begin, q_end, starts, max_seqlen_q, max_seqlen_k)
+    kv_append(p.rotated(norms[3], k, cos, sin), v, keys, values, rows)
     if outputs is not None:
         h, x, cos, sin = (t[outputs] for t in (h, x, cos, sin))
     q, low_q = p.linear(Q, x)
-    out, lse = cached_attention(
-        p.rotated(norms[2], q, cos, sin), None, None, keys, values, *queries, query_max_new, max_kv, scale,
-    )  # fmt: skip
+    rows = RowRanges(*queries, query_max_seqlen_q, max_seqlen_k)
+    out, lse = cached_attention(p.rotated(norms[2], q, cos, sin), None, None, keys, values, rows, softmax_scale)
     attended, low_o = p.linear(O, out.flatten(1))
     middle = h + attended
     x = p.norm(norms[1], middle)

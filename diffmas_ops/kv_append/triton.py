@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from diffmas_ops.rows import RowRanges
 from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _TILE = 8192  # elements of k, and of v, that a program moves
@@ -39,14 +40,14 @@ def _copy(
             tl.store(v, tl.load(value, mask=inside).to(v.dtype.element_ty), mask=inside)
 
 
-def _launch(k, v, keys, values, q_begin, q_end, starts, max_new, into_trace):
+def _launch(k, v, keys, values, rows, into_trace):
     batch, heads, _, head_dim = keys.shape
     # Two tile heights, not one per length: a new one is a compilation in the middle of somebody's training.
     block_d = triton.next_power_of_2(head_dim)
-    block = 1 if max_new == 1 else max(_TILE // block_d, 1)
+    block = 1 if rows.max_seqlen_q == 1 else max(_TILE // block_d, 1)
     with launch_on(keys):
-        _copy[triton.cdiv(max_new, block), heads, batch](
-            k, v, keys, values, q_begin, q_end, starts,
+        _copy[triton.cdiv(rows.max_seqlen_q, block), heads, batch](
+            k, v, keys, values, *rows[:3],
             *k.stride()[:2], *v.stride()[:2], *keys.stride()[:3], *values.stride()[:3],
             D=head_dim, BLOCK_T=block, BLOCK_D=block_d, INTO_TRACE=into_trace,
             **LAUNCH_OPTIONS,
@@ -58,27 +59,21 @@ def kv_append(
     v: Tensor,
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
+    rows: RowRanges,
 ) -> None:
     """See `reference.kv_append`."""
-    _launch(k, v, keys, values, q_begin, q_end, starts, max_new, True)
+    _launch(k, v, keys, values, rows, True)
 
 
 def kv_gather(
     keys: Tensor,
     values: Tensor,
-    q_begin: Tensor,
-    q_end: Tensor,
-    starts: Tensor,
-    max_new: int,
+    rows: RowRanges,
     total: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.kv_gather`."""
     shape = (total, keys.shape[1], keys.shape[3])
     k, v = (torch.zeros(shape, dtype=dtype, device=keys.device) for _ in range(2))
-    _launch(k, v, keys, values, q_begin, q_end, starts, max_new, False)
+    _launch(k, v, keys, values, rows, False)
     return k, v

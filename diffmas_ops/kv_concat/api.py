@@ -85,12 +85,11 @@ def kv_concat(
     ops.kv_concat([s.keys for s in sources], [s.values for s in sources], trace.keys, trace.values, *plan)
     trace.host_lengths = lengths
     trace.lengths = torch.tensor(lengths, dtype=torch.int32, device=first.device)
-    if torch.is_grad_enabled() and any(s.order.requires_grad for s in sources):
+    if torch.is_grad_enabled() and any(s.order.token.requires_grad for s in sources):
         # Of a trace that appears twice, one token is enough: its calls wait for it either way.
-        orders = {id(s): s.order for s in sources}
+        tokens = {id(s): s.order.token for s in sources}
         origin = _Origin(trace, sources, plan)
-        trace.order = _Concat.apply(origin, *orders.values())
-        trace.differentiable = lengths
+        trace.order.advance(_Concat.apply(origin, *tokens.values()), lengths)
     else:
         trace.detach_()
     return trace
@@ -100,14 +99,14 @@ class _Origin:
     """What the backward of a concatenation needs of both sides (never an order token: that would be a cycle)."""
 
     def __init__(self, trace: KVTrace, sources: list[KVTrace], plan: tuple):
-        self.gradients, self.lengths, self.max_kv = trace.gradients, trace.lengths, max(trace.host_lengths)
+        self.gradients, self.lengths, self.max_seqlen_k = trace.gradients, trace.lengths, max(trace.host_lengths)
         self.num_layers, self.implementation = trace.num_layers, trace.implementation
         self.sources = [s.gradients for s in sources]
         self.plan = plan
 
     def backward(self) -> None:
         for layer in range(self.num_layers):
-            self.gradients.flush(layer, self.lengths, self.max_kv)
+            self.gradients.flush(layer, self.lengths, self.max_seqlen_k)
         keys, values = self.gradients.accumulators()
         source_keys, source_values = zip(*(s.accumulators() for s in self.sources), strict=True)
         ops = backends.functions("kv_concat", keys, self.implementation)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.rows import ColumnRanges, RowRanges
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Triton's interpreter multiplies bfloat16 wrongly.
@@ -29,13 +30,14 @@ class Case:
     kv_heads: int = 2
     head_dim: int = 16
     scale: float = 0.3
+    window: int | None = None
 
     @property
-    def max_new(self) -> int:
+    def max_seqlen_q(self) -> int:
         return max(self.new)
 
     @property
-    def max_kv(self) -> int:
+    def max_seqlen_k(self) -> int:
         return max(n + s for n, s in zip(self.new, self.starts, strict=True))
 
 
@@ -49,7 +51,15 @@ RAGGED = {
     "some single": Case((0, 1, 1), (5, 161, 64), heads=5, kv_heads=1, head_dim=40),
     "one token of one": Case((1,), (0,), heads=1, kv_heads=1),
 }
-SINGLE = {name: case for name, case in RAGGED.items() if case.max_new == 1}
+WINDOWED = {
+    "shorter than the new tokens": Case((5, 0, 37), (3, 7, 50), window=4),
+    "one column": Case((13, 1, 41), (0, 97, 11), heads=3, kv_heads=1, head_dim=24, window=1),
+    "across tiles": Case((64, 33), (0, 90), heads=2, kv_heads=2, window=33),
+    "longer than some rows": Case((67, 9), (129, 0), heads=5, kv_heads=1, window=100),
+    "longer than all": Case((2, 3, 0), (131, 0, 9), window=1000),
+    "single": Case((1, 0, 1), (0, 7, 200), heads=8, kv_heads=2, window=50),
+}
+SINGLE = {name: case for name, case in RAGGED.items() if case.max_seqlen_q == 1}
 
 
 @st.composite
@@ -80,8 +90,8 @@ def random(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 class Problem:
     """Packed queries, keys, values and output gradients of a case over a trace that is NaN where nothing was written.
 
-    There are unclaimed NaN tokens between the rows. `rows` is `(q_begin, q_end, starts)`, `claimed` the mask of
-    the tokens that belong to a row.
+    There are unclaimed NaN tokens between the rows; `claimed` is the mask of the tokens that belong to a row. `scores`
+    are the operators' scale and window, `columns` all of them.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, seed: int = 0):
@@ -91,7 +101,7 @@ class Problem:
         total = 2 + sum(case.new) + batch
         self.q, self.grad = (strided(case.heads, total, case.head_dim, dtype=dtype).transpose(0, 1) for _ in range(2))
         self.k, self.v = (strided(total, case.kv_heads, case.head_dim, dtype=dtype) for _ in range(2))
-        shape = (batch, case.kv_heads, case.max_kv + 3, case.head_dim)
+        shape = (batch, case.kv_heads, case.max_seqlen_k + 3, case.head_dim)
         self.keys, self.values = (strided(*shape, dtype=dtype) for _ in range(2))
         acc = accumulation_dtype(dtype)
         self.grad_keys, self.grad_values = (random(*shape, dtype=acc) for _ in range(2))
@@ -104,9 +114,11 @@ class Problem:
                 trace[row, :, :start] = random(case.kv_heads, start, case.head_dim, dtype=dtype)
                 trace[row, :, start : start + n] = packed[begin : begin + n].transpose(0, 1)
         ends = [begin + n for begin, n in zip(begins, case.new, strict=True)]
-        self.rows = (indices(*begins), indices(*ends), indices(*case.starts))
-        self.column_end = self.rows[2] + self.rows[1] - self.rows[0]
-        self.sizes = (case.max_new, case.max_kv, case.scale)
+        tables = (indices(*begins), indices(*ends), indices(*case.starts))
+        self.rows = RowRanges(*tables, case.max_seqlen_q, case.max_seqlen_k)
+        column_end = self.rows.starts + self.rows.q_end - self.rows.q_begin
+        self.columns = ColumnRanges(torch.zeros_like(column_end), column_end)
+        self.scores = (case.scale, case.window)
 
     def double(self) -> Problem:
         """The same numbers in float64."""
@@ -145,11 +157,13 @@ def plain_backward(problem: Problem, lse: torch.Tensor, delta: torch.Tensor):
 def _rows(problem: Problem, lse: torch.Tensor | None):
     """Of every row: token range, probabilities `[Hkv, G, n, columns]`, and the keys and values its queries see."""
     case = problem.case
-    for row, (begin, end, start) in enumerate(zip(*(x.tolist() for x in problem.rows), strict=True)):
+    for row, (begin, end, start) in enumerate(zip(*(x.tolist() for x in problem.rows[:3]), strict=True)):
         keys, values = (x[row, :, : start + end - begin] for x in (problem.keys, problem.values))
         scores = _group(problem.q[begin:end], case.kv_heads) @ keys.unsqueeze(1).mT * case.scale
-        future = torch.ones_like(scores, dtype=torch.bool).triu(start + 1)
-        scores = scores.to(accumulation_dtype(problem.dtype)).masked_fill(future, -torch.inf)
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(start + 1)
+        if case.window is not None:
+            hidden |= torch.ones_like(hidden).tril(start - case.window)
+        scores = scores.to(accumulation_dtype(problem.dtype)).masked_fill(hidden, -torch.inf)
         if lse is None:
             yield begin, end, scores.softmax(-1), keys, values
         else:

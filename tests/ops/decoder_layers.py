@@ -75,7 +75,7 @@ class LayerProblem:
             bounds = [0, *torch.tensor(wanted).cumsum(0).tolist()]
             first = [s + n - w for s, n, w in zip(starts, new, wanted, strict=True)]
             self.queries = indices(bounds[:-1]), indices(bounds[1:]), indices(first), max(wanted)
-        self.max_new, self.max_kv = max(new), columns - 2
+        self.max_seqlen_q, self.max_seqlen_k = max(new), columns - 2
         self.states = reference.decoder_layer(*self.forward_arguments())
         count = len(self.states[0])
         self.grads = [draw(count, HIDDEN), draw(count, HEADS, DIM), *(draw(tokens, KV_HEADS, DIM) for _ in range(2))]
@@ -83,8 +83,8 @@ class LayerProblem:
     def forward_arguments(self) -> tuple:
         trace = [x.clone() for x in self.trace]
         return (
-            self.h, *self.turns, *self.parameters, *trace, *self.rows, self.max_new, self.index, *self.queries,
-            self.max_kv, 0.3,
+            self.h, *self.turns, *self.parameters, *trace, *self.rows, self.max_seqlen_q, self.index, *self.queries,
+            self.max_seqlen_k, 0.3,
         )  # fmt: skip
 
     def output_arguments(self) -> tuple:

@@ -71,37 +71,6 @@ def test_gradcheck_cached_attention(plan, implementation, poison):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("plan", [[(2, 1)], [(2, 0), (1, 1), (1, 1), (0, 2)]])
-def test_rotating_and_appending_at_once(plan, interleaved, implementation, poison):
-    """Values and gradients as with q and k turned before, by positions of every kind of call; scaled, partial."""
-    inv_freq = torch.tensor([0.9, 0.2], **F64)
-    inputs = [leaf(sum(n), h, 6, seed=i * 3 + j) for i, n in enumerate(plan) for j, h in enumerate((4, 2, 2))]
-
-    def run(fused):
-        trace = make_trace(implementation=implementation, head_dim=6)
-        outs = []
-        for lengths, q, k, v in zip(plan, inputs[::3], inputs[1::3], inputs[2::3], strict=True):
-            call = trace.open(lengths)
-            positions = call.position_ids[0]
-            if fused:
-                angles = positions.unsqueeze(-1) * inv_freq
-                tables = [(1.3 * x).repeat(1, 2).unsqueeze(0) for x in (angles.cos(), angles.sin())]
-                options = dict(position_embeddings=tables, interleaved=interleaved)
-            else:
-                q, k = (
-                    torch.cat((1.3 * turned[..., :4], x[..., 4:]), -1)
-                    for x in (q, k)
-                    for turned in [rotate(x, positions[:, None], inv_freq, interleaved)]
-                )
-                options = {}
-            outs.append(ops.cached_attention(q, k, v, call, layer=0, **options))
-        out = torch.cat(outs)
-        return [out, trace.keys[..., :1, :], *torch.autograd.grad(out.square().sum(), inputs)]
-
-    assert all(error(a, e) < 1e-13 for a, e in zip(run(True), run(False), strict=True))
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
 def test_gradcheck_kv_concat(interleaved, implementation, poison):
     rotary = ops.Rotary(torch.tensor([0.9, 0.2], **F64), interleaved)
     inputs = [leaf(n, h, 4, seed=i * 3 + j) for i, n in enumerate((4, 3, 3)) for j, h in enumerate((4, 2, 2))]
@@ -188,11 +157,6 @@ def segments(trace, **options):
 X = torch.zeros(2, 2, 4, **F64)
 
 
-def turns(*shape, sin=None, dtype=torch.float64, device="cpu"):
-    cos = torch.ones(shape, dtype=dtype, device=device)
-    return dict(position_embeddings=(cos, cos if sin is None else sin))
-
-
 @pytest.mark.parametrize(
     "change, error_type, message",
     [
@@ -208,17 +172,6 @@ def turns(*shape, sin=None, dtype=torch.float64, device="cpu"):
         (dict(k=X.half()), TypeError, "k is torch.float16"),
         (dict(v=X.to("meta")), ValueError, "v is on meta; allowed: cpu, the trace's device"),
         (dict(q=X.mT.contiguous().mT), ValueError, "q has stride 2 in its last dimension; allowed: 1"),
-        (turns(1, 3, 4), ValueError, r"cos of .* has shape \(1, 3, 4\); allowed: \[1, 2, R\].* R even and ≤ 4"),
-        (turns(2, 4), ValueError, "cos of position_embeddings has shape"),
-        (turns(1, 2, 3), ValueError, "cos of position_embeddings has shape"),
-        (turns(1, 2, 6), ValueError, "cos of position_embeddings has shape"),
-        (turns(1, 2, 4, sin=X[:, :, :2]), ValueError, "sin of position_embeddings has shape"),
-        (
-            turns(1, 2, 4, dtype=torch.half),
-            TypeError,
-            "cos of position_embeddings is torch.float16; allowed: .*float64",
-        ),
-        (turns(1, 2, 4, device="meta"), ValueError, "cos of position_embeddings is on meta; allowed: cpu"),
     ],
 )
 def test_cached_attention_refuses(change, error_type, message):

@@ -16,6 +16,8 @@ from diffmas_ops import library
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import SUPPORTED, accumulation_dtype
 from diffmas_ops.kv_concat import reference as concat
+from diffmas_ops.native import Functions
+from diffmas_ops.rows import ColumnRanges, Pending
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,15 +28,16 @@ HEADS = {"mha": (2, 2), "gqa": (8, 2), "mqa": (5, 1), "more than a tile": (20, 1
 
 
 def use(monkeypatch, operators):
-    """Have the suite's checks call these operators."""
-    for name in ("attention", "append", "rotary", "concat", "latent", "merge"):
+    """Have the suite's checks call these operators; returns them with the reference's signatures."""
+    operators = Functions(operators)
+    for name in ("attention", "append", "concat", "latent", "merge"):
         monkeypatch.setattr(suite, f"{name}_triton", operators)
+    return operators
 
 
 @pytest.fixture(autouse=True)
 def operators(monkeypatch):
-    use(monkeypatch, torch.ops.diffmas)
-    return torch.ops.diffmas
+    return use(monkeypatch, torch.ops.diffmas)
 
 
 def sized(case, head_dim, heads="gqa"):
@@ -63,7 +66,7 @@ def test_attention(case, dtype):
 def test_attention_in_float64(operators, case):
     case = sized(CASES[case], 64)
     p = Problem(case, torch.float64)
-    arguments = (p.q, None, None, p.keys, p.values, *p.rows, *p.sizes)
+    arguments = (p.q, None, None, p.keys, p.values, p.rows, *p.scores)
     results = operators.cached_attention(*arguments), attention.cached_attention(*arguments)
     for name, got, exact in zip(("out", "lse"), *results, strict=True):
         assert got.dtype == torch.float64
@@ -98,24 +101,23 @@ def test_deferred_rows(operators, heads, head_dim, dtype):
     problem = Problem(case, dtype)
     double, acc = problem.double(), accumulation_dtype(dtype)
     out, lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, *problem.rows, *problem.sizes
+        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
     )
     delta, hole = (out * double.grad).sum(-1), int(problem.rows[0][1]) + 3
     for x, nothing in ((problem.q, 0), (problem.grad, 0), (lse, torch.inf), (delta, 0)):
         x[hole] = nothing
     double = problem.double()
-    rows = (*problem.rows[:2], torch.full_like(problem.rows[2], 2**30))
-    window, sizes = (indices(0, 5), problem.rows[2]), problem.sizes
+    rows, columns, scores = problem.rows, ColumnRanges(indices(0, 5), problem.rows.starts), problem.scores
     got, exact = ([p.grad_keys.clone(), p.grad_values.clone()] for p in (problem, double))
     operators.cached_attention_backward_columns(
-        problem.grad, problem.q, lse.to(acc), delta.to(acc), problem.keys, problem.values, *got, *rows, *window, *sizes
+        problem.grad, problem.q, lse.to(acc), delta.to(acc), problem.keys, problem.values, *got, rows, columns, *scores
     )
     attention.cached_attention_backward_columns(
-        double.grad, double.q, lse, delta, double.keys, double.values, *exact, *rows, *window, *sizes
+        double.grad, double.q, lse, delta, double.keys, double.values, *exact, rows, columns, *scores
     )
     plain = plain_backward(problem, lse.to(acc), delta.to(acc))[1:]
     for mine, theirs, best, untouched in zip(got, plain, exact, (problem.grad_keys, problem.grad_values), strict=True):
-        for row, (first, last) in enumerate(zip(*(x.tolist() for x in window), strict=True)):
+        for row, (first, last) in enumerate(zip(*(x.tolist() for x in columns), strict=True)):
             theirs[row, :, :first], theirs[row, :, last:] = untouched[row, :, :first], untouched[row, :, last:]
             assert torch.equal(mine[row, :, :first], untouched[row, :, :first])
             assert torch.equal(mine[row, :, last:], untouched[row, :, last:])
@@ -133,16 +135,6 @@ def test_token_backward(case, slots, slot, dtype):
 @pytest.mark.parametrize("case, head_dim", [("primes", 64), ("prefix", 20), ("some single", 64)])
 def test_append_and_gather(case, head_dim, dtype):
     suite.test_append_and_gather(replace(RAGGED[case], head_dim=head_dim), dtype)
-
-
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(
-    "case, head_dim, half, narrow",
-    [("primes", 64, 32, True), ("some single", 64, 16, False), ("prefix", 64, 13, True), ("few", 25, 9, False)],
-)
-def test_rotary(case, head_dim, half, narrow, interleaved, dtype):
-    suite.check_rotary(replace(RAGGED[case], head_dim=head_dim), dtype, half, interleaved, narrow)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -213,21 +205,22 @@ def test_merge_states(sets, dtype):
 def everything(operators, dtype):
     """Results of all attention operators on one problem of several tiles, chunks and rows."""
     p = Problem(sized(Case((1, 1, 0, 1), (300, 2, 7, 131)), 64), dtype)
-    out, lse = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, *p.rows, *p.sizes)
+    out, lse = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, *p.scores)
     shape = (4, 3, p.q.shape[1])
     pending = [random(*shape, 64, dtype=dtype), random(*shape, 64, dtype=dtype)]
     pending += [random(*shape, dtype=torch.float32) + 5, random(*shape, dtype=torch.float32)]
     token = operators.cached_attention_backward_token(
-        p.grad, p.q, out, lse, p.keys, p.values, p.grad_keys, p.grad_values, *pending, 1, *p.rows, *p.sizes[1:]
-    )
+        p.grad, p.q, out, lse, p.keys, p.values, p.grad_keys, p.grad_values, Pending(*pending, p.rows.starts - 1),
+        p.rows, *p.scores,
+    )  # fmt: skip
     p = Problem(sized(Case((40, 3), (70, 150)), 64), dtype)
-    many, many_lse = operators.cached_attention(p.q, None, None, p.keys, p.values, *p.rows, *p.sizes)
+    many, many_lse = operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
     grad_q, delta = operators.cached_attention_backward_queries(
-        p.grad, p.q, many, many_lse, p.keys, p.values, *p.rows, *p.sizes
+        p.grad, p.q, many, many_lse, p.keys, p.values, p.rows, *p.scores
     )
     operators.cached_attention_backward_columns(
         p.grad, p.q, many_lse, delta, p.keys, p.values, p.grad_keys, p.grad_values,
-        *p.rows, torch.zeros_like(p.column_end), p.column_end, *p.sizes,
+        p.rows, p.columns, *p.scores,
     )  # fmt: skip
     packed = [x[p.claimed] for x in (many, many_lse, grad_q, delta)]
     single = [x[1:2] for x in (out, lse, *token)]
@@ -246,7 +239,7 @@ def test_graph_capture(operators):
     case = sized(Case((1, 1), (300, 40)), 64)
     p = Problem(case, torch.bfloat16)
     starts = p.rows[2].clone()
-    arguments = (p.q, None, None, p.keys, p.values, *p.rows[:2], starts, *p.sizes)
+    arguments = (p.q, None, None, p.keys, p.values, p.rows._replace(starts=starts), *p.scores)
     operators.cached_attention(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -264,15 +257,15 @@ def test_offsets_beyond_32_bits(operators):
     far = torch.empty(4 * apart + 64, dtype=torch.bfloat16, device=cases.DEVICE)
     far = far.as_strided((1, 1, 5, 64), (1, 1, apart, 1))
     far[:, :, :3] = p.keys[:, :, :3]
-    got = operators.cached_attention(p.q, p.k, p.v, far, p.values[:, :, :5], *p.rows, *p.sizes)
-    want = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, *p.rows, *p.sizes)
+    got = operators.cached_attention(p.q, p.k, p.v, far, p.values[:, :, :5], p.rows, *p.scores)
+    want = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, *p.scores)
     assert all(torch.equal(a[p.claimed], b[p.claimed]) for a, b in zip(got, want, strict=True))
 
 
 def test_head_dim_too_large(operators):
     p = Problem(Case((2,), (3,), head_dim=320), torch.float32)
     with pytest.raises(RuntimeError, match="head dim 320; allowed on CUDA: 1 to 256"):
-        operators.cached_attention(p.q, None, None, p.keys, p.values, *p.rows, *p.sizes)
+        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
 
 
 def test_senders_of_two_dtypes(operators):

@@ -38,7 +38,6 @@ from test_cuda import (  # noqa: F401
     test_latent_project,
     test_latent_project_in_parts,
     test_merge_states,
-    test_rotary,
     test_senders_of_two_dtypes,
     test_token_backward,
     use,
@@ -81,8 +80,7 @@ def operators(host_library, monkeypatch):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     # Few enough that small problems are unsplit as well as split.
     monkeypatch.setenv("DIFFMAS_HOST_MULTIPROCESSORS", "12")
-    use(monkeypatch, host_library)
-    return host_library
+    return use(monkeypatch, host_library)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -125,3 +123,9 @@ def test_order_of_threads_and_blocks(operators, monkeypatch, dtype):
         results.append(everything(operators, dtype))
     for other in results[1:]:
         assert all(map(suite.same, other, results[0]))
+
+
+def test_a_window_is_refused_by_name(operators):
+    p = cases.Problem(Case((2,), (3,), window=3), torch.float32)
+    with pytest.raises(RuntimeError, match="window is 3; allowed on CUDA: None"):
+        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)

@@ -23,10 +23,12 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmas_ops.backends import UnsupportedError
+from diffmas_ops import KVTrace, cached_attention
 from diffmas_ops.cached_attention import flash, flash_engines
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.errors import UnsupportedError
+from diffmas_ops.rows import ColumnRanges, RowRanges
 
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float64)
 USABLE = [
@@ -49,34 +51,33 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check(case, dtype, seed=0):
     problem = Problem(case, dtype, seed)
     double, mask, acc = problem.double(), problem.claimed, accumulation_dtype(dtype)
-    arguments = (double.q, None, None, double.keys, double.values, *problem.rows, *problem.sizes)
+    arguments = (double.q, None, None, double.keys, double.values, problem.rows, *problem.scores)
     exact, exact_lse = attention.cached_attention(*arguments)
     keys, values = (x.clone() for x in (problem.keys, problem.values))
     for row, start in enumerate(case.starts):
         keys[row, :, start:] = values[row, :, start:] = torch.nan
-    out, lse = flash.cached_attention(problem.q, problem.k, problem.v, keys, values, *problem.rows, *problem.sizes)
+    out, lse = flash.cached_attention(problem.q, problem.k, problem.v, keys, values, problem.rows, *problem.scores)
     assert out.dtype == dtype and lse.dtype == acc
     plain_lse = attention.cached_attention(
-        problem.q, None, None, problem.keys, problem.values, *problem.rows, *problem.sizes
+        problem.q, None, None, problem.keys, problem.values, problem.rows, *problem.scores
     )[1]
     assert_within("out", out[mask], plain_forward(problem)[mask], exact[mask], FORWARD)
     assert_within("lse", lse[mask], plain_lse[mask], exact_lse[mask], FORWARD, logarithm_terms(exact_lse[mask]))
 
-    low, low_lse, rows = exact.to(dtype), exact_lse.to(acc), (*problem.rows, torch.zeros_like(problem.rows[0]))
+    low, low_lse, rows = exact.to(dtype), exact_lse.to(acc), (problem.rows, problem.columns)
     best_q, delta = attention.cached_attention_backward_queries(double.grad, double.q, exact, exact_lse, *arguments[3:])
     best = [double.grad_keys.clone(), double.grad_values.clone()]
     attention.cached_attention_backward_columns(
-        double.grad, double.q, exact_lse, delta, double.keys, double.values, *best, *rows, problem.column_end,
-        *problem.sizes,
+        double.grad, double.q, exact_lse, delta, double.keys, double.values, *best, *rows, *problem.scores,
     )  # fmt: skip
     inputs = (problem.grad, problem.q, low, low_lse, problem.keys, problem.values)
-    got_q, got_delta = flash.cached_attention_backward_queries(*inputs, *problem.rows, *problem.sizes)
+    got_q, got_delta = flash.cached_attention_backward_queries(*inputs, problem.rows, *problem.scores)
     apart, together = ([problem.grad_keys.clone(), problem.grad_values.clone()] for _ in range(2))
     flash.cached_attention_backward_columns(
         problem.grad, problem.q, low_lse, delta.to(acc), problem.keys, problem.values, *apart, *rows,
-        problem.column_end, *problem.sizes,
+        *problem.scores,
     )  # fmt: skip
-    fused_q = flash.cached_attention_backward(*inputs, *together, *rows, problem.column_end, *problem.sizes)
+    fused_q = flash.cached_attention_backward(*inputs, *together, *rows, *problem.scores)
     terms = score_terms(problem, exact)
     plain_q, *plain = plain_backward(problem, low_lse, delta.to(acc))
     for name, mine in (("grad_q", got_q), ("grad_q, fused", fused_q)):
@@ -117,7 +118,7 @@ def test_deferred_rows_and_windows_of_columns(engine, monkeypatch):
     q[3], grad[3], lse[3], delta[3] = 0, 0, torch.inf, 0
     begin = torch.tensor([0, 5, 10], dtype=torch.int32, device=DEVICE)
     low, high = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 3, 0], [40, 29, 0]))
-    rows = (begin, begin + 5, torch.full_like(begin, 2**30), low, high, 5, 40, case.scale)
+    rows = RowRanges(begin, begin + 5, torch.full_like(begin, 40), 5, 40), ColumnRanges(low, high), case.scale
     start = torch.randn(2, 3, 2, 40, 64, dtype=torch.float64, device=DEVICE)
     got, best = start.to(acc), start.clone()
     flash.cached_attention_backward_columns(grad, q, lse.to(acc), delta.to(acc), keys, values, *got, *rows)
@@ -166,3 +167,13 @@ def test_unknown_engine(monkeypatch):
     monkeypatch.setenv(flash_engines.VARIABLE, "flash-attn-1")
     with pytest.raises(UnsupportedError, match="is 'flash-attn-1'; allowed: flash-attn-2, "):
         flash_engines.choose(torch.empty(1, 64))
+
+
+def test_a_window_is_refused_by_name():
+    trace = KVTrace.allocate(
+        num_layers=1, batch=1, num_kv_heads=2, capacity=4, head_dim=64, device=DEVICE, dtype=DTYPES[0],
+        implementation="flash",
+    )  # fmt: skip
+    x = torch.zeros(3, 2, 64, device=DEVICE, dtype=DTYPES[0])
+    with pytest.raises(UnsupportedError, match="'flash' cannot run cached_attention: it has no window of columns"):
+        cached_attention(x, x, x, trace.open(3), layer=0, window=2)

@@ -12,16 +12,17 @@ import pytest
 import torch
 
 from diffmas_ops import library
+from diffmas_ops import native as native_module
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import SUPPORTED, accumulation_dtype
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_concat import reference as concat
 from diffmas_ops.latent_project import reference as latent
 from diffmas_ops.merge_states import reference as merge
-from diffmas_ops.rotary_append import reference as rotary_reference
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
-native = torch.ops.diffmas
+native = native_module.CPU.functions("cached_attention")
 
 FORWARD, BACKWARD = 2.0, 3.0
 
@@ -42,19 +43,24 @@ def random(*shape, dtype):
     return view
 
 
+def mapped(function, arguments):
+    made = map(function, arguments)
+    return type(arguments)(*made) if hasattr(arguments, "_fields") else type(arguments)(made)
+
+
 def doubled(arguments):
     """The arguments with every floating-point tensor a float64 copy."""
     if isinstance(arguments, torch.Tensor):
         return arguments.double() if arguments.is_floating_point() else arguments
     if isinstance(arguments, list | tuple):
-        return type(arguments)(map(doubled, arguments))
+        return mapped(doubled, arguments)
     return torch.float64 if isinstance(arguments, torch.dtype) else arguments
 
 
 def copied(arguments):
     if isinstance(arguments, torch.Tensor):
         return torch.empty_strided(arguments.shape, arguments.stride(), dtype=arguments.dtype).copy_(arguments)
-    return type(arguments)(map(copied, arguments)) if isinstance(arguments, list | tuple) else arguments
+    return mapped(copied, arguments) if isinstance(arguments, list | tuple) else arguments
 
 
 def rounding(dtype):
@@ -114,7 +120,7 @@ def ranges(case, gap=2):
     return indices(*begin), indices(*[b + n for b, n in zip(begin, new, strict=True)]), indices(*starts), at
 
 
-def problem(case, heads, dim, dtype):
+def problem(case, heads, dim, dtype, window=None):
     """Queries, new keys and values, and a trace whose columns are random up to each row's end and poison beyond."""
     torch.manual_seed(0)
     q_begin, q_end, starts, total = ranges(case)
@@ -127,8 +133,8 @@ def problem(case, heads, dim, dtype):
             x[begin:end] = torch.randn(end - begin, *x.shape[1:])
         for x in (keys, values):
             x[row, :, : ends[row]] = torch.randn(hkv, ends[row], dim)
-    max_new = int((q_end - q_begin).max())
-    return q, k, v, keys, values, (q_begin, q_end, starts), (max_new, max(ends), dim**-0.5)
+    rows = RowRanges(q_begin, q_end, starts, int((q_end - q_begin).max()), max(ends))
+    return q, k, v, keys, values, rows, (dim**-0.5, window)
 
 
 def claimed(plan, total):
@@ -138,9 +144,13 @@ def claimed(plan, total):
     return mask
 
 
+def all_columns(plan):
+    return ColumnRanges(torch.zeros_like(plan.starts), plan.starts + plan.q_end - plan.q_begin)
+
+
 def attend(function, *arguments):
     """Only the tokens that a row claims: the others are unspecified."""
-    mask = claimed(arguments[5:8], arguments[0].shape[0])
+    mask = claimed(arguments[5], arguments[0].shape[0])
     return tuple(x[mask] for x in function(*arguments))
 
 
@@ -148,8 +158,8 @@ def attend(function, *arguments):
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("case", RAGGED)
 def test_attention_forward(case, heads, dtype):
-    q, k, v, keys, values, plan, sizes = problem(case, heads, 64, dtype)
-    arguments = (q, k, v, keys, values, *plan, *sizes)
+    q, k, v, keys, values, plan, scores = problem(case, heads, 64, dtype)
+    arguments = (q, k, v, keys, values, plan, *scores)
     compare(
         lambda *a: attend(native.cached_attention, *a), lambda *a: attend(attention.cached_attention, *a),
         arguments, FORWARD, results=(3, 4),
@@ -160,21 +170,21 @@ def test_attention_forward(case, heads, dtype):
 @pytest.mark.parametrize("case", ["single", "few", "primes"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_head_dims(dim, case, dtype):
-    q, _, _, keys, values, plan, sizes = problem(case, "gqa", dim, dtype)
-    arguments = (q, None, None, keys, values, *plan, *sizes)
+    q, _, _, keys, values, plan, scores = problem(case, "gqa", dim, dtype)
+    arguments = (q, None, None, keys, values, plan, *scores)
     compare(
         lambda *a: attend(native.cached_attention, *a), lambda *a: attend(attention.cached_attention, *a),
         arguments, FORWARD,
     )  # fmt: skip
-    backward(q, keys, values, plan, sizes, torch.zeros_like(plan[2]), plan[2] + plan[1] - plan[0])
+    backward(q, keys, values, plan, scores, all_columns(plan))
 
 
-def backward(q, keys, values, plan, sizes, column_begin, column_end):
+def backward(q, keys, values, plan, scores, columns):
     acc = accumulation_dtype(q.dtype)
     mask = claimed(plan, q.shape[0])
-    out, lse = attention.cached_attention(q, None, None, keys, values, *plan, *sizes)
+    out, lse = attention.cached_attention(q, None, None, keys, values, plan, *scores)
     grad_out = torch.where(mask[:, None, None], torch.randn(q.shape), torch.nan).to(q.dtype)
-    arguments = (grad_out, q, out, lse, keys, values, *plan, *sizes)
+    arguments = (grad_out, q, out, lse, keys, values, plan, *scores)
 
     def queries(function):
         return lambda *a: tuple(x[mask] for x in function(*a))
@@ -184,7 +194,7 @@ def backward(q, keys, values, plan, sizes, column_begin, column_end):
     delta = (out.to(acc) * grad_out.to(acc)).sum(-1)
     grad_keys, grad_values = (torch.randn(x.shape, dtype=acc) for x in (keys, values))
     arguments = (
-        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *plan, column_begin, column_end, *sizes
+        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, plan, columns, *scores
     )  # fmt: skip
     compare(
         native.cached_attention_backward_columns, attention.cached_attention_backward_columns,
@@ -192,7 +202,7 @@ def backward(q, keys, values, plan, sizes, column_begin, column_end):
     )  # fmt: skip
 
     arguments = (
-        grad_out, q, out, lse, keys, values, grad_keys, grad_values, *plan, column_begin, column_end, *sizes
+        grad_out, q, out, lse, keys, values, grad_keys, grad_values, plan, columns, *scores
     )  # fmt: skip
     compare(
         lambda *a: native.cached_attention_backward(*a)[mask],
@@ -206,14 +216,28 @@ def backward(q, keys, values, plan, sizes, column_begin, column_end):
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("case", RAGGED)
 def test_attention_backward(case, heads, dtype):
-    q, _, _, keys, values, plan, sizes = problem(case, heads, 64, dtype)
-    backward(q, keys, values, plan, sizes, torch.zeros_like(plan[2]), plan[2] + plan[1] - plan[0])
+    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype)
+    backward(q, keys, values, plan, scores, all_columns(plan))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [1, 7, 64, 600, 3000])
+@pytest.mark.parametrize("heads", ["gqa", "wide"])
+@pytest.mark.parametrize("case", ["single", "few", "primes", "blocks", "several tasks"])
+def test_windows(case, heads, window, dtype):
+    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, window)
+    arguments = (q, None, None, keys, values, plan, *scores)
+    compare(
+        lambda *a: attend(native.cached_attention, *a), lambda *a: attend(attention.cached_attention, *a),
+        arguments, FORWARD,
+    )  # fmt: skip
+    backward(q, keys, values, plan, scores, all_columns(plan))
 
 
 @pytest.mark.parametrize("case", ["few", "primes", "blocks"])
 def test_columns_between(case):
     """A window of columns that ends before the newest one: nothing outside it is read or written."""
-    q, _, _, keys, values, plan, sizes = problem(case, "gqa", 64, torch.float32)
+    q, _, _, keys, values, plan, scores = problem(case, "gqa", 64, torch.float32)
     first, last = plan[2] // 3, plan[2] + (plan[1] - plan[0]) // 2
     for x in (keys, values):
         original = x.clone()
@@ -224,7 +248,7 @@ def test_columns_between(case):
     grad_out = torch.where(mask[:, None, None], torch.randn(q.shape), torch.nan)
     lse, delta = (torch.randn(q.shape[:2]) + 3 for _ in range(2))
     grads = [torch.randn(x.shape) for x in (keys, values)]
-    arguments = (grad_out, q, lse, delta, keys, values, *grads, *plan, first, last, *sizes)
+    arguments = (grad_out, q, lse, delta, keys, values, *grads, plan, ColumnRanges(first, last), *scores)
     compare(
         native.cached_attention_backward_columns, attention.cached_attention_backward_columns,
         arguments, BACKWARD, results=(6, 7),
@@ -234,14 +258,15 @@ def test_columns_between(case):
 @pytest.mark.parametrize("dim", [40, 64])
 def test_all_gradients_of_long_rows(dim):
     """Rows whose columns are cut into several tasks, columns without gradient before, between tasks and behind."""
-    q, _, _, keys, values, plan, sizes = problem("several tasks", "gqa", dim, torch.float32)
+    q, _, _, keys, values, plan, scores = problem("several tasks", "gqa", dim, torch.float32)
     last = plan[2] + plan[1] - plan[0]
-    backward(q, keys, values, plan, sizes, indices(515, 1024, 0), last - indices(3, 0, 7))
+    backward(q, keys, values, plan, scores, ColumnRanges(indices(515, 1024, 0), last - indices(3, 0, 7)))
 
 
+@pytest.mark.parametrize("window", [None, 20, 170])
 @pytest.mark.parametrize("slots, first", [(1, 0), (7, 2), (43, 0)])
 @pytest.mark.parametrize("heads", HEADS)
-def test_deferred_rows(slots, first, heads):
+def test_deferred_rows(slots, first, heads, window):
     """A flush: pending rows behind every column, with holes, and unused slots before the first."""
     hq, hkv = HEADS[heads]
     batch, dim, columns = 3, 64, 150
@@ -254,10 +279,10 @@ def test_deferred_rows(slots, first, heads):
     grads = [torch.randn(x.shape) for x in (keys, values)]
     q_begin = torch.arange(batch, dtype=torch.int32) * slots + first
     q_end = torch.arange(1, batch + 1, dtype=torch.int32) * slots
-    plan = (q_begin, q_end, torch.full_like(q_begin, 2**30))
+    plan = RowRanges(q_begin, q_end, torch.full_like(q_begin, columns + first), slots, columns)
     arguments = (
         grad_out.reshape(-1, hq, dim), q.reshape(-1, hq, dim), lse.flatten(0, 1), delta.flatten(0, 1), keys, values,
-        *grads, *plan, indices(0, 3, 0), indices(columns, 140, 0), slots, columns, dim**-0.5,
+        *grads, plan, ColumnRanges(indices(0, 3, 0), indices(columns, 140, 0)), dim**-0.5, window,
     )  # fmt: skip
     compare(
         native.cached_attention_backward_columns, attention.cached_attention_backward_columns,
@@ -266,28 +291,33 @@ def test_deferred_rows(slots, first, heads):
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-@pytest.mark.parametrize("slots, slot", [(1, 0), (6, 2), (70, 0), (5, 4)])
+@pytest.mark.parametrize("slots, slot, window", [(1, 0, None), (6, 2, None), (70, 0, None), (5, 4, None), (70, 3, 9)])
 @pytest.mark.parametrize("case, heads", [("single", "gqa"), ("some single", "mha"), ("single", "wide")])
-def test_token_backward(case, heads, slots, slot, dtype):
-    q, _, _, keys, values, plan, (_, max_kv, scale) = problem(case, heads, 64, dtype)
+def test_token_backward(case, heads, slots, slot, window, dtype):
+    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, window)
     acc, (batch, hq) = accumulation_dtype(dtype), (keys.shape[0], q.shape[1])
     mask = claimed(plan, q.shape[0])
-    out, lse = attention.cached_attention(q, None, None, keys, values, *plan, 1, max_kv, scale)
+    out, lse = attention.cached_attention(q, None, None, keys, values, plan, *scores)
     grad_out = torch.where(mask[:, None, None], torch.randn(q.shape), torch.nan).to(dtype)
     grads = [torch.full(x.shape, torch.nan, dtype=acc) for x in (keys, values)]
-    for row, column in enumerate(plan[2].tolist()):
+    for row, column in enumerate(plan.starts.tolist()):
         for x in grads:
             x[row, :, column] = torch.randn(x.shape[1], x.shape[3], dtype=acc)
+    # The last row was absent from an earlier call, where there was one.
+    own = torch.full((batch,), slot, dtype=torch.int32)
+    own[-1] = max(slot - 1, 0)
     pending = [random(batch, slots, hq, 64, dtype=dtype) for _ in range(2)]
     pending += [torch.randn(batch, slots, hq, dtype=acc) + 5 * (i == 0) for i in range(2)]
-    for x in pending:
-        x[:, : slot + 1] = torch.nan
-    arguments = (grad_out, q, out, lse, keys, values, *grads, *pending, slot, *plan, max_kv, scale)
+    for row, at in enumerate(own.tolist()):
+        for x in pending:
+            x[row, : at + 1] = torch.nan
+    deferred = Pending(*pending, plan.starts - own)
+    arguments = (grad_out, q, out, lse, keys, values, *grads, deferred, plan, *scores)
 
     def written(function):
         def run(*a):
             returned = tuple(x[mask] for x in function(*a))
-            return returned + tuple(a[i][:, slot:] for i in range(8, 12))
+            return returned + tuple(x[:, slot:] for x in a[8][:4])
 
         return run
 
@@ -298,17 +328,17 @@ def test_token_backward(case, heads, slots, slot, dtype):
 
 
 def test_unclaimed_tokens_are_zero():
-    q, _, _, keys, values, plan, sizes = problem("primes", "gqa", 64, torch.float32)
+    q, _, _, keys, values, plan, scores = problem("primes", "gqa", 64, torch.float32)
     rest = ~claimed(plan, q.shape[0])
-    for x in native.cached_attention(q, None, None, keys, values, *plan, *sizes):
+    for x in native.cached_attention(q, None, None, keys, values, plan, *scores):
         assert not x[rest].any()
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
 @pytest.mark.parametrize("case", RAGGED)
 def test_append_and_gather(case, dtype):
-    _, k, v, keys, values, plan, (max_new, _, _) = problem(case, "gqa", 40, dtype)
-    arguments = (k.transpose(0, 1).contiguous().transpose(0, 1), v, keys, values, *plan, max_new)
+    _, k, v, keys, values, plan, _ = problem(case, "gqa", 40, dtype)
+    arguments = (k.transpose(0, 1).contiguous().transpose(0, 1), v, keys, values, plan)
     mine, theirs = copied(arguments), copied(arguments)
     native.kv_append(*mine)
     append.kv_append(*theirs)
@@ -316,25 +346,9 @@ def test_append_and_gather(case, dtype):
         assert torch.equal(mine[i].nan_to_num(7.0), theirs[i].nan_to_num(7.0))
     acc = accumulation_dtype(dtype)
     grads = [x.to(acc) for x in mine[2:4]]
-    arguments = (*grads, *plan, max_new, k.shape[0], dtype)
+    arguments = (*grads, plan, k.shape[0], dtype)
     for got, want in zip(native.kv_gather(*arguments), append.kv_gather(*arguments), strict=True):
         assert got.dtype == dtype and torch.equal(got, want)
-
-
-@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("case, half, narrow", [("primes", 20, True), ("some single", 8, False), ("empty", 0, False)])
-def test_rotary(case, half, narrow, interleaved, dtype):
-    q, k, v, keys, values, plan, (max_new, _, _) = problem(case, "gqa", 40, dtype)
-    angle = torch.randn(len(k), 2 * half, dtype=torch.float64)
-    tables = [
-        (1.3 * x).to(dtype if narrow else accumulation_dtype(dtype))[:, :half] for x in (angle.cos(), angle.sin())
-    ]
-    finite = [x.nan_to_num(0.5) for x in (q, k, v)]
-    arguments = (*finite, *tables, interleaved, keys, values, *plan, max_new)
-    compare(native.rotary_append, rotary_reference.rotary_append, arguments, FORWARD, results=(6, 7))
-    arguments = (*finite[:2], *tables, interleaved)
-    compare(native.rotary_backward, rotary_reference.rotary_backward, arguments, BACKWARD)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -395,16 +409,16 @@ def test_merge_states(splits, dtype):
 
 def _everything():
     """One pass through every attention operator, as bytes."""
-    q, k, v, keys, values, plan, sizes = problem("primes", "gqa", 64, torch.float32)
-    out, lse = native.cached_attention(q, k, v, keys, values, *plan, *sizes)
-    grad_q, delta = native.cached_attention_backward_queries(out, q, out, lse, keys, values, *plan, *sizes)
+    q, k, v, keys, values, plan, scores = problem("primes", "gqa", 64, torch.float32)
+    out, lse = native.cached_attention(q, k, v, keys, values, plan, *scores)
+    grad_q, delta = native.cached_attention_backward_queries(out, q, out, lse, keys, values, plan, *scores)
     grads = [torch.zeros(x.shape) for x in (keys, values)]
     ends = plan[2] + plan[1] - plan[0]
     native.cached_attention_backward_columns(
-        out, q, lse, delta, keys, values, *grads, *plan, torch.zeros_like(ends), ends, *sizes
+        out, q, lse, delta, keys, values, *grads, plan, ColumnRanges(torch.zeros_like(ends), ends), *scores
     )
-    q, _, _, keys, values, plan, sizes = problem("single", "gqa", 64, torch.float32)
-    single = native.cached_attention(q, None, None, keys, values, *plan, *sizes)
+    q, _, _, keys, values, plan, scores = problem("single", "gqa", 64, torch.float32)
+    single = native.cached_attention(q, None, None, keys, values, plan, *scores)
     return [x.numpy().tobytes() for x in (out, lse, grad_q, delta, *grads, *single)]
 
 
@@ -438,12 +452,10 @@ def test_other_instruction_sets(isa):
 
 
 def _bad(**changes):
-    q, k, v, keys, values, (q_begin, q_end, starts), (max_new, max_kv, scale) = problem("few", "gqa", 64, torch.float32)
-    arguments = dict(
-        q=q, k=k, v=v, keys=keys, values=values, q_begin=q_begin, q_end=q_end, starts=starts, max_new=max_new,
-        max_kv=max_kv, scale=scale,
-    )  # fmt: skip
-    return native.cached_attention(**{**arguments, **{name: change(arguments) for name, change in changes.items()}})
+    q, k, v, keys, values, rows, (scale, window) = problem("few", "gqa", 64, torch.float32)
+    arguments = dict(q=q, k=k, v=v, keys=keys, values=values, **rows._asdict(), softmax_scale=scale, window=window)
+    changed = {name: change(arguments) for name, change in changes.items()}
+    return torch.ops.diffmas.cached_attention(**arguments | changed)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +472,9 @@ def _bad(**changes):
         ({"starts": lambda a: a["starts"] - 1}, r"starts\[0\] is -1; allowed: 0 and above"),
         ({"q_end": lambda a: a["q_end"] + 1000}, r"q_end\[0\] are 1, 1003; allowed: 0 <= q_begin <= q_end <= "),
         ({"q_begin": lambda a: a["q_begin"][1:]}, r"q_begin has shape \[4\]; allowed: \[5\]"),
-        ({"max_new": lambda a: 4}, "max_new is 4; allowed: at least the 5 tokens of row 1"),
-        ({"max_kv": lambda a: 10**6}, "max_kv is 1000000; allowed: 0 to "),
+        ({"max_seqlen_q": lambda a: 4}, "max_seqlen_q is 4; allowed: at least the 5 tokens of row 1"),
+        ({"max_seqlen_k": lambda a: 10**6}, "max_seqlen_k is 1000000; allowed: 0 to "),
+        ({"window": lambda a: 0}, "window is 0; allowed: 1 and above, or None"),
     ],
 )
 def test_bad_arguments(changes, message):

@@ -5,11 +5,13 @@ import torch
 from cases import RAGGED, Problem, indices, random
 from decoder_layers import LayerProblem
 
-from diffmas_ops import backends, library
+from diffmas_ops import library
 from diffmas_ops.cached_attention import reference as attention
+from diffmas_ops.need import OPERATORS as OPERATORS_OF
+from diffmas_ops.rows import Pending
 
 DEVICES = [device for device in ("cpu", "cuda") if library.failure(device) is None]
-OPERATORS = [name for functions in backends.OPERATORS.values() for name in functions]
+OPERATORS = [name for functions in OPERATORS_OF.values() for name in functions]
 pytestmark = pytest.mark.skipif(not DEVICES, reason=str(library.failure("cpu")))
 
 
@@ -23,13 +25,10 @@ def samples():
     """Arguments of every operator, several of a kind where it takes optional ones."""
     problem, single = Problem(RAGGED["prefix"], torch.float32), Problem(RAGGED["some single"], torch.float32)
     q, k, v, keys, values = (x.contiguous() for x in (problem.q, problem.k, problem.v, problem.keys, problem.values))
-    rows, sizes, case = problem.rows, problem.sizes, problem.case
+    rows, scores = problem.rows, (problem.case.scale, 7)
     grads = problem.grad_keys, problem.grad_values
-    yield "kv_append", (k, v, keys, values, *rows, case.max_new)
-    yield "kv_gather", (*grads, *rows, case.max_new, len(k), torch.float16)
-    tables = [random(len(k), 6, dtype=torch.float32) for _ in range(2)]
-    yield "rotary_append", (q, k, v, *tables, True, keys, values, *rows, case.max_new)
-    yield "rotary_backward", (q, k, *tables, False)
+    yield "kv_append", (k, v, keys, values, rows)
+    yield "kv_gather", (*grads, rows, len(k), torch.float16)
     sources = [[random(2, 2, 3, 11, 16, dtype=torch.float32) for _ in range(2)] for _ in range(2)]
     traces = [random(2, 2, 3, 17, 16, dtype=torch.float32) for _ in range(2)]
     for rotary in (None, 8):
@@ -42,27 +41,26 @@ def samples():
         yield "latent_project_backward", (hidden, hidden, w, hidden, hidden.norm(dim=-1), 1.5, need)
     for transposed in (True, False):
         yield "few_rows_matmul", (hidden, weight, transposed)
-    yield "cached_attention", (q, k, v, keys, values, *rows, *sizes)
-    yield "cached_attention", (q, None, None, keys, values, *rows, *sizes)
-    out, lse = attention.cached_attention(q, None, None, keys, values, *rows, *sizes)
-    yield "cached_attention_backward_queries", (problem.grad, q, out, lse, keys, values, *rows, *sizes)
-    window = (torch.zeros_like(problem.column_end), problem.column_end)
+    yield "cached_attention", (q, k, v, keys, values, rows, *scores)
+    yield "cached_attention", (q, None, None, keys, values, rows, *scores)
+    out, lse = attention.cached_attention(q, None, None, keys, values, rows, *scores)
+    yield "cached_attention_backward_queries", (problem.grad, q, out, lse, keys, values, rows, *scores)
     yield (
         "cached_attention_backward_columns",
-        (problem.grad, q, lse, lse, keys, values, *grads, *rows, *window, *sizes),
+        (problem.grad, q, lse, lse, keys, values, *grads, rows, problem.columns, *scores),
     )
     yield (
         "cached_attention_backward",
-        (problem.grad, q, out, lse, keys, values, *grads, *rows, *window, *sizes),
+        (problem.grad, q, out, lse, keys, values, *grads, rows, problem.columns, *scores),
     )
     heads, dim, batch = single.case.heads, single.case.head_dim, len(single.case.new)
     pending = [random(batch, 4, heads, *tail, dtype=torch.float32) for tail in ((dim,), (dim,), (), ())]
-    out, lse = attention.cached_attention(single.q, None, None, single.keys, single.values, *single.rows, *single.sizes)
+    out, lse = attention.cached_attention(single.q, None, None, single.keys, single.values, single.rows, *single.scores)
     yield (
         "cached_attention_backward_token",
         (
             single.grad, single.q, out, lse, single.keys, single.values, single.grad_keys, single.grad_values,
-            *pending, 1, *single.rows, *single.sizes[1:],
+            Pending(*pending, single.rows.starts - 1), single.rows, *single.scores,
         ),
     )  # fmt: skip
     for layer in (LayerProblem([2, 1], [3, 0]), LayerProblem([5, 9], [1, 4], outputs=True)):
@@ -72,17 +70,28 @@ def samples():
     yield "merge_states", (random(3, 5, 2, 16, dtype=torch.float32), random(3, 5, 2, dtype=torch.float32))
 
 
+def mapped(function, x):
+    if isinstance(x, list | tuple):
+        return type(x)(*map(function, x)) if hasattr(x, "_fields") else type(x)(map(function, x))
+    return x
+
+
+def flat(arguments):
+    """As the compiled operators take them."""
+    return tuple(y for x in arguments for y in (x if hasattr(x, "_fields") else (x,)))
+
+
 def finite(x):
     """opcheck compares results: unclaimed tokens and unwritten columns hold numbers here, not poison."""
     if isinstance(x, torch.Tensor) and x.is_floating_point():
         return x.nan_to_num(0.5)
-    return type(x)(map(finite, x)) if isinstance(x, list | tuple) else x
+    return mapped(finite, x)
 
 
 def moved(x, device):
     if isinstance(x, torch.Tensor):
         return x.to(device)
-    return type(x)(moved(y, device) for y in x) if isinstance(x, list | tuple) else x
+    return mapped(lambda y: moved(y, device), x)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -93,7 +102,7 @@ def test_opcheck(operator, device):
     checked = 0
     for name, arguments in samples():
         if name == operator:
-            torch.library.opcheck(getattr(torch.ops.diffmas, name).default, moved(finite(arguments), device))
+            torch.library.opcheck(getattr(torch.ops.diffmas, name).default, moved(flat(finite(arguments)), device))
             checked += 1
     assert checked, f"no sample for {operator}"
 
@@ -103,14 +112,14 @@ def test_fake_matches_reference(operator):
     """Fake outputs have the shapes, dtypes and strides of the reference's."""
     from importlib import import_module
 
-    folder = next(f for f, functions in backends.OPERATORS.items() if operator in functions)
+    folder = next(f for f, functions in OPERATORS_OF.items() if operator in functions)
     reference = getattr(import_module(f"diffmas_ops.{folder}.reference"), operator)
     for name, arguments in samples():
         if name != operator:
             continue
         arguments = finite(arguments)
         with torch._subclasses.FakeTensorMode() as mode:
-            faked = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+            faked = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, flat(arguments))
             fake = getattr(torch.ops.diffmas, operator)(*faked)
         real = reference(*arguments)
         fakes, reals = (torch.utils._pytree.tree_leaves(x, is_leaf=torch.is_tensor) for x in (fake, real))
@@ -125,12 +134,13 @@ def test_compiled_graph_is_whole():
         pytest.skip("no kernel is registered for cached_attention")
 
     def layer(q, k, v, keys, values, q_begin, q_end, starts):
-        out, _ = torch.ops.diffmas.cached_attention(q * 2, k, v, keys, values, q_begin, q_end, starts, *problem.sizes)
+        rows = (q_begin, q_end, starts, *problem.rows[3:])
+        out, _ = torch.ops.diffmas.cached_attention(q * 2, k, v, keys, values, *rows, *problem.scores)
         return out.sin(), keys.clone()
 
     q, k, v, keys, values = (finite(x) for x in (problem.q, problem.k, problem.v, problem.keys, problem.values))
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    got = compiled(q, k, v, torch.zeros_like(keys), torch.zeros_like(values), *problem.rows)
-    want = layer(q, k, v, torch.zeros_like(keys), torch.zeros_like(values), *problem.rows)
+    got = compiled(q, k, v, torch.zeros_like(keys), torch.zeros_like(values), *problem.rows[:3])
+    want = layer(q, k, v, torch.zeros_like(keys), torch.zeros_like(values), *problem.rows[:3])
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)

@@ -7,6 +7,8 @@ import torch
 from compare import error
 from oracle import attend, rotate
 
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+
 TOLERANCE = 1e-12
 pytestmark = pytest.mark.usefixtures("poison")
 F64 = dict(dtype=torch.float64)
@@ -21,12 +23,15 @@ def i32(*values):
 
 
 # Rows with no token, one token, and a prime number of them; they are not adjacent, and tokens 0, 4 and 5 are nobody's.
-RANGES = i32(1, 4, 2, 6), i32(2, 4, 4, 13), i32(3, 5, 0, 2)
+RANGES = RowRanges(i32(1, 4, 2, 6), i32(2, 4, 4, 13), i32(3, 5, 0, 2), 7, 11)
 TOTAL, CAPACITY, HEADS, KV_HEADS, DIM = 14, 11, 6, 2, 4
 
 
+each_window = pytest.mark.parametrize("window", [None, 1, 3, 20])
+
+
 def rows():
-    return list(zip(*(r.tolist() for r in RANGES), strict=True))
+    return list(zip(*(r.tolist() for r in RANGES[:3]), strict=True))
 
 
 def cache(*shape):
@@ -38,7 +43,7 @@ def test_append_writes_the_ends_of_rows_and_gather_reads_them_back():
     k, v = torch.randn(2, TOTAL, KV_HEADS, DIM, **F64)
     keys, values = cache(), cache()
     before = keys.clone(), values.clone()
-    ops.kv_append(k, v, keys, values, *RANGES, 7)
+    ops.kv_append(k, v, keys, values, RANGES)
     untouched = torch.ones(4, CAPACITY, dtype=torch.bool)
     for row, (begin, end, start) in enumerate(rows()):
         for i in range(end - begin):
@@ -48,49 +53,57 @@ def test_append_writes_the_ends_of_rows_and_gather_reads_them_back():
     for new, old in zip((keys, values), before, strict=True):
         assert torch.equal(new.transpose(1, 2)[untouched], old.transpose(1, 2)[untouched])
     claimed = torch.tensor([any(b <= t < e for b, e, _ in rows()) for t in range(TOTAL)])
-    for read, written in zip(ops.kv_gather(keys, values, *RANGES, 7, TOTAL, torch.float32), (k, v), strict=True):
+    for read, written in zip(ops.kv_gather(keys, values, RANGES, TOTAL, torch.float32), (k, v), strict=True):
         assert read.dtype == torch.float32
         assert torch.equal(read[claimed], written[claimed].float()) and not read[~claimed].any()
 
 
-def test_attention_is_causal_over_the_rows_own_columns():
+@each_window
+def test_attention_is_causal_over_the_rows_own_columns(window):
     ops = reference("cached_attention")
     q, k, v = (torch.randn(TOTAL, h, DIM, **F64) for h in (HEADS, KV_HEADS, KV_HEADS))
     keys, values = cache(), cache()
     for row, (begin, end, start) in enumerate(rows()):  # Columns no token sees hold NaN.
         keys[row, :, start + end - begin :] = values[row, :, start + end - begin :] = torch.nan
-    out, lse = ops.cached_attention(q, k, v, keys, values, *RANGES, 7, CAPACITY, 0.3)
-    again, _ = ops.cached_attention(q, None, None, keys, values, *RANGES, 7, CAPACITY, 0.3)
+    out, lse = ops.cached_attention(q, k, v, keys, values, RANGES, 0.3, window)
+    again, _ = ops.cached_attention(q, None, None, keys, values, RANGES, 0.3, window)
     for row, (begin, end, start) in enumerate(rows()):
         if begin < end:
             seen = [x[row, :, : start + end - begin].transpose(0, 1) for x in (keys, values)]
             assert torch.equal(seen[0][start:], k[begin:end])
-            assert error(out[begin:end], attend(q[begin:end], *seen, start, 0.3)) < TOLERANCE
+            assert error(out[begin:end], attend(q[begin:end], *seen, start, 0.3, window)) < TOLERANCE
             assert torch.equal(out[begin:end], again[begin:end])
             for i in range(end - begin):
                 scores = torch.einsum("hgd,nhd->hgn", q[begin + i].unflatten(0, (KV_HEADS, -1)), seen[0]) * 0.3
-                total = scores[..., : start + i + 1].exp().sum(-1).log().flatten()
+                total = (
+                    scores[..., max(0, start + i + 1 - (window or CAPACITY)) : start + i + 1]
+                    .exp()
+                    .sum(-1)
+                    .log()
+                    .flatten()
+                )
                 assert error(lse[begin + i], total) < TOLERANCE
 
 
-def test_backward_of_many_tokens_is_that_of_autograd():
+@each_window
+def test_backward_of_many_tokens_is_that_of_autograd(window):
     ops = reference("cached_attention")
     q, grad_out = torch.randn(2, TOTAL, HEADS, DIM, **F64)
     keys, values = cache(), cache()
-    out, lse = ops.cached_attention(q, None, None, keys, values, *RANGES, 7, CAPACITY, 0.3)
-    grad_q, delta = ops.cached_attention_backward_queries(
-        grad_out, q, out, lse, keys, values, *RANGES, 7, CAPACITY, 0.3
-    )
+    out, lse = ops.cached_attention(q, None, None, keys, values, RANGES, 0.3, window)
+    grad_q, delta = ops.cached_attention_backward_queries(grad_out, q, out, lse, keys, values, RANGES, 0.3, window)
     first, last = i32(1, 0, 0, 3), i32(4, 5, 2, 7)
     before = cache(), cache()
     grad_keys, grad_values = (x.clone() for x in before)
     ops.cached_attention_backward_columns(
-        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *RANGES, first, last, 7, CAPACITY, 0.3
+        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, RANGES, ColumnRanges(first, last), 0.3, window
     )
     for row, (begin, end, start) in enumerate(rows()):
         leaves = [x.detach().requires_grad_() for x in (q[begin:end], keys[row], values[row])]
         seen = [x.transpose(0, 1)[: start + end - begin] for x in leaves[1:]]
-        loss = (attend(leaves[0], *seen, start, 0.3) * grad_out[begin:end]).sum() if begin < end else 0 * q.sum()
+        loss = (
+            (attend(leaves[0], *seen, start, 0.3, window) * grad_out[begin:end]).sum() if begin < end else 0 * q.sum()
+        )
         wanted = torch.autograd.grad(loss, leaves) if begin < end else [torch.zeros_like(x) for x in leaves]
         assert error(grad_q[begin:end], wanted[0]) < TOLERANCE
         inside = slice(int(first[row]), int(last[row]))
@@ -100,56 +113,43 @@ def test_backward_of_many_tokens_is_that_of_autograd():
             assert error(grad[row], expected) < TOLERANCE
 
 
-def test_backward_of_single_tokens_defers_exactly_what_it_owes():
+@each_window
+def test_backward_of_single_tokens_defers_exactly_what_it_owes(window):
     """Three single-token calls, one row absent from the middle one: deferred and then flushed, against autograd."""
     ops = reference("cached_attention")
     batch, calls = 2, 3
     present = [[0, 1], [1], [0, 1]]
     keys, values = torch.randn(2, batch, KV_HEADS, CAPACITY, DIM, **F64)
     old = i32(4, 2)
-    pending_q, pending_grad = torch.full((2, batch, calls, HEADS, DIM), torch.nan, **F64)
-    pending_lse, pending_delta = torch.full((2, batch, calls, HEADS), torch.nan, **F64)
+    pending = Pending(
+        *torch.zeros(2, batch, calls, HEADS, DIM, **F64), torch.full((batch, calls, HEADS), torch.inf, **F64),
+        torch.zeros(batch, calls, HEADS, **F64), old,
+    )  # fmt: skip
     grad_keys, grad_values = torch.zeros(2, batch, KV_HEADS, CAPACITY, DIM, **F64)
     forwards, starts = [], old.clone()
     for rows_in in present:
         q, grad_out = torch.randn(2, len(rows_in), HEADS, DIM, **F64)
         ends = i32(*(sum(r <= b for r in rows_in) for b in range(batch)))
         begins = ends - i32(*(int(b in rows_in) for b in range(batch)))
-        ranges = begins, ends, starts.clone()
-        out, lse = ops.cached_attention(q, None, None, keys, values, *ranges, 1, CAPACITY, 0.3)
+        ranges = RowRanges(begins, ends, starts.clone(), 1, CAPACITY)
+        out, lse = ops.cached_attention(q, None, None, keys, values, ranges, 0.3, window)
         forwards.append((grad_out, q, out, lse, ranges))
         starts += ends - begins
     own = []
-    for slot in reversed(range(calls)):
-        grad_out, q, out, lse, ranges = forwards[slot]
+    for grad_out, q, out, lse, ranges in reversed(forwards):
         own.append(
             ops.cached_attention_backward_token(
-                grad_out,
-                q,
-                out,
-                lse,
-                keys,
-                values,
-                grad_keys,
-                grad_values,
-                pending_q,
-                pending_grad,
-                pending_lse,
-                pending_delta,
-                slot,
-                *ranges,
-                CAPACITY,
-                0.3,
-            )  # fmt: skip
+                grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, ranges, 0.3, window
+            )
         )
     own.reverse()
     assert not grad_keys.any() and not grad_values.any()
-    assert torch.equal(pending_lse[0, 1], torch.full((HEADS,), torch.inf, **F64))
-    # The flush of all slots, as rows behind every column.
-    flat = [x.flatten(0, 1) for x in (pending_grad, pending_q, pending_lse, pending_delta)]
+    # Rows' tokens stand in their slots one after the other; the slot that row 0 never reached contributes nothing.
+    assert torch.equal(pending.lse[0, 2], torch.full((HEADS,), torch.inf, **F64))
+    flat = [x.flatten(0, 1) for x in (pending.grad, pending.q, pending.lse, pending.delta)]
     ops.cached_attention_backward_columns(
-        *flat, keys, values, grad_keys, grad_values, i32(0, 3), i32(3, 6), i32(2**30, 2**30), i32(0, 0), old,
-        calls, CAPACITY, 0.3,
+        *flat, keys, values, grad_keys, grad_values, RowRanges(i32(0, 3), i32(3, 6), old, calls, CAPACITY),
+        ColumnRanges(i32(0, 0), old), 0.3, window,
     )  # fmt: skip
     for row in range(batch):
         leaves = [x[row].transpose(0, 1).detach().requires_grad_() for x in (keys, values)]
@@ -159,7 +159,7 @@ def test_backward_of_single_tokens_defers_exactly_what_it_owes():
                 at = rows_in.index(row)
                 queries.append(q[at : at + 1].detach().requires_grad_())
                 length += 1
-                result = attend(queries[-1], *(x[:length] for x in leaves), length - 1, 0.3)
+                result = attend(queries[-1], *(x[:length] for x in leaves), length - 1, 0.3, window)
                 loss = loss + (result * grad_out[at : at + 1]).sum()
         want_k, want_v, *want_q = torch.autograd.grad(loss, leaves + queries)
         column = int(old[row])
@@ -265,7 +265,7 @@ def test_low_precision_accumulates_in_float32(dtype):
     q, k, v = (torch.randn(TOTAL, h, DIM).to(dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
     keys, values = cache().to(dtype), cache().to(dtype)
     wide = [x.double() for x in (q, k, v, keys, values)]
-    out, lse = ops.cached_attention(q, k, v, keys, values, *RANGES, 7, CAPACITY, 0.3)
-    exact, exact_lse = ops.cached_attention(*wide, *RANGES, 7, CAPACITY, 0.3)
+    out, lse = ops.cached_attention(q, k, v, keys, values, RANGES, 0.3)
+    exact, exact_lse = ops.cached_attention(*wide, RANGES, 0.3)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert error(out, exact) <= torch.finfo(dtype).eps and error(lse, exact_lse) <= 1e-6

@@ -16,6 +16,7 @@ from cases import (
     FORWARD,
     RAGGED,
     SINGLE,
+    WINDOWED,
     Case,
     Problem,
     assert_within,
@@ -45,10 +46,10 @@ from diffmas_ops.latent_project import reference as latent
 from diffmas_ops.latent_project import triton as latent_triton
 from diffmas_ops.merge_states import reference as merge
 from diffmas_ops.merge_states import triton as merge_triton
-from diffmas_ops.rotary_append import reference as rotary
-from diffmas_ops.rotary_append import triton as rotary_triton
+from diffmas_ops.need import Need
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
-REFUSAL = triton_device.refusal(DEVICE, torch.float32)
+REFUSAL = triton_device.refusal(Need("cached_attention", DEVICE, torch.float32))
 pytestmark = [
     pytest.mark.skipif(REFUSAL is not None, reason=str(REFUSAL)),
     # Merging the parts of tokens that no row claims computes with whatever memory held.
@@ -67,17 +68,17 @@ def check_forward(case, dtype, seed=0):
     problem = Problem(case, dtype, seed)
     double = problem.double()
     exact, exact_lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, *problem.rows, *problem.sizes
+        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
     )
     _, plain_lse = attention.cached_attention(
-        problem.q, None, None, problem.keys, problem.values, *problem.rows, *problem.sizes
+        problem.q, None, None, problem.keys, problem.values, problem.rows, *problem.scores
     )
     # The trace as the call finds it: nothing at the new columns.
     keys, values = (x.clone() for x in (problem.keys, problem.values))
     for row, start in enumerate(case.starts):
         keys[row, :, start:] = values[row, :, start:] = torch.nan
     out, lse = attention_triton.cached_attention(
-        problem.q, problem.k, problem.v, keys, values, *problem.rows, *problem.sizes
+        problem.q, problem.k, problem.v, keys, values, problem.rows, *problem.scores
     )
     assert same(keys, problem.keys) and same(values, problem.values)
     assert out.dtype == dtype and lse.dtype == torch.float32 and out.is_contiguous()
@@ -90,20 +91,20 @@ def check_backward(case, dtype, seed=0):
     problem = Problem(case, dtype, seed)
     double = problem.double()
     out, lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, *problem.rows, *problem.sizes
+        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
     )
     exact = [double.grad_keys.clone(), double.grad_values.clone()]
     exact_q, exact_delta = attention.cached_attention_backward_queries(
-        double.grad, double.q, out, lse, double.keys, double.values, *problem.rows, *problem.sizes
+        double.grad, double.q, out, lse, double.keys, double.values, problem.rows, *problem.scores
     )
     attention.cached_attention_backward_columns(
         double.grad, double.q, lse, exact_delta, double.keys, double.values, *exact,
-        *problem.rows, torch.zeros_like(problem.column_end), problem.column_end, *problem.sizes,
+        problem.rows, problem.columns, *problem.scores,
     )  # fmt: skip
     acc, mask = accumulation_dtype(dtype), problem.claimed
     low_out, low_lse, low_delta = out.to(dtype), lse.to(acc), exact_delta.to(acc)
     grad_q, delta = attention_triton.cached_attention_backward_queries(
-        problem.grad, problem.q, low_out, low_lse, problem.keys, problem.values, *problem.rows, *problem.sizes
+        problem.grad, problem.q, low_out, low_lse, problem.keys, problem.values, problem.rows, *problem.scores
     )
     plain_q, *plain = plain_backward(problem, low_lse, (low_out.to(acc) * problem.grad.to(acc)).sum(-1))
     assert grad_q.dtype == dtype and delta.dtype == acc and grad_q.is_contiguous()
@@ -113,7 +114,7 @@ def check_backward(case, dtype, seed=0):
     got = [problem.grad_keys.clone(), problem.grad_values.clone()]
     attention_triton.cached_attention_backward_columns(
         problem.grad, problem.q, low_lse, low_delta, problem.keys, problem.values, *got,
-        *problem.rows, torch.zeros_like(problem.column_end), problem.column_end, *problem.sizes,
+        problem.rows, problem.columns, *problem.scores,
     )  # fmt: skip
     for name, mine, theirs, best in zip(("grad_keys", "grad_values"), got, plain, exact, strict=True):
         assert_within(name, mine, theirs, best, BACKWARD, terms)
@@ -128,6 +129,13 @@ def test_attention_forward(case, dtype):
 @each_dtype
 @each_case
 def test_attention_backward(case, dtype):
+    check_backward(case, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("case", WINDOWED.values(), ids=WINDOWED)
+def test_attention_with_a_window(case, dtype):
+    check_forward(case, dtype)
     check_backward(case, dtype)
 
 
@@ -167,7 +175,7 @@ def test_head_dim_too_large():
     problem = Problem(Case((2,), (3,), head_dim=320), torch.float32)
     with pytest.raises(ValueError, match="head_dim is 320; allowed: at most 256"):
         attention_triton.cached_attention(
-            problem.q, problem.k, problem.v, problem.keys, problem.values, *problem.rows, *problem.sizes
+            problem.q, problem.k, problem.v, problem.keys, problem.values, problem.rows, *problem.scores
         )
 
 
@@ -175,7 +183,7 @@ def test_head_dim_too_large():
 def test_columns_between(case):
     """A window of columns: those outside are neither read nor written, and rows without one are left alone."""
     problem = Problem(case, torch.float32)
-    first, last = problem.rows[2] // 3, problem.column_end - (problem.rows[1] - problem.rows[0]) // 2
+    first, last = problem.rows[2] // 3, problem.columns.end - (problem.rows[1] - problem.rows[0]) // 2
     for x in (problem.keys, problem.values):
         column = torch.arange(x.shape[2], device=DEVICE)
         outside = (column < first[:, None]) | (column >= last[:, None])
@@ -190,7 +198,7 @@ def test_columns_between(case):
         grads = [p.grad_keys.clone(), p.grad_values.clone()]
         function.cached_attention_backward_columns(
             p.grad, p.q, lse.to(dtype), delta.to(dtype), p.keys, p.values, *grads,
-            *p.rows, first, last, *p.sizes,
+            p.rows, ColumnRanges(first, last), *p.scores,
         )  # fmt: skip
         results.append(grads)
     for name, got, plain, exact in zip(("grad_keys", "grad_values"), *results, strict=True):
@@ -208,8 +216,8 @@ def deferred(slots, first, heads, kv_heads, dtype):
     tokens = [problem.q[problem.claimed], problem.grad[problem.claimed]]
     q, grad = (x.contiguous() for x in tokens)
     begins = torch.arange(batch, dtype=torch.int32, device=DEVICE) * slots
-    rows = (begins + first, begins + slots, torch.full_like(begins, 2**30))
-    every = (begins, begins + slots, rows[2])
+    starts = torch.full_like(begins, columns + first)
+    rows = RowRanges(begins + first, begins + slots, starts, slots - first, columns)
     scores = torch.einsum("bnkgd,bkcd->bnkgc", q.view(batch, slots, kv_heads, -1, dim), keys) * case.scale
     lse = scores.logsumexp(-1).reshape(-1, heads)
     out = torch.einsum("bnkgc,bkcd->bnkgd", scores.softmax(-1), values).reshape(q.shape)
@@ -220,8 +228,7 @@ def deferred(slots, first, heads, kv_heads, dtype):
         x.view(batch, slots, -1)[:, :first] = torch.nan
     acc = accumulation_dtype(dtype)
     return (
-        grad.to(dtype), q.to(dtype), lse.to(acc), delta.to(acc), keys.to(dtype), values.to(dtype), rows, every,
-        case.scale,
+        grad.to(dtype), q.to(dtype), lse.to(acc), delta.to(acc), keys.to(dtype), values.to(dtype), rows, case.scale,
     )  # fmt: skip
 
 
@@ -244,15 +251,14 @@ def plain_deferred(grad, q, lse, delta, keys, values, grad_keys, grad_values, fi
 def test_deferred_rows(slots, first, heads, kv_heads, dtype):
     """A flush: queries behind every column, a hole, slots before the first that were never written."""
     torch.manual_seed(1)
-    *tensors, rows, _, scale = deferred(slots, first, heads, kv_heads, dtype)
-    begin, end = indices(0, 3), indices(150, 141)
+    *tensors, rows, scale = deferred(slots, first, heads, kv_heads, dtype)
+    columns = ColumnRanges(indices(0, 3), indices(150, 141))
     shape, acc = tensors[4].shape, accumulation_dtype(dtype)
     start = [random(*shape, dtype=acc) for _ in range(2)]
     got, plain = ([x.clone() for x in start] for _ in range(2))
     best = [x.double() for x in start]
-    sizes = (slots - first, 150, scale)
-    attention_triton.cached_attention_backward_columns(*tensors, *got, *rows, begin, end, *sizes)
-    attention.cached_attention_backward_columns(*(x.double() for x in tensors), *best, *rows, begin, end, *sizes)
+    attention_triton.cached_attention_backward_columns(*tensors, *got, rows, columns, scale)
+    attention.cached_attention_backward_columns(*(x.double() for x in tensors), *best, rows, columns, scale)
     plain_deferred(*tensors, *plain, first, scale)
     for mine, theirs, exact, untouched in zip(got, plain, best, start, strict=True):
         theirs[1, :, :3], theirs[1, :, 141:] = untouched[1, :, :3], untouched[1, :, 141:]
@@ -261,18 +267,27 @@ def test_deferred_rows(slots, first, heads, kv_heads, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("slots, slot", [(1, 0), (6, 2), (41, 0), (5, 4)])
-@pytest.mark.parametrize("case", SINGLE.values(), ids=SINGLE)
+@pytest.mark.parametrize("case", [*SINGLE.values(), WINDOWED["single"]], ids=[*SINGLE, "windowed"])
 def test_token_backward(case, slots, slot, dtype):
+    check_token_backward(case, slots, slot, dtype)
+
+
+def check_token_backward(case, slots, slot, dtype):
+    """`slot` is the first row's; the last row has its token one slot earlier, where there is an earlier one."""
     problem = Problem(case, dtype)
     double, acc, mask = problem.double(), accumulation_dtype(dtype), problem.claimed
     out, lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, *problem.rows, *problem.sizes
+        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
     )
     batch, shape = len(case.new), (len(case.new), slots, case.heads)
+    own = torch.full((batch,), slot, dtype=torch.int32, device=DEVICE)
+    own[-1] = max(slot - 1, 0)
+    starts = problem.rows.starts - own
     pending = [random(*shape, case.head_dim, dtype=dtype), random(*shape, case.head_dim, dtype=dtype)]
     pending += [random(*shape, dtype=acc) + 5, random(*shape, dtype=acc)]
-    for x in pending:
-        x[:, : slot + 1] = torch.nan
+    for row, at in enumerate(own.tolist()):
+        for x in pending:
+            x[row, : at + 1] = torch.nan
     if slot + 1 < slots:
         for x, hole in zip(pending, (0, 0, torch.inf, 0), strict=True):
             x[0, slot + 1] = hole
@@ -286,7 +301,7 @@ def test_token_backward(case, slots, slot, dtype):
         copies = [x.clone().to(dtype if i < 2 else acc) for i, x in enumerate(pending)]
         results = function.cached_attention_backward_token(
             p.grad, p.q, out.to(problem.dtype).to(dtype), lse.to(acc), p.keys, p.values, *(g.to(acc) for g in grads),
-            *copies, slot, *problem.rows, case.max_kv, case.scale,
+            Pending(*copies, starts), problem.rows, *problem.scores,
         )  # fmt: skip
         return [x[mask] for x in results] + [x[:, slot:] for x in copies]
 
@@ -306,47 +321,11 @@ def test_append_and_gather(case, dtype):
     problem = Problem(case, dtype)
     traces = [[torch.full_like(x, torch.nan) for x in (problem.keys, problem.values)] for _ in range(2)]
     for function, trace in zip((append_triton, append), traces, strict=True):
-        function.kv_append(problem.k, problem.v, *trace, *problem.rows, case.max_new)
+        function.kv_append(problem.k, problem.v, *trace, problem.rows)
     assert all(map(same, *traces))
-    arguments = (problem.grad_keys, problem.grad_values, *problem.rows, case.max_new, len(problem.k), dtype)
+    arguments = (problem.grad_keys, problem.grad_values, problem.rows, len(problem.k), dtype)
     for got, want in zip(append_triton.kv_gather(*arguments), append.kv_gather(*arguments), strict=True):
         assert same(got, want)
-
-
-def check_rotary(case, dtype, half, interleaved, narrow, seed=0):
-    """Rotated queries and appended keys and values, then the gradients turned back; `narrow`: tables in the dtype."""
-    problem, acc = Problem(case, dtype, seed), accumulation_dtype(dtype)
-    angle = torch.randn(len(problem.k), half, dtype=torch.float64, device=DEVICE)
-    # As a model gives them: repeated, scaled, a view of its own strides.
-    tables = [(1.3 * x).to(dtype if narrow else acc).repeat(1, 2)[:, :half] for x in (angle.cos(), angle.sin())]
-    results = []
-    for function, p, lift in (
-        (rotary_triton, problem, lambda x: x),
-        (rotary, problem, lambda x: x),
-        (rotary, problem.double(), torch.Tensor.double),
-    ):
-        trace = [torch.full_like(x, torch.nan) for x in (p.keys, p.values)]
-        turns = [lift(x) for x in tables]
-        q = function.rotary_append(p.q, p.k, p.v, *turns, interleaved, *trace, *p.rows, case.max_new)
-        grads = function.rotary_backward(p.grad, p.k, *turns, interleaved)
-        results.append([q[p.claimed], *trace, *(x[p.claimed] for x in grads)])
-        assert q.dtype == grads[0].dtype == grads[1].dtype == p.q.dtype and q.is_contiguous()
-    assert same(results[0][2], results[1][2])
-    for name, *three in zip(("q", "keys", "values", "grad_q", "grad_k"), *results, strict=True):
-        assert_within(name, *three, FORWARD if "grad" not in name else BACKWARD)
-
-
-@each_dtype
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("case, half", [("prefix", 8), ("primes", 12), ("primes", 5), ("single", 0), ("few", 4)])
-def test_rotary(case, half, interleaved, dtype):
-    check_rotary(RAGGED[case], dtype, half, interleaved, narrow=half == 8)
-
-
-@given(case=cases(), dtype=st.sampled_from(DTYPES), interleaved=st.booleans(), seed=st.integers(0, 2**16))
-@settings(max_examples=8)
-def test_rotary_random_tables(case, dtype, interleaved, seed):
-    check_rotary(case, dtype, seed % (case.head_dim // 2 + 1), interleaved, seed % 2 == 0, seed)
 
 
 def check_concat(source, dest, rotary, interleaved, begin, counts, layers=2, kv_heads=2, dim=24, seed=0):
@@ -452,14 +431,14 @@ def test_offsets_beyond_32_bits():
     keys[:, :, :3] = problem.keys[:, :, :3]
     values = problem.values
     out, lse = attention_triton.cached_attention(
-        problem.q, problem.k, problem.v, keys, values, *problem.rows, *problem.sizes
+        problem.q, problem.k, problem.v, keys, values, problem.rows, *problem.scores
     )
     want, want_lse = attention_triton.cached_attention(
-        problem.q, None, None, problem.keys, values, *problem.rows, *problem.sizes
+        problem.q, None, None, problem.keys, values, problem.rows, *problem.scores
     )
     mask = problem.claimed
     assert same(out[mask], want[mask]) and same(lse[mask], want_lse[mask])
-    arguments = (want, want_lse), values, *problem.rows, *problem.sizes
+    arguments = (want, want_lse), values, problem.rows, *problem.scores
     grads = [
         attention_triton.cached_attention_backward_queries(problem.grad, problem.q, *arguments[0], k, *arguments[1:])
         for k in (keys, problem.keys)
@@ -470,13 +449,13 @@ def test_offsets_beyond_32_bits():
 def test_bit_repeatable():
     def everything():
         p = Problem(RAGGED["primes"], DTYPES[-1])
-        out, lse = attention_triton.cached_attention(p.q, None, None, p.keys, p.values, *p.rows, *p.sizes)
+        out, lse = attention_triton.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
         grad_q, delta = attention_triton.cached_attention_backward_queries(
-            p.grad, p.q, out, lse, p.keys, p.values, *p.rows, *p.sizes
+            p.grad, p.q, out, lse, p.keys, p.values, p.rows, *p.scores
         )
         attention_triton.cached_attention_backward_columns(
             p.grad, p.q, lse, delta, p.keys, p.values, p.grad_keys, p.grad_values,
-            *p.rows, torch.zeros_like(p.column_end), p.column_end, *p.sizes,
+            p.rows, p.columns, *p.scores,
         )  # fmt: skip
         return [x[p.claimed] for x in (out, lse, grad_q, delta)] + [p.grad_keys, p.grad_values]
 

@@ -18,8 +18,6 @@ def test_kernels_compile(arch):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     kernels = (
-        "_rotary_append",
-        "_rotary_backward",
         "_copy",
         "_move",
         "_merge",

@@ -29,7 +29,7 @@ from diffmas_ops.cached_attention import triton as attention
 from diffmas_ops.kv_append import triton as append
 from diffmas_ops.kv_concat import triton as concat
 from diffmas_ops.latent_project import triton as latent
-from diffmas_ops.rotary_append import triton as rotary
+from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 #: Bytes of shared memory a block can have.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -73,21 +73,19 @@ def launch_everything(head_dim: int, dtype: torch.dtype) -> None:
     column = torch.zeros(1, dtype=torch.int32)
     for tokens in (1024, 1):
         q, k = (torch.empty(tokens, heads, head_dim, dtype=dtype) for heads in (32, 8))
-        lse, rows, max_kv = torch.empty(tokens, 32), (column, column, column), 2048 + tokens
-        attention.cached_attention(q, k, k, keys, keys, *rows, tokens, max_kv, 0.1)
-        tables = [torch.empty(tokens, head_dim // 2, dtype=dtype)] * 2
-        rotary.rotary_append(q, k, k, *tables, False, keys, keys, *rows, tokens)
-        rotary.rotary_backward(q, k, *tables, False)
+        lse, rows = torch.empty(tokens, 32), RowRanges(column, column, column, tokens, 2048 + tokens)
+        attention.cached_attention(q, k, k, keys, keys, rows, 0.1)
         inputs = (q, q, q, lse, keys, keys)
         if tokens == 1:
             pending = [torch.empty(1, 32, 32, head_dim, dtype=dtype)] * 2 + [torch.empty(1, 32, 32)] * 2
-            attention.cached_attention_backward_token(*inputs, gradients, gradients, *pending, 3, *rows, max_kv, 0.1)
+            pending = Pending(*pending, column)
+            attention.cached_attention_backward_token(*inputs, gradients, gradients, pending, rows, 0.1)
         else:
-            attention.cached_attention_backward_queries(*inputs, *rows, tokens, max_kv, 0.1)
+            attention.cached_attention_backward_queries(*inputs, rows, 0.1)
             attention.cached_attention_backward_columns(
-                q, q, lse, lse, keys, keys, gradients, gradients, *rows, column, column, tokens, max_kv, 0.1
+                q, q, lse, lse, keys, keys, gradients, gradients, rows, ColumnRanges(column, column), 0.1
             )
-    append.kv_gather(gradients, gradients, column, column, column, 1024, 1024, dtype)
+    append.kv_gather(gradients, gradients, RowRanges(column, column, column, 1024, 1024), 1024, dtype)
     plan, angle = [column.unsqueeze(0)] * 3, torch.empty(1, 1, head_dim // 2)
     concat.kv_concat([keys[None]], [keys[None]], keys[None], keys[None], *plan, angle, angle, False)
     grads = gradients[None]

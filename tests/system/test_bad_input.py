@@ -9,8 +9,7 @@ from diffmas.agents.topology import TOPOLOGIES
 from diffmas.models.alignment import Alignment
 from diffmas.models.attention import UnsupportedModelError, attach, rotary_of, trace_attention
 from diffmas.system import MultiAgentSystem
-from diffmas_ops import KVTrace
-from diffmas_ops.backends import UnsupportedError
+from diffmas_ops import KVTrace, UnsupportedError
 
 SIZES = dict(
     vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

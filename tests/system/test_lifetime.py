@@ -11,7 +11,7 @@ import diffmas.system
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace
-from diffmas_ops.trace import TraceStorage
+from diffmas_ops.storage import TraceStorage
 
 
 def make(topology="stitch", checkpointing=False, **options):
@@ -77,7 +77,7 @@ def test_evaluation_leaves_no_graph(traces):
         output = system(*inputs)
         trace = system.trajectory.communicate(inputs[0], inputs[1]).trace
     assert output.loss.grad_fn is None and output.logits.grad_fn is None
-    assert trace.order.grad_fn is None and not trace.keys.requires_grad
+    assert trace.order.token.grad_fn is None and not trace.keys.requires_grad
     del output, trace
     assert not [r() for r in traces if r() is not None]
 

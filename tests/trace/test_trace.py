@@ -22,12 +22,12 @@ def test_the_plan_of_a_ragged_call():
     t = trace()
     t.open([2, 0, 3])
     call = t.open([1, 4, 0])
-    assert (call.total, call.max_new, call.max_kv, call.run) == (5, 4, 4, None)
-    assert call.cu_seqlens.tolist() == [0, 1, 5, 5]
+    assert (call.total, *call.rows[3:], call.run) == (5, 4, 4, None)
+    assert call.rows.q_begin.tolist() == [0, 1, 5] and call.rows.q_end.tolist() == [1, 5, 5]
     assert call.starts.tolist() == [2, 0, 3] and call.ends.tolist() == [3, 4, 3]
     assert call.position_ids.tolist() == [[2, 0, 1, 2, 3]] and call.position_ids.dtype == torch.int64
     assert t.host_lengths == t.lengths.tolist() == [3, 4, 3]
-    assert {x.dtype for x in (call.cu_seqlens, call.starts, call.ends, t.lengths)} == {torch.int32}
+    assert {x.dtype for x in (*call.rows[:3], call.ends, t.lengths)} == {torch.int32}
 
 
 def test_a_latent_step_is_planned_like_any_other_call():
@@ -36,17 +36,20 @@ def test_a_latent_step_is_planned_like_any_other_call():
         t.open([2, 0, 3])
     general.one_each = None
     a, b = quick.open(1), general.open([1, 1, 1])
-    for name in ("cu_seqlens", "starts", "ends", "position_ids"):
+    for name in ("starts", "ends", "position_ids"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
-    assert (a.total, a.max_new, a.max_kv) == (b.total, b.max_new, b.max_kv) == (3, 1, 4)
+    assert all(map(torch.equal, a.rows[:3], b.rows[:3]))
+    assert (a.total, *a.rows[3:]) == (b.total, *b.rows[3:]) == (3, 1, 4)
 
 
 def test_single_token_calls_in_a_row_share_a_run():
     t = trace()
-    plan = [(c.run, c.slot) for c in map(t.open, ([1, 1, 1], [1, 0, 1], [2, 0, 0], [0, 1, 0], 1))]
-    assert plan == [(1, 0), (1, 1), (None, 0), (2, 0), (2, 1)]
+    a, b, many, c, d = map(t.open, ([1, 1, 1], [1, 0, 1], [2, 0, 0], [0, 1, 0], 1))
+    assert a.run is b.run and many.run is None and c.run is d.run is not a.run
+    assert [call.slot for call in (a, b, many, c, d)] == [0, 1, 0, 0, 1]
+    assert a.run.starts.tolist() == [0, 0, 0] and c.run.starts.tolist() == [4, 1, 2]
     t.detach_()
-    assert t.open(1).run == 3
+    assert t.open(1).run is not d.run
 
 
 def test_growth_keeps_what_was_written():
@@ -122,7 +125,7 @@ def test_scale_may_differ_from_call_to_call(implementation, poison):
         leaves += (q, k, v)
         keys.append(k)
         values.append(v)
-        out = cached_attention(q, k, v, t.open(n), layer=0, scale=scale)
+        out = cached_attention(q, k, v, t.open(n), layer=0, softmax_scale=scale)
         expected = attend(q, torch.cat(keys), torch.cat(values), sum(map(len, keys)) - n, scale)
         assert error(out, expected) <= 1e-10
         ours, dense = ours + out.square().sum(), dense + expected.square().sum()
@@ -217,7 +220,11 @@ def test_nothing_is_left_when_backward_never_ran(checkpointing, concat):
         if concat:
             made.append(kv_concat([Segment(t, [0, 0], [2, 1])], capacity=9, rotary=toy.rotary))
             out = toy.run(out, made[-1].open(2), checkpointing=checkpointing)
-        left = [weakref.ref(x) for m in made for x in (m, m.storage, m.gradients, m.keys, m.order, m.order.grad_fn)]
+        left = [
+            weakref.ref(x)
+            for m in made
+            for x in (m, m.storage, m.gradients, m.keys, m.order, m.order.token, m.order.token.grad_fn)
+        ]
         del t, made
         assert sum(r() is not None for r in left) > 0
         del out
@@ -231,7 +238,7 @@ def test_a_call_without_gradients_leaves_no_graph():
     t = toy.trace(2)
     with torch.no_grad():
         out = toy.run(torch.randn(4, toy.width, dtype=torch.float64), t.open(2))
-    assert out.grad_fn is None and t.order.grad_fn is None and not t.order.requires_grad
+    assert out.grad_fn is None and t.order.token.grad_fn is None and not t.order.token.requires_grad
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -263,7 +270,7 @@ def test_rehearsals_leave_no_trace(checkpointing, implementation, poison):
             call = t.open(lengths)
             out = toy.run(inputs[-1], call, checkpointing=checkpointing)
             if rehearsals and i == 2:
-                roots = [t.order, out]
+                roots = [t.order.token, out]
 
                 def rehearse(gradient, call=call, roots=roots, x=inputs[-1]):
                     with call.rehearse():
@@ -357,7 +364,7 @@ def test_detach_keeps_the_columns_and_cuts_their_gradient():
     x, y = (torch.randn(2, toy.width, dtype=torch.float64).requires_grad_() for _ in range(2))
     toy.run(x, t.open(2))
     before = t.keys[..., :2, :].clone()
-    assert t.detach_() is t and t.order.grad_fn is None
+    assert t.detach_() is t and t.order.token.grad_fn is None
     out = toy.run(y, t.open(2))
     assert torch.equal(t.keys[..., :2, :], before)
     grad_x, grad_y = torch.autograd.grad(out.sum(), [x, y], allow_unused=True)

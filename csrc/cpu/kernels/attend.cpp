@@ -52,12 +52,14 @@ void attend_narrow(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   for (int64_t r = 0; r < rows; ++r) {
     T* s = scores + r * NARROW_COLUMNS;
     const int64_t position = query_row(p, tile, tile.first + r).position;
-    const int64_t visible = larger(0, smaller(columns, position + 1 - tile.column_begin));
-    for (int64_t c = visible; c < padded<T>(columns); ++c) s[c] = -infinity<T>();
+    const int64_t end = larger(0, smaller(columns, p.mask.end_seen(position) - tile.column_begin));
+    const int64_t begin = smaller(end, larger(0, p.mask.first_seen(position) - tile.column_begin));
+    for (int64_t c = 0; c < begin; ++c) s[c] = -infinity<T>();
+    for (int64_t c = end; c < padded<T>(columns); ++c) s[c] = -infinity<T>();
     Vec<T> top = splat(-infinity<T>());
     for (int64_t c = 0; c < columns; c += W<T>) top = maximum<T>(load(s + c), top);
     maxima[r] = largest<T>(top);
-    const Vec<T> base = splat(visible > 0 ? maxima[r] : T(0));
+    const Vec<T> base = splat(begin < end ? maxima[r] : T(0));
     Vec<T> total{};
     for (int64_t c = 0; c < columns; c += W<T>) {
       const Vec<T> weight = exponential(load(s + c) - base);
@@ -85,11 +87,13 @@ struct Panel {
   using T = Acc<S>;
   T *q, *out;  // [dim, NV * W]
   LanePositions<NV, T> positions;
+  Mask mask;
   Vec<T> top[NV], total[NV];
 
   void begin(const Attend<S>& p, const QueryTile& tile, int64_t first, T* row) {
     constexpr int64_t width = NV * W<T>;
     fill(out, p.dim * width, T(0));
+    mask = p.mask;
     const int64_t count = smaller(width, tile.last - first);
     for (int64_t lane = 0; lane < width; ++lane) {
       // Lanes beyond the tile repeat its last position and have a zero query.
@@ -111,14 +115,15 @@ struct Panel {
 
   void step(const Tile<T>& keys, const Tile<T>& values, int64_t column, int64_t count, int64_t dim, T* scores) {
     constexpr int64_t width = NV * W<T>;
-    count = smaller(count, positions.highest + 1 - column);
-    if (count <= 0) return;
+    count = smaller(count, mask.end_seen(positions.highest) - column);
+    if (count <= 0 || column + count <= mask.first_seen(positions.lowest)) return;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, keys.data, keys.stride, q, width, dim);
-    if (column + count - 1 > positions.lowest)
-      for (int64_t n = larger(0, positions.lowest + 1 - column); n < count; ++n)
+    const int64_t seen_by_all = column < mask.first_seen(positions.highest) ? 0 : mask.end_seen(positions.lowest) - column;
+    if (seen_by_all < count)
+      for (int64_t n = larger(0, seen_by_all); n < count; ++n)
         for (int j = 0; j < NV; ++j) {
           T* s = scores + n * width + j * W<T>;
-          store(s, positions.hides(j, column + n) ? splat(-infinity<T>()) : load(s));
+          store(s, positions.see(mask, j, column + n) ? load(s) : splat(-infinity<T>()));
         }
     Vec<T> base[NV], shrink[NV];
     for (int j = 0; j < NV; ++j) base[j] = top[j];

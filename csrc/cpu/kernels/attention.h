@@ -35,7 +35,7 @@ constexpr T infinity() {
   return T(__builtin_huge_val());
 }
 
-/// Token and query head of a tile's query row, and the last column that it sees.
+/// Token and query head of a tile's query row, and its position.
 struct QueryRow {
   int64_t token, head, position;
 };
@@ -70,17 +70,24 @@ inline T dot(const T* x, const T* y, int64_t dim) {
   return sum<T>(total);
 }
 
-/// The positions of a panel's lanes, as vectors that compare with column numbers.
+/// The positions of a panel's lanes, as vectors: of queries that meet one column, or of columns that meet one query.
 template <int NV, class T>
 struct LanePositions {
+  using Integer = typename Lanes<T>::Integer;
   typename Lanes<T>::IntegerVec vectors[NV];
   int64_t lowest, highest;
 
-  void set(int64_t lane, int64_t position) {
-    vectors[lane / W<T>][lane % W<T>] = static_cast<typename Lanes<T>::Integer>(position);
-  }
+  void set(int64_t lane, int64_t position) { vectors[lane / W<T>][lane % W<T>] = static_cast<Integer>(position); }
 
-  auto hides(int j, int64_t column) const { return vectors[j] < static_cast<typename Lanes<T>::Integer>(column); }
+  /// Mask::sees, of all lanes at once.
+  auto see(const Mask& mask, int j, int64_t column) const {
+    const auto at = static_cast<Integer>(column), window = static_cast<Integer>(mask.window);
+    return (vectors[j] >= at) & (vectors[j] - at < window);
+  }
+  auto seen(const Mask& mask, int j, int64_t position) const {
+    const auto at = static_cast<Integer>(position), window = static_cast<Integer>(mask.window);
+    return (vectors[j] <= at) & (at - vectors[j] < window);
+  }
 };
 
 }  // namespace DIFFMAS_ISA

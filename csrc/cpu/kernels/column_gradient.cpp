@@ -8,7 +8,7 @@ namespace DIFFMAS_ISA {
 namespace {
 
 /// The columns that get their gradient.
-struct Window {
+struct Owed {
   int64_t begin, end;
 };
 
@@ -27,11 +27,13 @@ struct Panel {
   T *key, *value, *grad_key, *grad_value;  // [dim, NV * W]
   Tile<T> key_rows;                        // of the columns, readable in whole vectors; for the queries' gradients
   LanePositions<NV, T> columns;
+  Mask mask;
 
   void begin(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t first, T* row, T* spare) {
     constexpr int64_t width = NV * W<T>;
     fill(grad_key, p.dim * width, T(0));
     fill(grad_value, p.dim * width, T(0));
+    mask = p.mask;
     columns.lowest = first;
     columns.highest = smaller(first + width, tile.end) - 1;
     for (int64_t lane = 0; lane < width; ++lane) {
@@ -53,19 +55,21 @@ struct Panel {
   void step(const QueryStep<T>& queries, int64_t dim, bool owed, T* scores, T* grads) {
     constexpr int64_t width = NV * W<T>;
     int64_t hidden = 0;  // leading query rows that see no column of this panel
-    while (hidden < queries.count && queries.positions[hidden] < columns.lowest) ++hidden;
-    const int64_t count = queries.count - hidden, stride = padded<T>(dim);
+    while (hidden < queries.count && queries.positions[hidden] < mask.first_seeing(columns.lowest)) ++hidden;
+    int64_t end = queries.count;  // those behind see none any more
+    while (end > hidden && queries.positions[end - 1] >= mask.end_seeing(columns.highest)) --end;
+    const int64_t count = end - hidden, stride = padded<T>(dim);
     if (count == 0) return;
     const T *q = queries.q + hidden * stride, *grad_out = queries.grad_out + hidden * stride;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, q, stride, key, width, dim);
     panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, grad_out, stride, value, width, dim);
     for (int64_t m = 0; m < count; ++m) {
       const int64_t row = hidden + m, position = queries.positions[row];
-      const bool masked = position < columns.highest;
+      const bool masked = !mask.sees(position, columns.highest) || !mask.sees(position, columns.lowest);
       for (int j = 0; j < NV; ++j) {
         const int64_t at = m * width + j * W<T>;
         Vec<T> weight = exponential(load(scores + at) - queries.lse[row]);
-        if (masked) weight = columns.hides(j, position + 1) ? weight : Vec<T>{};
+        if (masked) weight = columns.seen(mask, j, position) ? weight : Vec<T>{};
         store(scores + at, weight);
         store(grads + at, weight * (load(grads + at) - queries.delta[row]));
       }
@@ -79,7 +83,7 @@ struct Panel {
     panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_key, width, q, stride, grads, width, count);
   }
 
-  void end(const ColumnGradient<S>& p, const ColumnTile& tile, const Window& owed) const {
+  void end(const ColumnGradient<S>& p, const ColumnTile& tile, const Owed& owed) const {
     const int64_t last = smaller(columns.highest + 1, owed.end);
     for (int64_t column = larger(columns.lowest, owed.begin); column < last; ++column) {
       const int64_t lane = column - columns.lowest;
@@ -110,12 +114,13 @@ void read_queries(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t fi
 /// `grad_q` is not null.
 template <int NV, class S>
 void column_panels(
-    const ColumnGradient<S>& p, const ColumnTile& tile, const Window& owed, Acc<S>* grad_q, Acc<S>* scratch) {
+    const ColumnGradient<S>& p, const ColumnTile& tile, const Owed& owed, Acc<S>* grad_q, Acc<S>* scratch) {
   using T = Acc<S>;
   const bool any = owed.begin < tile.end && tile.begin < owed.end;
   constexpr int64_t width = NV * W<T>;
-  const int64_t rows = p.rows.count(tile.row) * p.group;
-  const int64_t first = larger(0, tile.begin - p.rows.position(tile.row, 0)) * p.group;
+  const int64_t start = p.rows.position(tile.row, 0), count_of = p.rows.count(tile.row);
+  const int64_t rows = smaller(count_of, p.mask.end_seeing(tile.end - 1) - start) * p.group;
+  const int64_t first = larger(0, p.mask.first_seeing(tile.begin) - start) * p.group;
   if (first >= rows) return;
   Panel<NV, S> panels[(TILE + width - 1) / width];
   QueryStep<T> queries;
@@ -146,7 +151,7 @@ void column_panels(
 
 template <class S>
 void column_tile(
-    const ColumnGradient<S>& p, const ColumnTile& tile, const Window& owed, Acc<S>* grad_q, Acc<S>* scratch) {
+    const ColumnGradient<S>& p, const ColumnTile& tile, const Owed& owed, Acc<S>* grad_q, Acc<S>* scratch) {
   if (tile.end - tile.begin <= W<Acc<S>>)
     column_panels<1>(p, tile, owed, grad_q, scratch);
   else
@@ -163,8 +168,8 @@ void column_gradient(const ColumnGradient<S>& p, const ColumnTile& tile, Acc<S>*
 template <class S>
 void attention_gradient(const AttentionGradient<S>& p, const GradientTile& tile, Acc<S>* scratch) {
   const int64_t stride = padded<Acc<S>>(p.dim), rows = p.rows.count(tile.row) * p.group;
-  // The cut does not depend on the window, so neither do the queries' gradients, bit for bit.
-  const Window owed{p.column_begin[tile.row], p.column_end[tile.row]};
+  // The cut does not depend on them, so neither do the queries' gradients, bit for bit.
+  const Owed owed{p.column_begin[tile.row], p.column_end[tile.row]};
   Acc<S>* grad_q = p.partial + tile.partial * stride;
   fill(grad_q, rows * stride, Acc<S>(0));
   for (int64_t begin = tile.begin; begin < tile.end; begin += TILE)

@@ -57,7 +57,9 @@ void narrow(const QueryGradient<S>& p, const QueryTile& tile, Acc<S>* scratch) {
     });
     for (int64_t r = 0; r < rows; ++r) {
       T *s = scores + r * STEP, *g = grads + r * STEP;
-      for (int64_t n = larger(0, smaller(count, positions[r] + 1 - c)); n < count; ++n) s[n] = -infinity<T>();
+      const int64_t begin = p.mask.first_seen(positions[r]) - c, end = p.mask.end_seen(positions[r]) - c;
+      for (int64_t n = 0; n < smaller(count, begin); ++n) s[n] = -infinity<T>();
+      for (int64_t n = larger(0, smaller(count, end)); n < count; ++n) s[n] = -infinity<T>();
       for (int64_t n = 0; n < count; n += W<T>)
         store(g + n, exponential(load(s + n) - lse[r]) * (load(g + n) - delta[r]));
     }
@@ -73,11 +75,13 @@ struct Panel {
   using T = Acc<S>;
   T *q, *grad_out, *grad_q;  // [dim, NV * W]
   LanePositions<NV, T> positions;
+  Mask mask;
   Vec<T> lse[NV], delta[NV];
 
   void begin(const QueryGradient<S>& p, const QueryTile& tile, int64_t first, T* row, T* grad) {
     constexpr int64_t width = NV * W<T>;
     fill(grad_q, p.dim * width, T(0));
+    mask = p.mask;
     const int64_t count = smaller(width, tile.last - first);
     for (int64_t lane = 0; lane < width; ++lane) {
       // Lanes beyond the tile repeat its last row, and their result is not written.
@@ -96,16 +100,17 @@ struct Panel {
   void step(
       const Tile<T>& keys, const Tile<T>& values, int64_t column, int64_t count, int64_t dim, T* scores, T* grads) {
     constexpr int64_t width = NV * W<T>;
-    count = smaller(count, positions.highest + 1 - column);
-    if (count <= 0) return;
+    count = smaller(count, mask.end_seen(positions.highest) - column);
+    if (count <= 0 || column + count <= mask.first_seen(positions.lowest)) return;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, keys.data, keys.stride, q, width, dim);
     panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, values.data, values.stride, grad_out, width, dim);
-    const bool masked = column + count - 1 > positions.lowest;
+    const bool masked =
+        column + count > mask.end_seen(positions.lowest) || column < mask.first_seen(positions.highest);
     for (int64_t n = 0; n < count; ++n)
       for (int j = 0; j < NV; ++j) {
         const int64_t at = n * width + j * W<T>;
         Vec<T> grad = exponential(load(scores + at) - lse[j]) * (load(grads + at) - delta[j]);
-        if (masked) grad = positions.hides(j, column + n) ? Vec<T>{} : grad;
+        if (masked) grad = positions.see(mask, j, column + n) ? grad : Vec<T>{};
         store(grads + at, grad);
       }
     panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_q, width, keys.data, keys.stride, grads, width, count);

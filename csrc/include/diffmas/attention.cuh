@@ -3,6 +3,7 @@
 #pragma once
 
 #include "diffmas/device.cuh"
+#include "diffmas/mask.h"
 
 namespace diffmas {
 
@@ -109,6 +110,8 @@ struct QueryRows {
         first(first), count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)), group(plan.group) {}
 
   DIFFMAS_HD bool valid(int r) const { return first + r < count; }
+  /// The column behind the last one that row r sees. There is no window here: every row sees column 0.
+  DIFFMAS_HD int end_seen(int r) const { return static_cast<int>(Mask().end_seen(position(r))); }
   DIFFMAS_HD int position(int r) const { return start + static_cast<int>(group.quotient(first + r)); }
 
   template <class T>
@@ -143,9 +146,9 @@ struct Work {
     end = chunk.end;
     first = begin == 0;
     slot = chunk.slots > 1 ? z : -1;
-    // No row of the tile sees a column behind its last one's position.
+    // No row of the tile sees a column behind those of its last one.
     const int last = rows.first + tile_rows < rows.count ? tile_rows - 1 : rows.count - 1 - rows.first;
-    end = min(end, rows.position(last) + 1);
+    end = min(end, rows.end_seen(last));
     end = max(end, begin);
     return true;
   }

@@ -100,14 +100,14 @@ __global__ void __launch_bounds__(128) attention_backward_columns_kernel(const C
       float p[STEP][4], grad[STEP][4];
       multiply_rows<D, STEP>(p, k_tile, q_tile);
       multiply_rows<D, STEP>(grad, v_tile, grad_tile);
-      const bool masked = begin + first_column + 15 > rows.position(0);
+      const bool masked = begin + first_column + 15 >= rows.end_seen(0);
 #pragma unroll
       for (int j = 0; j < STEP; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = j * 8 + lane % 4 * 2 + i % 2;
           p[j][i] = exponential2(p[j][i] * scale2 - shared.lse[stage][r + at] * LOG2E);
-          if (masked && begin + first_column + lane / 4 + i / 2 * 8 > rows.position(at)) p[j][i] = 0;
+          if (masked && begin + first_column + lane / 4 + i / 2 * 8 >= rows.end_seen(at)) p[j][i] = 0;
           grad[j][i] = p[j][i] * (grad[j][i] - shared.delta[stage][r + at]);
         }
 #pragma unroll

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_forward_simple_kerne
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
         [&](int r, int c, A x) {
-          s[r * S + c] = valid(c) && first + c <= work.rows.position(r) ? x * a.scale : A(-INFINITY);
+          s[r * S + c] = valid(c) && first + c < work.rows.end_seen(r) ? x * a.scale : A(-INFINITY);
         });
     __syncthreads();
     for (int r = threadIdx.x; r < ROWS; r += SIMPLE_THREADS) {
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_sim
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
         [&](int r, int c, A x) {
-          const bool seen = valid(c) && first + c <= work.rows.position(r);
+          const bool seen = valid(c) && first + c < work.rows.end_seen(r);
           p[r * S + c] = seen ? exp(x * a.scale - lse[r]) : A(0);
         });
     // The thread that wrote a score of p is the one that reads it here.
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_columns_sim
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
         [&](int r, int c, A x) {
-          p[r * S + c] = begin + c <= rows.position(r) ? exp(x * a.scale - lse[r]) : A(0);
+          p[r * S + c] = begin + c < rows.end_seen(r) ? exp(x * a.scale - lse[r]) : A(0);
         });
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return grad_out[r * stride + d]; },

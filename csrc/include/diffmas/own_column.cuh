@@ -12,12 +12,14 @@ struct OwnColumnArguments {
   Packed<const Acc<T>> lse;
   Trace<const T> keys, values;
   Trace<const Acc<T>> grad_keys, grad_values;
-  // [batch, slots, heads(, dim)]; a trace's head and column are here the pending slot and the query head.
+  // [batch, slots, heads(, dim)]; a trace's head and column are here the pending slot and the query head. Slot p of a
+  // row stands at pending_starts + p.
   Trace<T> pending_q, pending_grad;
   Trace<Acc<T>> pending_lse, pending_delta;
   Packed<T> grad_k, grad_v;
   RowRanges rows;
-  int slot, slots, group, dim;
+  const int32_t* pending_starts;
+  int slots, group, dim;
   int blocks;  // batch rows to handle in grid z behind the other work, in the slots that short chunks leave; 0: none
   Acc<T> scale;
 
@@ -57,22 +59,9 @@ template <class T>
 __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int row, int kv_head, Acc<T>* shared) {
   using A = Acc<T>;
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, first_head = kv_head * a.group;
-  const bool present = a.rows.count(row) > 0;
+  if (a.rows.count(row) == 0) return;
   const int64_t token = a.rows.begin[row];
-  if (!present) {
-    const A zero[LANE_ELEMENTS] = {};
-    for (int head = first_head + warp; head < first_head + a.group; head += warps) {
-      store_lane(a.pending_q.at(row, a.slot, head), zero, a.dim);
-      store_lane(a.pending_grad.at(row, a.slot, head), zero, a.dim);
-      if (threadIdx.x % 32 == 0) {
-        *a.pending_lse.at(row, a.slot, head) = INFINITY;
-        *a.pending_delta.at(row, a.slot, head) = 0;
-      }
-    }
-    return;
-  }
-
-  const int column = a.rows.starts[row];
+  const int column = a.rows.starts[row], own_slot = column - a.pending_starts[row];
   A key[LANE_ELEMENTS], value[LANE_ELEMENTS], grad_k[LANE_ELEMENTS] = {}, grad_v[LANE_ELEMENTS] = {};
   load_lane(key, a.keys.at(row, kv_head, column), a.dim);
   load_lane(value, a.values.at(row, kv_head, column), a.dim);
@@ -93,19 +82,19 @@ __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int r
     load_lane(grad, a.grad_out.at(token, head), a.dim);
     load_lane(out, a.out.at(token, head), a.dim);
     const A lse = *a.lse.at(token, head), delta = lane_dot(out, grad);
-    store_lane(a.pending_q.at(row, a.slot, head), q, a.dim);
-    store_lane(a.pending_grad.at(row, a.slot, head), grad, a.dim);
+    store_lane(a.pending_q.at(row, own_slot, head), q, a.dim);
+    store_lane(a.pending_grad.at(row, own_slot, head), grad, a.dim);
     if (threadIdx.x % 32 == 0) {
-      *a.pending_lse.at(row, a.slot, head) = lse;
-      *a.pending_delta.at(row, a.slot, head) = delta;
+      *a.pending_lse.at(row, own_slot, head) = lse;
+      *a.pending_delta.at(row, own_slot, head) = delta;
     }
     add(q, grad, lse, delta);
   }
   // Nothing is stored in here, so that the loads of several pairs are under way at once.
-  const int pairs = (a.slots - a.slot) * a.group;
+  const int pairs = (a.slots - own_slot) * a.group;
 #pragma unroll 2
   for (; pair < pairs; pair += warps) {
-    const int slot = a.slot + pair / a.group, head = first_head + pair % a.group;
+    const int slot = own_slot + pair / a.group, head = first_head + pair % a.group;
     A q[LANE_ELEMENTS], grad[LANE_ELEMENTS];
     load_lane(q, a.pending_q.at(row, slot, head), a.dim);
     load_lane(grad, a.pending_grad.at(row, slot, head), a.dim);
