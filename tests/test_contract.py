@@ -15,7 +15,9 @@ def packages(tmp_path):
     """A copy of both packages and of their contract."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name in ("diffmas", "diffmas_ops"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__"))
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "*.safetensors", "__pycache__")
+        )
     return tmp_path
 
 
