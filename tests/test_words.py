@@ -1,6 +1,7 @@
 """What pages say of the code: paths and names that CONTRIBUTING gives, and the table of environment variables."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,3 +31,12 @@ def test_environment_variables_are_listed():
     found = {name for text in texts for pair in READ.findall(text) for name in pair if name} - {"PATH"}
     assert {"DIFFMAS_CUDA", "DIFFMAS_ISA", "DIFFMAS_THREADS", "DIFFMAS_FLASH_ENGINE"} <= found
     assert not [name for name in sorted(found) if f"`{name}`" not in table]
+
+
+def test_reference_shows_things_and_no_modules():
+    # The site's builder takes a package for the function of the same name, and shows nothing of it.
+    names = re.findall(r"^::: (\S+)", (ROOT / "docs" / "reference.md").read_text(), re.M)
+    assert len(names) > 15
+    things = [getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names]
+    assert not [name for name, thing in zip(names, things, strict=True) if not thing.__doc__]
+    assert not [name for name in names if (ROOT / name.replace(".", "/")).is_dir()]
