@@ -34,7 +34,7 @@ class Agent:
     role: str = ""
     prompt: Mapping[str, str] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "role", self.role or self.name)
 
 
@@ -58,7 +58,7 @@ class Topology:
     handover: str = "full"
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.handover not in HANDOVERS:
             raise TopologyError(f"handover is {self.handover!r}; allowed: {', '.join(HANDOVERS)}")
         _check_names(self.agents)

@@ -56,7 +56,8 @@ def _defined(code: str, methods: bool = False) -> set[str]:
     tree = _tree(code)
     if tree is None:
         return {name for pair in _DEFINED.findall(code) for name in pair}
-    names, waiting = set(), [tree]
+    names: set[str] = set()
+    waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):

@@ -117,8 +117,8 @@ def written(text: str) -> list[str]:
     if (found := marked(text)) is not None:
         return [found]
     _, mark, tail = text.rpartition("####")
-    found = [tail.strip()] if mark else [stated] if (stated := _stated(text)) is not None else []
-    return [*found, *filter(None, [words(text)])]
+    last = [tail.strip()] if mark else [stated] if (stated := _stated(text)) is not None else []
+    return [*last, *filter(None, [words(text)])]
 
 
 def line(text: str) -> str:

@@ -28,7 +28,8 @@ class Verifier:
 
     def __init__(self, seconds: float = 10.0, start_seconds: float = 120.0):
         self.seconds, self.start_seconds = seconds, start_seconds
-        self._lock, self._child = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
         atexit.register(self.close)
 
     def __call__(self, gold: str, found: str) -> bool:

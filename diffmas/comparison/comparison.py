@@ -295,7 +295,7 @@ class Comparison:
                     f"{key} of {part} is {value!r}, but the records in {self.folder} had {was!r}; allowed: the same, "
                     "or another folder"
                 )
-        files = {
+        files: dict[str, dict[str, Any]] = {
             "items": {name: fingerprints(task) for name, task in self.tasks.items()},
             "adapters": {"/".join(map(str, k)): _digest(Path(f, ADAPTER_FILE)) for k, f in self.adapters.items()},
         }

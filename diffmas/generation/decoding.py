@@ -32,7 +32,7 @@ class Decoding:
     stop: tuple[str, ...] = ()
     max_rows: int = 64
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "max_rows"):
             if index(getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; allowed: integers ≥ 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ def _cce(head: nn.Linear, hidden: Tensor, targets: Tensor) -> Tensor:
     return linear_cross_entropy(hidden, weight, targets, reduction="sum", filter_eps=None)
 
 
-_SERVING: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
+_SERVING: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "plain": _plain,
     "chunked": _chunked,
     "liger": _liger,

@@ -140,7 +140,7 @@ class Prompts:
         if not tokenizer.chat_template:
             return "\n\n".join(message["content"] for message in chat) + "\n"
         options = template_options(tokenizer, self.date)
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options)
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options))
 
 
 def template_fields(template: Any, what: str) -> list[str]:

@@ -68,8 +68,8 @@ def _stop_together(found: tuple[int, str] | None, step: int, when: str, device: 
     if not any_process(found is not None, device):
         return
     # Gradients are shared: every process finds in them what a loss in one of them has done.
-    _, where, what = min((kind, p, what) for p, (kind, what) in gathered([(process(), found)] if found else []))
-    where = f" in process {where}" if processes() > 1 else ""
+    _, failed, what = min((kind, p, what) for p, (kind, what) in gathered([(process(), found)] if found else []))
+    where = f" in process {failed}" if processes() > 1 else ""
     raise NotFiniteError(
         f"step {step}: {what}{where}; stopped {when}, checkpoints of earlier steps are left as they are (a smaller "
         "learning_rate or max_grad_norm may help)"

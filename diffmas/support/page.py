@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -67,7 +68,7 @@ def svg(draw, data) -> Markup:
     import matplotlib.pyplot as plt
 
     # A fixed salt and no date: the same run gives the same file. Dollars in a name are no mathematics.
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.hashsalt": "diffmas", "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False,
     }  # fmt: skip
     with plt.rc_context(settings):

@@ -169,7 +169,7 @@ def _called(test: str) -> str:
         ValueError: tests that would pass whatever the program does, since nothing in them is ever run.
     """
     try:
-        body = ast.parse(test).body
+        body: list[Any] = ast.parse(test).body
     except SyntaxError as error:
         raise ValueError(f"the tests are no Python: {error}") from None
     passive = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Pass)

@@ -58,7 +58,9 @@ class TraceChannel(Collator):
 MakeChannel = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase, Topology, Decoding], TraceChannel]
 
 
-def trace_channel(system, task, tokenizer, topology, decoding) -> TraceChannel:
+def trace_channel(
+    system: MultiAgentSystem, task: Task, tokenizer: PreTrainedTokenizerBase, topology: Topology, decoding: Decoding
+) -> TraceChannel:
     return TraceChannel(system, task, tokenizer)
 
 
