@@ -17,8 +17,7 @@ inline void check_rows(const Rows& rows, const Tensor& keys) {
 }
 
 /// Everything kv_append can check without reading the index tensors.
-inline void check_append(
-    const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Rows& rows) {
+inline void check_append(const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, const Rows& rows) {
   const ScalarType dtype = keys.scalar_type();
   accumulation_dtype("keys", dtype);
   check_trace("keys", keys, "values", values, dtype);
@@ -28,8 +27,7 @@ inline void check_append(
   check_rows(rows, keys);
 }
 
-inline void check_gather(
-    const Tensor& keys, const Tensor& values, const Rows& rows, int64_t total, ScalarType dtype) {
+inline void check_gather(const Tensor& keys, const Tensor& values, const Rows& rows, int64_t total, ScalarType dtype) {
   check_trace("keys", keys, "values", values, keys.scalar_type());
   check_rows(rows, keys);
   STD_TORCH_CHECK(total >= 0, "total is ", total, "; allowed: 0 and above");
@@ -51,8 +49,7 @@ inline ScalarType check_attention(
       keys.size(1), " heads of keys");
   STD_TORCH_CHECK(q.size(2) > 0, "q has head dim 0; allowed: 1 and above");
   check_rows(rows, keys);
-  STD_TORCH_CHECK(
-      scores.window.value_or(1) >= 1, "window is ", *scores.window, "; allowed: 1 and above, or None");
+  STD_TORCH_CHECK(scores.window.value_or(1) >= 1, "window is ", *scores.window, "; allowed: 1 and above, or None");
   return acc;
 }
 
@@ -65,8 +62,7 @@ inline void check_cached_attention(
       " is not; allowed: both or neither");
   if (!k.has_value()) return;
   check_append(*k, *v, keys, values, rows);
-  STD_TORCH_CHECK(
-      k->size(0) == q.size(0), "k has ", k->size(0), " tokens; allowed: ", q.size(0), ", the tokens of q");
+  STD_TORCH_CHECK(k->size(0) == q.size(0), "k has ", k->size(0), " tokens; allowed: ", q.size(0), ", the tokens of q");
 }
 
 inline void check_backward_queries(
@@ -151,8 +147,7 @@ inline void check_concat_plan(
   const ScalarType dtype = keys.scalar_type(), acc = accumulation_dtype("keys", dtype);
   check_dim("keys", keys, 5);
   check_tensor("keys", keys, {ANY, ANY, ANY, ANY, ANY}, dtype, keys);
-  check_tensor(
-      "values", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3), keys.size(4)}, dtype, keys);
+  check_tensor("values", values, {keys.size(0), keys.size(1), keys.size(2), keys.size(3), keys.size(4)}, dtype, keys);
   STD_TORCH_CHECK(
       key_sources == value_sources, "there are ", value_sources, " source values; allowed: ", key_sources,
       ", as many as source keys");

@@ -70,8 +70,8 @@ inline void check_tensor(
       tensor.scalar_type() == dtype, name, " is ", torch::headeronly::toString(tensor.scalar_type()),
       "; allowed: ", torch::headeronly::toString(dtype));
   STD_TORCH_CHECK(
-      tensor.device() == like.device(), name, " is on another device (", tensor.is_cuda() ? "cuda:" : "cpu:",
-      tensor.get_device_index(), ") than the other arguments");
+      tensor.device() == like.device(), name, " is on another device (",
+      tensor.is_cuda() ? "cuda:" : "cpu:", tensor.get_device_index(), ") than the other arguments");
   const int64_t last = tensor.dim() - 1;
   STD_TORCH_CHECK(
       last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1, name, " has stride ", tensor.stride(last),
@@ -124,8 +124,8 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> size
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), type, index, &handle));
+      sizes.size(), sizes.begin(), strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      type, index, &handle));
   return Tensor(handle);
 }
 

@@ -10,8 +10,15 @@ namespace {
 template <class S>
 AttentionInputs<S> inputs(
     const Tensor& q, const Tensor& keys, const Tensor& values, const RowRanges& rows, const Scores& scores) {
-  return {packed<const S>(q), trace<const S>(keys), trace<const S>(values), rows, scores.mask(),
-          q.size(1) / keys.size(1), q.size(2), static_cast<Acc<S>>(scores.softmax_scale)};
+  return {
+      packed<const S>(q),
+      trace<const S>(keys),
+      trace<const S>(values),
+      rows,
+      scores.mask(),
+      q.size(1) / keys.size(1),
+      q.size(2),
+      static_cast<Acc<S>>(scores.softmax_scale)};
 }
 
 Tensor like(const Tensor& q) { return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type()); }
@@ -27,8 +34,13 @@ void query_gradients(
   const QueryPlan plan = plan_queries(rows, scores.mask(), keys.size(0), heads, q.size(1) / heads);
   Buffer<A> partial(plan.partial_rows * dim);
   const QueryGradient<S> gradient{
-      inputs<S>(q, keys, values, rows, scores), packed<const S>(grad_out), packed<const S>(out), packed<const A>(lse),
-      packed<S>(grad_q),                       packed<A>(delta),          partial.data()};
+      inputs<S>(q, keys, values, rows, scores),
+      packed<const S>(grad_out),
+      packed<const S>(out),
+      packed<const A>(lse),
+      packed<S>(grad_q),
+      packed<A>(delta),
+      partial.data()};
   const auto kernel = DIFFMAS_KERNEL(query_gradient<S>);
   parallel_tasks(plan.tiles.size(), plan.work * dim, [&](int64_t task) {
     kernel(gradient, plan.tiles[task], scratch<A>(attention_scratch(dim)));
@@ -48,7 +60,6 @@ void defer(const Tensor& source, const Tensor& pending, int64_t token, int64_t r
   for (int64_t head = 0; head < heads; ++head, target += pending.stride(2))
     std::copy_n(from.at(token, head), dim, target);
 }
-
 
 void check_columns(const int32_t* first, const int32_t* last, const Tensor& keys) {
   for (int64_t b = 0; b < keys.size(0); ++b)
@@ -124,8 +135,7 @@ void cached_attention_backward_columns(
     const Tensor& grad_out, const Tensor& q, const Tensor& lse, const Tensor& delta, const Tensor& keys,
     const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& given, const Columns& columns,
     const Scores& scores) {
-  check_backward_columns(
-      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, given, columns, scores);
+  check_backward_columns(grad_out, q, lse, delta, keys, values, grad_keys, grad_values, given, columns, scores);
   const RowRanges rows = given.ranges();
   // Deferred rows have slots that a row never reached, which may lie behind the trace.
   check_token_ranges(rows, keys.size(0), q.size(0), given.max_seqlen_q);
@@ -137,8 +147,12 @@ void cached_attention_backward_columns(
     const int64_t dim = q.size(2), heads = keys.size(1);
     const ColumnPlan plan = plan_columns(rows, scores.mask(), first, last, keys.size(0), heads, q.size(1) / heads);
     const ColumnGradient<S> gradient{
-        inputs<S>(q, keys, values, rows, scores), packed<const S>(grad_out), packed<const A>(lse),
-        packed<const A>(delta),                  trace<A>(grad_keys),       trace<A>(grad_values)};
+        inputs<S>(q, keys, values, rows, scores),
+        packed<const S>(grad_out),
+        packed<const A>(lse),
+        packed<const A>(delta),
+        trace<A>(grad_keys),
+        trace<A>(grad_values)};
     const auto kernel = DIFFMAS_KERNEL(column_gradient<S>);
     parallel_tasks(plan.tiles.size(), plan.work * dim, [&](int64_t task) {
       kernel(gradient, plan.tiles[task], scratch<A>(attention_scratch(dim)));
@@ -152,8 +166,7 @@ Tensor cached_attention_backward(
     const Scores& scores) {
   check_backward_queries(grad_out, q, out, lse, keys, values, given, scores);
   const Tensor delta = per_head(q, lse.scalar_type());
-  check_backward_columns(
-      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, given, columns, scores);
+  check_backward_columns(grad_out, q, lse, delta, keys, values, grad_keys, grad_values, given, columns, scores);
   const RowRanges rows = given.ranges();
   check_ranges(rows, keys.size(0), q.size(0), given.max_seqlen_k, given.max_seqlen_q);
   const int32_t *first = indices(columns.begin), *last = indices(columns.end);
@@ -169,9 +182,11 @@ Tensor cached_attention_backward(
     const AttentionGradient<S> gradient{
         {inputs<S>(q, keys, values, rows, scores), packed<const S>(grad_out), packed<const A>(lse),
          packed<const A>(delta), trace<A>(grad_keys), trace<A>(grad_values)},
-        first, last, partial.data(), packed<S>(grad_q)};
-    const Deltas<S> products{
-        packed<const S>(out), packed<const S>(grad_out), packed<A>(delta), q.size(1), dim};
+        first,
+        last,
+        partial.data(),
+        packed<S>(grad_q)};
+    const Deltas<S> products{packed<const S>(out), packed<const S>(grad_out), packed<A>(delta), q.size(1), dim};
     const auto of_rows = DIFFMAS_KERNEL(deltas<S>);
     const auto kernel = DIFFMAS_KERNEL(attention_gradient<S>);
     const auto sum = DIFFMAS_KERNEL(sum_query_gradients<S>);
@@ -192,10 +207,9 @@ Tensor cached_attention_backward(
 
 std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
-    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending,
-    const Rows& given, const Scores& scores) {
-  check_backward_token(
-      grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, given, scores);
+    const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending, const Rows& given,
+    const Scores& scores) {
+  check_backward_token(grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, given, scores);
   const RowRanges rows = given.ranges();
   const int64_t batch = keys.size(0), heads = keys.size(1), dim = keys.size(3), group = q.size(1) / heads;
   check_ranges(rows, batch, q.size(0), given.max_seqlen_k, 1);

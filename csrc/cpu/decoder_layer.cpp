@@ -96,8 +96,14 @@ Normed<T> normed(const Layer<T>& layer, Norm_ which, const Tensor& x) {
   const int64_t rows = x.size(0), size = x.size(1);
   const Normed<T> result{rows_like(x, rows, size), new_tensor(x, {rows}, x.scalar_type())};
   const RmsNorm<T> norm{
-      matrix<const T>(x), {}, {}, matrix<T>(result.y), data<T>(layer.norms[which]),
-      static_cast<T*>(result.inverse.data_ptr()), size, layer.epsilon};
+      matrix<const T>(x),
+      {},
+      {},
+      matrix<T>(result.y),
+      data<T>(layer.norms[which]),
+      static_cast<T*>(result.inverse.data_ptr()),
+      size,
+      layer.epsilon};
   const auto kernel = DIFFMAS_KERNEL(rms_norm<T>);
   in_rows(rows, 4 * rows * size, [&](int64_t begin, int64_t end) { kernel(norm, begin, end); });
   return result;
@@ -110,8 +116,14 @@ Tensor norm_gradients(
   const int64_t rows = x.size(0), size = x.size(1);
   const Tensor grad_x = rows_like(x, rows, size);
   const RmsNorm<T> norm{
-      matrix<const T>(x), matrix<const T>(grad), matrix<const T>(residual), matrix<T>(grad_x),
-      data<T>(layer.norms[which]), static_cast<T*>(forward.inverse.data_ptr()), size, layer.epsilon};
+      matrix<const T>(x),
+      matrix<const T>(grad),
+      matrix<const T>(residual),
+      matrix<T>(grad_x),
+      data<T>(layer.norms[which]),
+      static_cast<T*>(forward.inverse.data_ptr()),
+      size,
+      layer.epsilon};
   const auto kernel = DIFFMAS_KERNEL(rms_norm_gradient<T>);
   in_rows(rows, 6 * rows * size, [&](int64_t begin, int64_t end) { kernel(norm, begin, end); });
   return grad_x;
@@ -123,8 +135,16 @@ RotateHeads<T> rotation(
   const int64_t dim = cos.size(1);
   const Tensor& weight = layer.norms[which];
   const Packed<const T> heads{data<T>(x), x.stride(0), dim};
-  return {heads, {}, {static_cast<T*>(y.data_ptr()), x.size(1), dim}, weight.numel() == 0 ? nullptr : data<T>(weight),
-          matrix<const T>(cos), matrix<const T>(sin), x.size(1) / dim, dim, layer.epsilon};
+  return {
+      heads,
+      {},
+      {static_cast<T*>(y.data_ptr()), x.size(1), dim},
+      weight.numel() == 0 ? nullptr : data<T>(weight),
+      matrix<const T>(cos),
+      matrix<const T>(sin),
+      x.size(1) / dim,
+      dim,
+      layer.epsilon};
 }
 
 /// Heads `[N, heads, dim]` of `x [N, heads * dim]`, normalised where the layer has a norm for them, and rotated.
@@ -167,9 +187,8 @@ template <class T>
 Tensors activation_gradients(const Tensor& grad, const Tensor& gate, const Tensor& up) {
   const Tensor grad_gate = rows_like(gate, gate.size(0), gate.size(1));
   const Tensor grad_up = rows_like(gate, gate.size(0), gate.size(1));
-  const SwiGlu<T> glu{
-      matrix<const T>(gate), matrix<const T>(up), matrix<const T>(grad), {}, matrix<T>(grad_gate), matrix<T>(grad_up),
-      gate.size(1)};
+  const SwiGlu<T> glu{matrix<const T>(gate), matrix<const T>(up), matrix<const T>(grad), {},
+                      matrix<T>(grad_gate),  matrix<T>(grad_up),  gate.size(1)};
   const auto kernel = DIFFMAS_KERNEL(swiglu_gradient<T>);
   in_rows(gate.size(0), 30 * gate.numel(), [&](int64_t begin, int64_t end) { kernel(glu, begin, end); });
   return {grad_gate, grad_up};
@@ -224,8 +243,7 @@ void check_queries(const Rows& queries, int64_t rows, const Tensor& keys) {
   check_index("query_begin", queries.q_begin, batch, keys);
   check_index("query_end", queries.q_end, batch, keys);
   check_index("query_starts", queries.starts, batch, keys);
-  STD_TORCH_CHECK(
-      queries.max_seqlen_q >= 0, "query_max_seqlen_q is ", queries.max_seqlen_q, "; allowed: 0 and above");
+  STD_TORCH_CHECK(queries.max_seqlen_q >= 0, "query_max_seqlen_q is ", queries.max_seqlen_q, "; allowed: 0 and above");
   STD_TORCH_CHECK(
       max_seqlen_k >= 0 && max_seqlen_k <= capacity, "max_seqlen_k is ", max_seqlen_k, "; allowed: 0 to ", capacity,
       ", the capacity of keys");
@@ -233,11 +251,11 @@ void check_queries(const Rows& queries, int64_t rows, const Tensor& keys) {
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t first = ranges.begin[b], last = ranges.end[b], count = last - first, start = ranges.starts[b];
     STD_TORCH_CHECK(
-        0 <= first && first <= last && last <= rows, "query_begin[", b, "], query_end[", b, "] are ", first, ", ",
-        last, "; allowed: 0 <= query_begin <= query_end <= ", rows);
+        0 <= first && first <= last && last <= rows, "query_begin[", b, "], query_end[", b, "] are ", first, ", ", last,
+        "; allowed: 0 <= query_begin <= query_end <= ", rows);
     STD_TORCH_CHECK(
-        count <= queries.max_seqlen_q, "query_max_seqlen_q is ", queries.max_seqlen_q, "; allowed: at least the ", count,
-        " tokens of row ", b);
+        count <= queries.max_seqlen_q, "query_max_seqlen_q is ", queries.max_seqlen_q, "; allowed: at least the ",
+        count, " tokens of row ", b);
     STD_TORCH_CHECK(
         count == 0 || (start >= 0 && start + count <= max_seqlen_k), "query_starts[", b, "] is ", start,
         "; allowed: 0 to ", max_seqlen_k - count);
@@ -254,8 +272,8 @@ void check_state(const char* name, const Tensor& tensor, int64_t rows, int64_t c
 }
 
 /// A list may not be returned beside arguments that are written.
-using States = std::tuple<
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using States =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 States decoder_layer(
     const Tensor& h, const Tensor& cos, const Tensor& sin, const Tensors& norms, double epsilon, const Tensors& weights,
@@ -361,11 +379,9 @@ Tensors decoder_layer_backward_input(
     check_contiguous("grad_v", grad_v);
     Tensors of_q, of_kv;
     const Tensor owed_k = rotated_gradients(layer, K_NORM, grad_k, k, cos, sin);
-    const Tensor owed_q =
-        rotated_gradients(layer, Q_NORM, grad_q, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs));
+    const Tensor owed_q = rotated_gradients(layer, Q_NORM, grad_q, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs));
     const Normed<T> forward = normed(layer, INPUT, h);
-    const Tensor grad_x =
-        gradients(layer.of({K, V}), forward.y, low_kv, {owed_k, as_matrix(grad_v)}, of_kv);
+    const Tensor grad_x = gradients(layer.of({K, V}), forward.y, low_kv, {owed_k, as_matrix(grad_v)}, of_kv);
     const Tensor grad_of_q = gradients(layer.of({Q}), chosen<T>(forward.y, outputs), low_q, {owed_q}, of_q);
     add_chosen<T>(grad_x, grad_of_q, outputs);
     Tensor residual = grad_middle;
@@ -384,14 +400,16 @@ Tensors decoder_layer_backward_input(
 
 }  // namespace diffmas
 
-#define LAYER                                                                                                    \
+#define LAYER \
   "Tensor[] norms, float epsilon, Tensor[] weights, Tensor[] biases, Tensor[] a, Tensor[] b, float[] scalings, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(diffmas, m) {
   m.def(
       "decoder_layer(Tensor h, Tensor cos, Tensor sin, " LAYER
-      "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_seqlen_q, Tensor? outputs, "
-      "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_seqlen_q, int max_seqlen_k, float softmax_scale) -> "
+      "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_seqlen_q, Tensor? "
+      "outputs, "
+      "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_seqlen_q, int max_seqlen_k, float "
+      "softmax_scale) -> "
       "(Tensor result, Tensor k, Tensor q, Tensor out, Tensor lse, Tensor middle, Tensor gate, Tensor up, "
       "Tensor low_q, Tensor low_kv, Tensor low_o, Tensor low_gate_up, Tensor low_down)");
   m.def(

@@ -13,9 +13,9 @@ InstructionSet instruction_set();
 
 /// The kernel of this name compiled for this machine, e.g. DIFFMAS_KERNEL(attend<S>).
 #if defined(DIFFMAS_X86)
-#define DIFFMAS_KERNEL(...)                                            \
-  (instruction_set() == InstructionSet::Avx512 ? &avx512::__VA_ARGS__  \
-   : instruction_set() == InstructionSet::Avx2 ? &avx2::__VA_ARGS__    \
+#define DIFFMAS_KERNEL(...)                                           \
+  (instruction_set() == InstructionSet::Avx512 ? &avx512::__VA_ARGS__ \
+   : instruction_set() == InstructionSet::Avx2 ? &avx2::__VA_ARGS__   \
                                                : &baseline::__VA_ARGS__)
 #else
 #define DIFFMAS_KERNEL(...) (&baseline::__VA_ARGS__)
@@ -26,10 +26,14 @@ template <class F>
 auto with_storage_type(const char* name, ScalarType dtype, const F& f) {
   accumulation_dtype(name, dtype);
   switch (dtype) {
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    case ScalarType::Half: return f(Half{});
-    default: return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      return f(float{});
   }
 }
 

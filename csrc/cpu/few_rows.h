@@ -58,7 +58,7 @@ PaddedRows<Acc<S>> multiply(PaddedRows<Acc<S>>& x, const Tensor& weight, bool tr
   PaddedRows<A> y(x.rows, weight.size(transposed ? 0 : 1));
   const auto projection = [&](A* target) {
     return Projection<S>{
-        x.memory.data(), target,   x.rows, x.size, x.stride, y.stride, static_cast<const S*>(weight.data_ptr()),
+        x.memory.data(), target, x.rows, x.size, x.stride, y.stride, static_cast<const S*>(weight.data_ptr()),
         weight.stride(0)};
   };
   const int64_t work = x.rows * x.size * y.size, room = projection_scratch(std::max(x.stride, y.stride));

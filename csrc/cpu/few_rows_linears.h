@@ -70,7 +70,7 @@ void apply_few(
   PaddedRows<T> input = read<T>(x);
   const auto product = [&](T* y, int64_t stride, const Tensor& weight, int64_t begin, int64_t end) {
     const Projection<T> projection{
-        input.memory.data(),      y, rows, size, input.stride, stride, static_cast<const T*>(weight.data_ptr()),
+        input.memory.data(), y, rows, size, input.stride, stride, static_cast<const T*>(weight.data_ptr()),
         weight.stride(0)};
     dot(projection, begin, end, scratch<T>(projection_scratch(input.stride)));
   };
@@ -86,8 +86,17 @@ void apply_few(
     const Matrix<T> part{static_cast<T*>(low.data_ptr()) + rank_of[task.layer], ranks};
     product(part.data, ranks, layer.a, 0, layer.rank());
     adapter(
-        {{part.data, ranks}, matrix<const T>(layer.b), {}, layer.bias,
-         {added.data() + out_of[task.layer], layer.out()}, {}, {}, rows, layer.out(), layer.rank(), layer.scaling},
+        {{part.data, ranks},
+         matrix<const T>(layer.b),
+         {},
+         layer.bias,
+         {added.data() + out_of[task.layer], layer.out()},
+         {},
+         {},
+         rows,
+         layer.out(),
+         layer.rank(),
+         layer.scaling},
         scratch<T>(layer.rank() + PADDING));
   });
   for (const LayerTask& task : tasks) {
@@ -111,8 +120,8 @@ void gradients_few(
   const auto adapter = DIFFMAS_KERNEL(few_rows_adapter_gradient<T>);
   const auto rank_of = offsets(layers, [](const Linear<T>& layer) { return layer.rank(); });
   const auto adapters_before = offsets(layers, [](const Linear<T>& layer) { return layer.rank() > 0 ? 2 : 0; });
-  const auto tasks = layer_tasks(
-      layers, [](const Linear<T>& layer) { return (layer.out() / 16 + STREAMS) / STREAMS * STREAMS; });
+  const auto tasks =
+      layer_tasks(layers, [](const Linear<T>& layer) { return (layer.out() / 16 + STREAMS) / STREAMS * STREAMS; });
   std::vector<PaddedRows<T>> lefts;
   for (const Tensor& grad : grads) lefts.push_back(read<T>(grad));
   PaddedRows<T> sum(rows, size);
@@ -127,8 +136,8 @@ void gradients_few(
     T* part = parts.data() + i * length;
     const auto product = [&](PaddedRows<T>& left, const Tensor& weight, int64_t begin, int64_t end) {
       const Projection<T> projection{
-          left.memory.data(), part,        rows, left.size, left.stride, sum.stride,
-          static_cast<const T*>(weight.data_ptr()), weight.stride(0)};
+          left.memory.data(), part, rows, left.size, left.stride, sum.stride, static_cast<const T*>(weight.data_ptr()),
+          weight.stride(0)};
       stream(projection, begin, end, size, scratch<T>(projection_scratch(sum.stride)));
     };
     if (!task.adapter) return product(grad, layer.weight, task.begin, task.end);
@@ -136,12 +145,26 @@ void gradients_few(
     PaddedRows<T> grad_low(rows, rank);
     const Tensor* grads_ab = of_adapters + adapters_before[task.layer];
     adapter(
-        {{static_cast<const T*>(low.data_ptr()) + rank_of[task.layer], ranks}, matrix<const T>(layer.b),
-         {grad.memory.data(), grad.stride}, nullptr, {}, {grad_low.memory.data(), grad_low.stride},
-         matrix<T>(grads_ab[1]), rows, layer.out(), rank, layer.scaling},
+        {{static_cast<const T*>(low.data_ptr()) + rank_of[task.layer], ranks},
+         matrix<const T>(layer.b),
+         {grad.memory.data(), grad.stride},
+         nullptr,
+         {},
+         {grad_low.memory.data(), grad_low.stride},
+         matrix<T>(grads_ab[1]),
+         rows,
+         layer.out(),
+         rank,
+         layer.scaling},
         scratch<T>(4 * rank));
     outer(
-        {{grad_low.memory.data(), grad_low.stride}, matrix<const T>(x), matrix<T>(grads_ab[0]), rows, rank, size, T(1)});
+        {{grad_low.memory.data(), grad_low.stride},
+         matrix<const T>(x),
+         matrix<T>(grads_ab[0]),
+         rows,
+         rank,
+         size,
+         T(1)});
     product(grad_low, layer.a, 0, rank);
   });
   std::fill_n(sum.memory.data(), length, T(0));

@@ -130,7 +130,7 @@ struct OwnColumn {
   int64_t slots, group, dim;
   Acc<S> scale;
   const S *key, *value;
-  const Acc<S> *grad_key, *grad_value;
+  const Acc<S>*grad_key, *grad_value;
   S *grad_k, *grad_v;
 };
 
@@ -184,7 +184,7 @@ struct MoveColumns {
   T* target;
   int64_t target_stride;
   int64_t count, dim, pairs;
-  const Acc<S> *cos, *sin;
+  const Acc<S>*cos, *sin;
   Acc<S> sign;
   bool interleaved, add;
 };
@@ -258,57 +258,56 @@ struct FewRowsAdapter {
   T scaling;
 };
 
-#define DIFFMAS_DECLARE_KERNELS(isa)                                                            \
-  namespace isa {                                                                               \
-  template <class S>                                                                            \
-  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                             \
-  template <class S>                                                                            \
-  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);              \
-  template <class S>                                                                            \
-  void sum_partials(const QueryGradient<S>&, const SplitTile&, Acc<S>* scratch);                \
-  template <class S>                                                                            \
-  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch);           \
-  template <class S>                                                                            \
-  void attention_gradient(const AttentionGradient<S>&, const GradientTile&, Acc<S>* scratch);   \
-  template <class S>                                                                            \
-  void sum_query_gradients(const AttentionGradient<S>&, const SplitTile&, Acc<S>* scratch);     \
-  template <class S>                                                                            \
-  void deltas(const Deltas<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                   \
-  template <class S>                                                                            \
-  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                                        \
-  template <class S, class Out>                                                                 \
-  void merge_row(const MergeRow<S, Out>&, Acc<S>* scratch);                                     \
-  template <class S>                                                                            \
-  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);              \
-  template <class S>                                                                            \
-  void project_streamed(const Projection<S>&, int64_t begin, int64_t end, int64_t width,        \
-                        Acc<S>* scratch);                                                       \
-  template <class S>                                                                            \
-  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);   \
-  template <class T>                                                                            \
-  void outer_product(const OuterProduct<T>&, int64_t begin, int64_t end, T* scratch);           \
-  template <class S, class T>                                                                   \
-  void move_columns(const MoveColumns<S, T>&, Acc<S>* scratch);                                 \
-  template <class T>                                                                            \
-  void rms_norm(const RmsNorm<T>&, int64_t begin, int64_t end);                                 \
-  template <class T>                                                                            \
-  void rms_norm_gradient(const RmsNorm<T>&, int64_t begin, int64_t end);                        \
-  template <class T>                                                                            \
-  void rotate_heads(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);             \
-  template <class T>                                                                            \
-  void rotate_heads_gradient(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);    \
-  template <class T>                                                                            \
-  void swiglu(const SwiGlu<T>&, int64_t begin, int64_t end);                                    \
-  template <class T>                                                                            \
-  void swiglu_gradient(const SwiGlu<T>&, int64_t begin, int64_t end);                           \
-  template <class T>                                                                            \
-  void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                 \
-  template <class T>                                                                            \
-  void few_rows_outer(const FewRowsOuter<T>&);                                                  \
-  template <class T>                                                                            \
-  void few_rows_adapter(const FewRowsAdapter<T>&, T* scratch);                                  \
-  template <class T>                                                                            \
-  void few_rows_adapter_gradient(const FewRowsAdapter<T>&, T* scratch);                         \
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                                       \
+  namespace isa {                                                                                          \
+  template <class S>                                                                                       \
+  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                                        \
+  template <class S>                                                                                       \
+  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);                         \
+  template <class S>                                                                                       \
+  void sum_partials(const QueryGradient<S>&, const SplitTile&, Acc<S>* scratch);                           \
+  template <class S>                                                                                       \
+  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch);                      \
+  template <class S>                                                                                       \
+  void attention_gradient(const AttentionGradient<S>&, const GradientTile&, Acc<S>* scratch);              \
+  template <class S>                                                                                       \
+  void sum_query_gradients(const AttentionGradient<S>&, const SplitTile&, Acc<S>* scratch);                \
+  template <class S>                                                                                       \
+  void deltas(const Deltas<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                              \
+  template <class S>                                                                                       \
+  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                                                   \
+  template <class S, class Out>                                                                            \
+  void merge_row(const MergeRow<S, Out>&, Acc<S>* scratch);                                                \
+  template <class S>                                                                                       \
+  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                         \
+  template <class S>                                                                                       \
+  void project_streamed(const Projection<S>&, int64_t begin, int64_t end, int64_t width, Acc<S>* scratch); \
+  template <class S>                                                                                       \
+  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);              \
+  template <class T>                                                                                       \
+  void outer_product(const OuterProduct<T>&, int64_t begin, int64_t end, T* scratch);                      \
+  template <class S, class T>                                                                              \
+  void move_columns(const MoveColumns<S, T>&, Acc<S>* scratch);                                            \
+  template <class T>                                                                                       \
+  void rms_norm(const RmsNorm<T>&, int64_t begin, int64_t end);                                            \
+  template <class T>                                                                                       \
+  void rms_norm_gradient(const RmsNorm<T>&, int64_t begin, int64_t end);                                   \
+  template <class T>                                                                                       \
+  void rotate_heads(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);                        \
+  template <class T>                                                                                       \
+  void rotate_heads_gradient(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);               \
+  template <class T>                                                                                       \
+  void swiglu(const SwiGlu<T>&, int64_t begin, int64_t end);                                               \
+  template <class T>                                                                                       \
+  void swiglu_gradient(const SwiGlu<T>&, int64_t begin, int64_t end);                                      \
+  template <class T>                                                                                       \
+  void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                            \
+  template <class T>                                                                                       \
+  void few_rows_outer(const FewRowsOuter<T>&);                                                             \
+  template <class T>                                                                                       \
+  void few_rows_adapter(const FewRowsAdapter<T>&, T* scratch);                                             \
+  template <class T>                                                                                       \
+  void few_rows_adapter_gradient(const FewRowsAdapter<T>&, T* scratch);                                    \
   }
 
 DIFFMAS_DECLARE_KERNELS(baseline)

@@ -50,7 +50,8 @@ void gather(const Tensor& source, const Tensor& packed_out, const RowRanges& row
   const auto from = trace<const S>(source);
   const auto to = packed<T>(packed_out);
   for_token_blocks(
-      rows, source.size(0), source.size(1), dim, max_seqlen_q, [&](int64_t row, int64_t head, int64_t first, int64_t last) {
+      rows, source.size(0), source.size(1), dim, max_seqlen_q,
+      [&](int64_t row, int64_t head, int64_t first, int64_t last) {
         MoveColumns<S, T> move{};
         move.source = from.at(row, head, rows.position(row, first));
         move.source_stride = from.column_stride;
@@ -70,9 +71,12 @@ void kv_append(const Tensor& k, const Tensor& v, const Tensor& keys, const Tenso
   const int64_t max_seqlen_q = given.max_seqlen_q;
   check_ranges(rows, keys.size(0), k.size(0), keys.size(2), max_seqlen_q);
   switch (keys.element_size()) {
-    case 2: return append<uint16_t>(k, v, keys, values, rows, max_seqlen_q);
-    case 4: return append<uint32_t>(k, v, keys, values, rows, max_seqlen_q);
-    default: return append<uint64_t>(k, v, keys, values, rows, max_seqlen_q);
+    case 2:
+      return append<uint16_t>(k, v, keys, values, rows, max_seqlen_q);
+    case 4:
+      return append<uint32_t>(k, v, keys, values, rows, max_seqlen_q);
+    default:
+      return append<uint64_t>(k, v, keys, values, rows, max_seqlen_q);
   }
 }
 

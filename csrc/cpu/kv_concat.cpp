@@ -26,9 +26,18 @@ Plan make_plan(
     const std::vector<Tensor>& parts, const Tensor& whole, const Tensor& part_begin, const Tensor& counts,
     const Tensor& whole_begin, const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved) {
   const Plan plan{
-      indices(part_begin), indices(counts), indices(whole_begin), static_cast<int64_t>(parts.size()),
-      whole.size(0),       whole.size(1),   whole.size(2),        whole.size(4),
-      cos ? cos->size(2) : 0, cos ? cos->data_ptr() : nullptr, sin ? sin->data_ptr() : nullptr, interleaved};
+      indices(part_begin),
+      indices(counts),
+      indices(whole_begin),
+      static_cast<int64_t>(parts.size()),
+      whole.size(0),
+      whole.size(1),
+      whole.size(2),
+      whole.size(4),
+      cos ? cos->size(2) : 0,
+      cos ? cos->data_ptr() : nullptr,
+      sin ? sin->data_ptr() : nullptr,
+      interleaved};
   for (int64_t at = 0; at < plan.parts * plan.batch; ++at) {
     const int64_t part = at / plan.batch, row = at % plan.batch, count = plan.counts[at];
     const int64_t capacity = parts[part].size(3);
@@ -37,8 +46,8 @@ Plan make_plan(
         count == 0 || (plan.part_begin[at] >= 0 && plan.part_begin[at] + count <= capacity), "source_begin[", part,
         ", ", row, "] is ", plan.part_begin[at], "; allowed: 0 to ", capacity - count, " for ", count, " columns");
     STD_TORCH_CHECK(
-        count == 0 || (plan.whole_begin[at] >= 0 && plan.whole_begin[at] + count <= whole.size(3)), "dest_begin[",
-        part, ", ", row, "] is ", plan.whole_begin[at], "; allowed: 0 to ", whole.size(3) - count, " for ", count,
+        count == 0 || (plan.whole_begin[at] >= 0 && plan.whole_begin[at] + count <= whole.size(3)), "dest_begin[", part,
+        ", ", row, "] is ", plan.whole_begin[at], "; allowed: 0 to ", whole.size(3) - count, " for ", count,
         " columns");
   }
   return plan;
@@ -99,8 +108,7 @@ void kv_concat(
     const std::vector<Tensor>& source_keys, const std::vector<Tensor>& source_values, const Tensor& keys,
     const Tensor& values, const Tensor& source_begin, const Tensor& counts, const Tensor& dest_begin,
     const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved) {
-  check_concat_plan(
-      keys, values, source_keys.size(), source_values.size(), source_begin, counts, dest_begin, cos, sin);
+  check_concat_plan(keys, values, source_keys.size(), source_values.size(), source_begin, counts, dest_begin, cos, sin);
   check_concat("source_keys", source_keys, "keys", keys);
   check_concat("source_values", source_values, "values", values);
   make_plan(source_values, values, source_begin, counts, dest_begin, cos, sin, interleaved);
@@ -116,13 +124,12 @@ void kv_concat_backward(
     const std::vector<Tensor>& source_grad_values, const Tensor& source_begin, const Tensor& counts,
     const Tensor& dest_begin, const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved) {
   check_concat_plan(
-      grad_keys, grad_values, source_grad_keys.size(), source_grad_values.size(), source_begin, counts, dest_begin,
-      cos, sin);
+      grad_keys, grad_values, source_grad_keys.size(), source_grad_values.size(), source_begin, counts, dest_begin, cos,
+      sin);
   check_accumulators("grad_keys", grad_keys, "source_grad_keys", source_grad_keys);
   check_accumulators("grad_values", grad_values, "source_grad_values", source_grad_values);
   make_plan(source_grad_values, grad_values, source_begin, counts, dest_begin, cos, sin, interleaved);
-  const Plan plan =
-      make_plan(source_grad_keys, grad_keys, source_begin, counts, dest_begin, cos, sin, interleaved);
+  const Plan plan = make_plan(source_grad_keys, grad_keys, source_begin, counts, dest_begin, cos, sin, interleaved);
   for (int64_t i = 0; i < plan.parts; ++i) {
     const auto add = [&](auto accumulator) {
       using A = decltype(accumulator);

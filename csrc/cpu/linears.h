@@ -90,8 +90,15 @@ void add_product(
     const Block<T>& y, const Block<T>& low, const Block<const T>& b, bool transposed, T scaling, const T* bias) {
   const int64_t rank = low.columns;
   const LowRank<T> product{
-      {y.data, y.row_stride}, {low.data, low.row_stride}, {b.data, b.row_stride}, bias, y.rows, y.columns, rank,
-      scaling, transposed};
+      {y.data, y.row_stride},
+      {low.data, low.row_stride},
+      {b.data, b.row_stride},
+      bias,
+      y.rows,
+      y.columns,
+      rank,
+      scaling,
+      transposed};
   const auto kernel = DIFFMAS_KERNEL(add_low_rank<T>);
   kernel(product, 0, y.rows, scratch<T>(rank * (y.columns + PADDING)));
 }

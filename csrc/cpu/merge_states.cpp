@@ -17,9 +17,14 @@ std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses) 
     parallel_tasks(tokens, splits * tokens * heads * dim, [&](int64_t token) {
       for (int64_t head = 0; head < heads; ++head) {
         const MergeRow<S, S> row{
-            static_cast<const S*>(outs.data_ptr()) + token * outs.stride(1) + head * outs.stride(2), outs.stride(0),
-            static_cast<const A*>(lses.data_ptr()) + token * lses.stride(1) + head * lses.stride(2), lses.stride(0),
-            splits, dim, targets.at(token, head), target_lses.at(token, head)};
+            static_cast<const S*>(outs.data_ptr()) + token * outs.stride(1) + head * outs.stride(2),
+            outs.stride(0),
+            static_cast<const A*>(lses.data_ptr()) + token * lses.stride(1) + head * lses.stride(2),
+            lses.stride(0),
+            splits,
+            dim,
+            targets.at(token, head),
+            target_lses.at(token, head)};
         kernel(row, scratch<A>(2 * (dim + PADDING)));
       }
     });

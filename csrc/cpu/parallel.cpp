@@ -101,7 +101,9 @@ class Threads {
     const uint64_t job = (state_.load(std::memory_order_relaxed) & ~OPEN) + NEXT;
     state_.store(job | OPEN);
     if (sleeping_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_);
+      }
       wake_.notify_all();
     }
     attempt(0);

@@ -16,15 +16,15 @@ inline void check_token_ranges(const RowRanges& rows, int64_t batch, int64_t tok
         0 <= begin && begin <= end && end <= tokens, "q_begin[", b, "], q_end[", b, "] are ", begin, ", ", end,
         "; allowed: 0 <= q_begin <= q_end <= ", tokens);
     STD_TORCH_CHECK(
-        end - begin <= max_seqlen_q, "max_seqlen_q is ", max_seqlen_q, "; allowed: at least the ", end - begin, " tokens of row ", b);
+        end - begin <= max_seqlen_q, "max_seqlen_q is ", max_seqlen_q, "; allowed: at least the ", end - begin,
+        " tokens of row ", b);
     STD_TORCH_CHECK(
         begin == end || rows.starts[b] >= 0, "starts[", b, "] is ", rows.starts[b], "; allowed: 0 and above");
   }
 }
 
 /// The same, and every token's column is below `columns`.
-inline void check_ranges(
-    const RowRanges& rows, int64_t batch, int64_t tokens, int64_t columns, int64_t max_seqlen_q) {
+inline void check_ranges(const RowRanges& rows, int64_t batch, int64_t tokens, int64_t columns, int64_t max_seqlen_q) {
   check_token_ranges(rows, batch, tokens, max_seqlen_q);
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t count = rows.count(b);

@@ -20,8 +20,7 @@ struct QueryPlan {
 /// every thread busy.
 constexpr int64_t SPLIT_ROWS = 2 * TILE, SPLIT_COLUMNS = 1024;
 
-inline QueryPlan plan_queries(
-    const RowRanges& rows, const Mask& mask, int64_t batch, int64_t heads, int64_t group) {
+inline QueryPlan plan_queries(const RowRanges& rows, const Mask& mask, int64_t batch, int64_t heads, int64_t group) {
   QueryPlan plan;
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t total = rows.count(row) * group;
@@ -36,7 +35,8 @@ inline QueryPlan plan_queries(
         if (count > 1) plan.splits.push_back({row, head, first, last, plan.partial_rows, count});
         for (int64_t split = 0; split < count; ++split) {
           const int64_t begin = std::min(split * width, columns), end = std::min(begin + width, columns);
-          plan.tiles.push_back({row, head, first, last, lowest + begin, lowest + end, count > 1 ? plan.partial_rows : -1});
+          plan.tiles.push_back(
+              {row, head, first, last, lowest + begin, lowest + end, count > 1 ? plan.partial_rows : -1});
           plan.partial_rows += count > 1 ? last - first : 0;
           plan.work += (last - first) * (end - begin);
         }
@@ -46,9 +46,8 @@ inline QueryPlan plan_queries(
   const auto cost = [](const QueryTile& tile) {
     return (tile.last - tile.first) * (tile.column_end - tile.column_begin);
   };
-  std::stable_sort(plan.tiles.begin(), plan.tiles.end(), [&](const QueryTile& a, const QueryTile& b) {
-    return cost(a) > cost(b);
-  });
+  std::stable_sort(
+      plan.tiles.begin(), plan.tiles.end(), [&](const QueryTile& a, const QueryTile& b) { return cost(a) > cost(b); });
   return plan;
 }
 
@@ -66,8 +65,8 @@ inline ColumnPlan plan_columns(
     for (int64_t begin = column_begin[row]; rows.count(row) > 0 && begin < column_end[row]; begin += TILE) {
       const int64_t end = std::min<int64_t>(begin + TILE, column_end[row]);
       const int64_t start = rows.position(row, 0), tokens = rows.count(row);
-      const int64_t seeing = std::min(tokens, mask.end_seeing(end - 1) - start) -
-          std::max<int64_t>(0, mask.first_seeing(begin) - start);
+      const int64_t seeing =
+          std::min(tokens, mask.end_seeing(end - 1) - start) - std::max<int64_t>(0, mask.first_seeing(begin) - start);
       const int64_t work = std::max<int64_t>(0, seeing) * group * (end - begin);
       for (int64_t head = 0; work > 0 && head < heads; ++head) {
         tiles.push_back({work, {row, head, begin, end}});

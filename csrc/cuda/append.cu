@@ -52,10 +52,14 @@ void kv_append(const Tensor& k, const Tensor& v, const Tensor& keys, const Tenso
         trace_as<V>(values, elements), rows.ranges(), width);
   };
   switch (common_alignment({&k, &v, &keys, &values})) {
-    case 16: return launch(int4{});
-    case 8: return launch(int2{});
-    case 4: return launch(int{});
-    default: return launch(short{});
+    case 16:
+      return launch(int4{});
+    case 8:
+      return launch(int2{});
+    case 4:
+      return launch(int{});
+    default:
+      return launch(short{});
   }
 }
 

@@ -27,8 +27,9 @@ struct AttentionCall {
     STD_TORCH_CHECK(!scores.window, "window is ", *scores.window, "; allowed on CUDA: None");
     STD_TORCH_CHECK(dim() <= 256, "keys has head dim ", dim(), "; allowed on CUDA: 1 to 256");
     STD_TORCH_CHECK(
-        packed_rows() * group() < (int64_t(1) << 32), "max_seqlen_q is ", rows.max_seqlen_q, "; allowed on CUDA: below ",
-        (int64_t(1) << 32) / (group() * group()), " with ", group(), " query heads per head of keys");
+        packed_rows() * group() < (int64_t(1) << 32), "max_seqlen_q is ", rows.max_seqlen_q,
+        "; allowed on CUDA: below ", (int64_t(1) << 32) / (group() * group()), " with ", group(),
+        " query heads per head of keys");
   }
 
   /// Whether the tensor-core kernels serve, which need `shared` bytes at head dim 256 (and 99 KB below).
@@ -39,14 +40,14 @@ struct AttentionCall {
   }
 
   WorkPlan unsplit() const {
-    return {
-        rows.ranges(), static_cast<int>(batch()), 0, Divisor(static_cast<uint32_t>(group()))};
+    return {rows.ranges(), static_cast<int>(batch()), 0, Divisor(static_cast<uint32_t>(group()))};
   }
 
   template <class T>
   AttentionInputs<T> inputs(const WorkPlan& plan) const {
-    return {packed<const T>(q), trace<const T>(keys), trace<const T>(values), plan, static_cast<int>(dim()),
-            static_cast<Acc<T>>(scores.softmax_scale)};
+    return {packed<const T>(q),      trace<const T>(keys),
+            trace<const T>(values),  plan,
+            static_cast<int>(dim()), static_cast<Acc<T>>(scores.softmax_scale)};
   }
 };
 
@@ -100,10 +101,14 @@ using HeadDim = std::integral_constant<int, D>;
 template <class F>
 void with_head_dim(int64_t dim, F f) {
   switch (dim) {
-    case 64: return f(HeadDim<64>());
-    case 96: return f(HeadDim<96>());
-    case 128: return f(HeadDim<128>());
-    default: return f(HeadDim<256>());
+    case 64:
+      return f(HeadDim<64>());
+    case 96:
+      return f(HeadDim<96>());
+    case 128:
+      return f(HeadDim<128>());
+    default:
+      return f(HeadDim<256>());
   }
 }
 

@@ -9,10 +9,8 @@ void cached_attention_backward_columns(
     const Tensor& grad_out, const Tensor& q, const Tensor& lse, const Tensor& delta, const Tensor& keys,
     const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
     const Scores& scores) {
-  check_backward_columns(
-      grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, scores);
-  const AttentionCall call{
-      "cached_attention_backward_columns", q, keys, values, rows, scores};
+  check_backward_columns(grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, scores);
+  const AttentionCall call{"cached_attention_backward_columns", q, keys, values, rows, scores};
   call.check();
   if (call.empty() || rows.max_seqlen_k == 0) return;
   const LaunchScope scope(q);
@@ -37,15 +35,17 @@ void cached_attention_backward_columns(
       using T = decltype(storage);
       with_head_dim(call.dim(), [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        launch(storage, attention_backward_columns_kernel<T, D>, ColumnTiles<D>::COLUMNS, ColumnTiles<D>::THREADS,
-               sizeof(ColumnsShared<T, D>));
+        launch(
+            storage, attention_backward_columns_kernel<T, D>, ColumnTiles<D>::COLUMNS, ColumnTiles<D>::THREADS,
+            sizeof(ColumnsShared<T, D>));
       });
     });
   else
     with_storage_type("q", q.scalar_type(), [&](auto storage) {
       using T = decltype(storage);
-      launch(storage, attention_backward_columns_simple_kernel<T>, SIMPLE_COLUMNS<T>, SIMPLE_THREADS,
-             simple_shared_elements<T>(static_cast<int>(call.dim()), 2, 4) * sizeof(Acc<T>));
+      launch(
+          storage, attention_backward_columns_simple_kernel<T>, SIMPLE_COLUMNS<T>, SIMPLE_THREADS,
+          simple_shared_elements<T>(static_cast<int>(call.dim()), 2, 4) * sizeof(Acc<T>));
     });
 }
 
@@ -53,8 +53,7 @@ Tensor cached_attention_backward(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
     const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Rows& rows, const Columns& columns,
     const Scores& scores) {
-  const auto [grad_q, delta] = cached_attention_backward_queries(
-      grad_out, q, out, lse, keys, values, rows, scores);
+  const auto [grad_q, delta] = cached_attention_backward_queries(grad_out, q, out, lse, keys, values, rows, scores);
   cached_attention_backward_columns(
       grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, scores);
   return grad_q;

@@ -47,8 +47,9 @@ struct QueryGradient {
     else
       with_storage_type("q", call.q.scalar_type(), [&](auto storage) {
         using T = decltype(storage);
-        launch(storage, attention_backward_queries_simple_kernel<T>, SIMPLE_ROWS, SIMPLE_THREADS,
-               simple_shared_elements<T>(static_cast<int>(call.dim()), 3, 2) * sizeof(Acc<T>));
+        launch(
+            storage, attention_backward_queries_simple_kernel<T>, SIMPLE_ROWS, SIMPLE_THREADS,
+            simple_shared_elements<T>(static_cast<int>(call.dim()), 3, 2) * sizeof(Acc<T>));
       });
   }
 };
@@ -59,15 +60,13 @@ std::tuple<Tensor, Tensor> cached_attention_backward_queries(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
     const Tensor& values, const Rows& rows, const Scores& scores) {
   check_backward_queries(grad_out, q, out, lse, keys, values, rows, scores);
-  const AttentionCall call{
-      "cached_attention_backward_queries", q, keys, values, rows, scores};
+  const AttentionCall call{"cached_attention_backward_queries", q, keys, values, rows, scores};
   call.check();
   const Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Tensor delta = new_tensor(q, {q.size(0), q.size(1)}, lse.scalar_type());
   if (call.empty()) return {grad_q, delta};
-  QueryGradient{call, grad_out, out, lse, grad_q, delta}.run([](auto storage) {
-    return OwnColumnArguments<decltype(storage)>{};
-  });
+  QueryGradient{call, grad_out, out, lse, grad_q, delta}.run(
+      [](auto storage) { return OwnColumnArguments<decltype(storage)>{}; });
   return {grad_q, delta};
 }
 
@@ -75,10 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& grad_out, const Tensor& q, const Tensor& out, const Tensor& lse, const Tensor& keys,
     const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending, const Rows& rows,
     const Scores& scores) {
-  check_backward_token(
-      grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, rows, scores);
-  const AttentionCall call{
-      "cached_attention_backward_token", q, keys, values, rows, scores};
+  check_backward_token(grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, rows, scores);
+  const AttentionCall call{"cached_attention_backward_token", q, keys, values, rows, scores};
   call.check();
   const Tensor grad_q = new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type());
   const Tensor grad_k = new_tensor(q, {q.size(0), keys.size(1), q.size(2)}, q.scalar_type());

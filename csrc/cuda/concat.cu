@@ -10,8 +10,7 @@ namespace {
 
 template <class T>
 Layers<T> layers(const Tensor& tensor) {
-  return {
-      {static_cast<T*>(tensor.data_ptr()), tensor.stride(1), tensor.stride(2), tensor.stride(3)}, tensor.stride(0)};
+  return {{static_cast<T*>(tensor.data_ptr()), tensor.stride(1), tensor.stride(2), tensor.stride(3)}, tensor.stride(0)};
 }
 
 /// A concatenation in either direction: `part_*` are the senders' tensors, `keys` and `values` those of the whole.
@@ -90,19 +89,19 @@ void kv_concat(
     const std::vector<Tensor>& source_keys, const std::vector<Tensor>& source_values, const Tensor& keys,
     const Tensor& values, const Tensor& source_begin, const Tensor& counts, const Tensor& dest_begin,
     const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved) {
-  check_concat_plan(
-      keys, values, source_keys.size(), source_values.size(), source_begin, counts, dest_begin, cos, sin);
+  check_concat_plan(keys, values, source_keys.size(), source_values.size(), source_begin, counts, dest_begin, cos, sin);
   check_concat("source_keys", source_keys, "keys", keys);
   check_concat("source_values", source_values, "values", values);
   for (size_t i = 0; i < source_keys.size(); ++i)
     STD_TORCH_CHECK(
         source_keys[i].scalar_type() == source_values[i].scalar_type(), "source_values[", i, "] is ",
-        torch::headeronly::toString(source_values[i].scalar_type()), "; allowed: ",
-        torch::headeronly::toString(source_keys[i].scalar_type()), ", the dtype of source_keys[", i, "]");
+        torch::headeronly::toString(source_values[i].scalar_type()),
+        "; allowed: ", torch::headeronly::toString(source_keys[i].scalar_type()), ", the dtype of source_keys[", i,
+        "]");
   if (keys.numel() == 0) return;
   const LaunchScope scope(keys);
-  const Concatenation concatenation{
-      "kv_concat", source_keys, source_values, keys, values, source_begin, counts, dest_begin, cos, sin, interleaved};
+  const Concatenation concatenation{"kv_concat", source_keys, source_values, keys, values,     source_begin,
+                                    counts,      dest_begin,  cos,           sin,  interleaved};
   concatenation.for_stretches([&](size_t first, size_t last) {
     with_storage_type("source_keys", source_keys[first].scalar_type(), [&](auto part) {
       using P = decltype(part);
@@ -119,15 +118,15 @@ void kv_concat_backward(
     const std::vector<Tensor>& source_grad_values, const Tensor& source_begin, const Tensor& counts,
     const Tensor& dest_begin, const OptionalTensor& cos, const OptionalTensor& sin, bool interleaved) {
   check_concat_plan(
-      grad_keys, grad_values, source_grad_keys.size(), source_grad_values.size(), source_begin, counts, dest_begin,
-      cos, sin);
+      grad_keys, grad_values, source_grad_keys.size(), source_grad_values.size(), source_begin, counts, dest_begin, cos,
+      sin);
   check_accumulators("grad_keys", grad_keys, "source_grad_keys", source_grad_keys);
   check_accumulators("grad_values", grad_values, "source_grad_values", source_grad_values);
   if (grad_keys.numel() == 0) return;
   const LaunchScope scope(grad_keys);
-  const Concatenation concatenation{
-      "kv_concat_backward", source_grad_keys, source_grad_values, grad_keys, grad_values, source_begin, counts,
-      dest_begin, cos, sin, interleaved};
+  const Concatenation concatenation{"kv_concat_backward", source_grad_keys, source_grad_values, grad_keys, grad_values,
+                                    source_begin,         counts,           dest_begin,         cos,       sin,
+                                    interleaved};
   concatenation.for_stretches([&](size_t first, size_t last) {
     grad_keys.scalar_type() == ScalarType::Double ? concatenation.launch<true, double, double>(scope, first, last)
                                                   : concatenation.launch<true, float, float>(scope, first, last);

@@ -12,10 +12,14 @@ template <class F>
 void with_storage_type(const char* name, ScalarType dtype, F f) {
   accumulation_dtype(name, dtype);
   switch (dtype) {
-    case ScalarType::Float: return f(float{});
-    case ScalarType::Double: return f(double{});
-    case ScalarType::BFloat16: return f(BFloat16{});
-    default: return f(Half{});
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      return f(Half{});
   }
 }
 

@@ -57,7 +57,8 @@ void multiply_and_finish(
 
 /// Finishes the rows themselves, without a product.
 template <class T, class Finish>
-void finish_rows(const char* name, const LaunchScope& scope, const StackedRows<T>& x, int64_t size, const Finish& finish) {
+void finish_rows(
+    const char* name, const LaunchScope& scope, const StackedRows<T>& x, int64_t size, const Finish& finish) {
   const ProductRows<T> rows{{x, nullptr, 0, static_cast<int>(size), nullptr}, 0};
   scope.launch(name, rescale_kernel<T, Finish>, dim3(finish.rows), FINISH_THREADS, 0, rows, finish);
 }
@@ -107,8 +108,7 @@ std::tuple<Tensor, Tensor> latent_project_backward(
     const int count = static_cast<int>(rows);
     const Tensor grad_y = new_tensor(hidden, {weight_gradient ? rows : 0, size}, acc);
     if (rows > 0) {
-      const StackedRows<T> x{
-          data<T>(grad_out), data<T>(out), grad_out.stride(0), out.stride(0), count, 2 * count};
+      const StackedRows<T> x{data<T>(grad_out), data<T>(out), grad_out.stride(0), out.stride(0), count, 2 * count};
       const RescaleBackward<T> finish{
           data<A>(norm), static_cast<A>(target_norm), static_cast<T*>(grad_hidden.data_ptr()),
           weight_gradient ? static_cast<A*>(grad_y.data_ptr()) : nullptr, count};
@@ -122,8 +122,8 @@ std::tuple<Tensor, Tensor> latent_project_backward(
     const StackedRows<T> x{data<T>(hidden), nullptr, hidden.stride(0), 0, count, count};
     const int64_t tiles = divide_up(size, OUTER_TILE);
     scope.launch(
-        "latent_project_backward", outer_product_kernel<T>, dim3(tiles, tiles), OUTER_THREADS,
-        sizeof(OuterShared<A>), x, data<A>(grad_y), static_cast<A*>(grad_weight.data_ptr()), static_cast<int>(size));
+        "latent_project_backward", outer_product_kernel<T>, dim3(tiles, tiles), OUTER_THREADS, sizeof(OuterShared<A>),
+        x, data<A>(grad_y), static_cast<A*>(grad_weight.data_ptr()), static_cast<int>(size));
   });
   return {grad_hidden, grad_weight};
 }

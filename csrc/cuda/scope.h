@@ -45,8 +45,7 @@ class LaunchScope {
       STD_TORCH_CHECK(
           static_cast<int64_t>(shared) <= shared_limit(), name, " needs ", shared,
           " bytes of shared memory a block with this head dim and dtype; this device has ", shared_limit());
-      check(name, cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+      check(name, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
     }
     kernel<<<grid, threads, shared, stream>>>(std::forward<Arguments>(arguments)...);
     check(name, cudaGetLastError());

@@ -95,8 +95,8 @@ class _Ranges:
         for row, token in token_of.items():
             begin[row], count[row], column[row] = token, 1, starts[row]
         packed = torch.tensor([begin, count, column], dtype=torch.int32).to(columns.keys.device)
-        q_begin, self._count, starts = packed.unbind(0)
-        self.rows = RowRanges(q_begin, q_begin + self._count, starts, 1, 1 + max(column))
+        q_begin, self._count, stands = packed.unbind(0)
+        self.rows = RowRanges(q_begin, q_begin + self._count, stands, 1, 1 + max(column))
 
     def advance(self) -> None:
         """To the next column."""

@@ -10,12 +10,18 @@ namespace {
 template <class F>
 inline void with_rank(int64_t rank, const F& f) {
   switch (rank) {
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 8: return f(std::integral_constant<int, 8>{});
-    case 16: return f(std::integral_constant<int, 16>{});
-    case 32: return f(std::integral_constant<int, 32>{});
-    case 64: return f(std::integral_constant<int, 64>{});
-    default: return f(std::integral_constant<int, 0>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    case 8:
+      return f(std::integral_constant<int, 8>{});
+    case 16:
+      return f(std::integral_constant<int, 16>{});
+    case 32:
+      return f(std::integral_constant<int, 32>{});
+    case 64:
+      return f(std::integral_constant<int, 64>{});
+    default:
+      return f(std::integral_constant<int, 0>{});
   }
 }
 
@@ -125,7 +131,7 @@ void few_rows_outer(const FewRowsOuter<T>& p) {
   }
 }
 
-#define INSTANTIATE(T)                                                   \
+#define INSTANTIATE(T)                                                      \
   template void few_rows_adapter<T>(const FewRowsAdapter<T>&, T*);          \
   template void few_rows_adapter_gradient<T>(const FewRowsAdapter<T>&, T*); \
   template void few_rows_outer<T>(const FewRowsOuter<T>&);

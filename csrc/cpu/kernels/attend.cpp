@@ -78,8 +78,7 @@ void attend_narrow(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
           rows, stride, out, stride, scores + c, NARROW_COLUMNS, value_rows, value_stride, count);
     });
   }
-  for (int64_t r = 0; r < rows; ++r)
-    write_result(p, tile, tile.first + r, out + r * stride, maxima[r], totals[r]);
+  for (int64_t r = 0; r < rows; ++r) write_result(p, tile, tile.first + r, out + r * stride, maxima[r], totals[r]);
 }
 
 template <int NV, class S>
@@ -118,7 +117,8 @@ struct Panel {
     count = smaller(count, mask.end_seen(positions.highest) - column);
     if (count <= 0 || column + count <= mask.first_seen(positions.lowest)) return;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, keys.data, keys.stride, q, width, dim);
-    const int64_t seen_by_all = column < mask.first_seen(positions.highest) ? 0 : mask.end_seen(positions.lowest) - column;
+    const int64_t seen_by_all =
+        column < mask.first_seen(positions.highest) ? 0 : mask.end_seen(positions.lowest) - column;
     if (seen_by_all < count)
       for (int64_t n = larger(0, seen_by_all); n < count; ++n)
         for (int j = 0; j < NV; ++j) {
@@ -173,8 +173,7 @@ void attend_panels(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   }
   for (int64_t c = tile.column_begin; c < tile.column_end; c += STEP) {
     const int64_t columns = smaller(STEP, tile.column_end - c);
-    const auto keys =
-        as_tile(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
+    const auto keys = as_tile(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
     const auto values =
         as_tile(p.values.at(tile.row, tile.head, c), p.values.column_stride, columns, p.dim, value_rows);
     for (int64_t i = 0; i < count; ++i) panels[i].step(keys, values, c, columns, p.dim, scores);

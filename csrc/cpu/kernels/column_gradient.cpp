@@ -246,11 +246,11 @@ void own_column(const OwnColumn<S>& p, Acc<S>* scratch) {
   write_row(p.grad_v, value, p.dim);
 }
 
-#define INSTANTIATE(S)                                                                          \
-  template void column_gradient<S>(const ColumnGradient<S>&, const ColumnTile&, Acc<S>*);          \
-  template void attention_gradient<S>(const AttentionGradient<S>&, const GradientTile&, Acc<S>*);  \
-  template void sum_query_gradients<S>(const AttentionGradient<S>&, const SplitTile&, Acc<S>*);    \
-  template void deltas<S>(const Deltas<S>&, int64_t, int64_t, Acc<S>*);                            \
+#define INSTANTIATE(S)                                                                            \
+  template void column_gradient<S>(const ColumnGradient<S>&, const ColumnTile&, Acc<S>*);         \
+  template void attention_gradient<S>(const AttentionGradient<S>&, const GradientTile&, Acc<S>*); \
+  template void sum_query_gradients<S>(const AttentionGradient<S>&, const SplitTile&, Acc<S>*);   \
+  template void deltas<S>(const Deltas<S>&, int64_t, int64_t, Acc<S>*);                           \
   template void own_column<S>(const OwnColumn<S>&, Acc<S>*);
 DIFFMAS_FOR_STORAGE_TYPES(INSTANTIATE)
 

@@ -94,8 +94,7 @@ void rotate_heads(const RotateHeads<T>& p, int64_t begin, int64_t end, T* scratc
       in_lanes<T>(half, [&](int64_t d, int64_t count) {
         const Vec<T> a = load_some(x + d, count), b = load_some(x + half + d, count);
         store_some(y + d, a * load_some(cos + d, count) - b * load_some(sin + d, count), count);
-        store_some(
-            y + half + d, b * load_some(cos + half + d, count) + a * load_some(sin + half + d, count), count);
+        store_some(y + half + d, b * load_some(cos + half + d, count) + a * load_some(sin + half + d, count), count);
       });
     }
   }
@@ -111,15 +110,12 @@ void rotate_heads_gradient(const RotateHeads<T>& p, int64_t begin, int64_t end, 
       T* target = p.weight == nullptr ? p.y.at(token, head) : scratch;
       in_lanes<T>(half, [&](int64_t d, int64_t count) {
         const Vec<T> a = load_some(grad + d, count), b = load_some(grad + half + d, count);
-        store_some(
-            target + d, a * load_some(cos + d, count) + b * load_some(sin + half + d, count), count);
-        store_some(
-            target + half + d, b * load_some(cos + half + d, count) - a * load_some(sin + d, count), count);
+        store_some(target + d, a * load_some(cos + d, count) + b * load_some(sin + half + d, count), count);
+        store_some(target + half + d, b * load_some(cos + half + d, count) - a * load_some(sin + d, count), count);
       });
       if (p.weight == nullptr) continue;
       const T* x = p.x.at(token, head);
-      norm_gradient<T>(
-          p.y.at(token, head), scratch, x, p.weight, inverse_norm(x, p.dim, p.epsilon), nullptr, p.dim);
+      norm_gradient<T>(p.y.at(token, head), scratch, x, p.weight, inverse_norm(x, p.dim, p.epsilon), nullptr, p.dim);
     }
   }
 }
@@ -167,13 +163,13 @@ void add_low_rank(const LowRank<T>& p, int64_t begin, int64_t end, T* scratch) {
   }
 }
 
-#define INSTANTIATE(T)                                                                         \
-  template void rms_norm<T>(const RmsNorm<T>&, int64_t, int64_t);                              \
-  template void rms_norm_gradient<T>(const RmsNorm<T>&, int64_t, int64_t);                     \
-  template void rotate_heads<T>(const RotateHeads<T>&, int64_t, int64_t, T*);                  \
-  template void rotate_heads_gradient<T>(const RotateHeads<T>&, int64_t, int64_t, T*);         \
-  template void swiglu<T>(const SwiGlu<T>&, int64_t, int64_t);                                 \
-  template void swiglu_gradient<T>(const SwiGlu<T>&, int64_t, int64_t);                        \
+#define INSTANTIATE(T)                                                                 \
+  template void rms_norm<T>(const RmsNorm<T>&, int64_t, int64_t);                      \
+  template void rms_norm_gradient<T>(const RmsNorm<T>&, int64_t, int64_t);             \
+  template void rotate_heads<T>(const RotateHeads<T>&, int64_t, int64_t, T*);          \
+  template void rotate_heads_gradient<T>(const RotateHeads<T>&, int64_t, int64_t, T*); \
+  template void swiglu<T>(const SwiGlu<T>&, int64_t, int64_t);                         \
+  template void swiglu_gradient<T>(const SwiGlu<T>&, int64_t, int64_t);                \
   template void add_low_rank<T>(const LowRank<T>&, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -68,8 +68,8 @@ void outer_product(const OuterProduct<T>& p, int64_t begin, int64_t end, T* scra
   for (int64_t i = 0; i < rows; ++i) write_row(grad + i * p.size + whole, scratch + i * W<T>, rest);
 }
 
-#define INSTANTIATE(S)                                                                 \
-  template void project<S>(const Projection<S>&, int64_t, int64_t, Acc<S>*);           \
+#define INSTANTIATE(S)                                                                         \
+  template void project<S>(const Projection<S>&, int64_t, int64_t, Acc<S>*);                   \
   template void project_streamed<S>(const Projection<S>&, int64_t, int64_t, int64_t, Acc<S>*); \
   template void project_transposed<S>(const Projection<S>&, int64_t, int64_t, Acc<S>*);
 DIFFMAS_FOR_STORAGE_TYPES(INSTANTIATE)

@@ -104,8 +104,7 @@ struct Panel {
     if (count <= 0 || column + count <= mask.first_seen(positions.lowest)) return;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, keys.data, keys.stride, q, width, dim);
     panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, values.data, values.stride, grad_out, width, dim);
-    const bool masked =
-        column + count > mask.end_seen(positions.lowest) || column < mask.first_seen(positions.highest);
+    const bool masked = column + count > mask.end_seen(positions.lowest) || column < mask.first_seen(positions.highest);
     for (int64_t n = 0; n < count; ++n)
       for (int j = 0; j < NV; ++j) {
         const int64_t at = n * width + j * W<T>;
@@ -138,8 +137,7 @@ void wide(const QueryGradient<S>& p, const QueryTile& tile, Acc<S>* scratch) {
   }
   for (int64_t c = tile.column_begin; c < tile.column_end; c += STEP) {
     const int64_t columns = smaller(STEP, tile.column_end - c);
-    const auto keys =
-        as_tile(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
+    const auto keys = as_tile(p.keys.at(tile.row, tile.head, c), p.keys.column_stride, columns, p.dim, key_rows);
     const auto values =
         as_tile(p.values.at(tile.row, tile.head, c), p.values.column_stride, columns, p.dim, value_rows);
     for (int64_t i = 0; i < count; ++i) panels[i].step(keys, values, c, columns, p.dim, scores, grads);
@@ -183,8 +181,8 @@ void sum_partials(const QueryGradient<S>& p, const SplitTile& tile, Acc<S>* scra
   }
 }
 
-#define INSTANTIATE(S)                                                                     \
-  template void query_gradient<S>(const QueryGradient<S>&, const QueryTile&, Acc<S>*);     \
+#define INSTANTIATE(S)                                                                 \
+  template void query_gradient<S>(const QueryGradient<S>&, const QueryTile&, Acc<S>*); \
   template void sum_partials<S>(const QueryGradient<S>&, const SplitTile&, Acc<S>*);
 DIFFMAS_FOR_STORAGE_TYPES(INSTANTIATE)
 

@@ -56,8 +56,7 @@ inline Tile<Acc<S>> as_tile(const S* source, int64_t stride, int64_t count, int6
 /// Calls f(rows, stride) with rows that are readable in whole vectors, zero beyond `dim`: in place, as stored, where
 /// `dim` fills vectors, otherwise converted into `scratch` [count, padded(dim)].
 template <class S, class F>
-inline void in_vectors(
-    const S* source, int64_t stride, int64_t count, int64_t dim, Acc<S>* scratch, const F& f) {
+inline void in_vectors(const S* source, int64_t stride, int64_t count, int64_t dim, Acc<S>* scratch, const F& f) {
   if (dim % W<Acc<S>> == 0) {
     f(source, stride);
   } else {

@@ -48,11 +48,11 @@ inline Vec<T> splat(T x) {
 }
 
 inline Vec<float> load(const float* p) {
-  return bit_copy<Vec<float>>(*reinterpret_cast<const char(*)[VECTOR_BYTES]>(p));
+  return bit_copy<Vec<float>>(*reinterpret_cast<const char (*)[VECTOR_BYTES]>(p));
 }
 
 inline Vec<double> load(const double* p) {
-  return bit_copy<Vec<double>>(*reinterpret_cast<const char(*)[VECTOR_BYTES]>(p));
+  return bit_copy<Vec<double>>(*reinterpret_cast<const char (*)[VECTOR_BYTES]>(p));
 }
 
 inline Lanes<float>::BitsVec load_narrow(const void* p) {
@@ -187,16 +187,16 @@ inline typename Quarter<T>::type fold(Vec<T> v) {
 #endif
 
 /// Sums of the lanes of four folded vectors.
-inline void sums(Quarter<float>::type a, Quarter<float>::type b, Quarter<float>::type c, Quarter<float>::type d,
-                 float* out) {
+inline void sums(
+    Quarter<float>::type a, Quarter<float>::type b, Quarter<float>::type c, Quarter<float>::type d, float* out) {
   const auto ab = DIFFMAS_SHUFFLE(a, b, 0, 4, 1, 5) + DIFFMAS_SHUFFLE(a, b, 2, 6, 3, 7);
   const auto cd = DIFFMAS_SHUFFLE(c, d, 0, 4, 1, 5) + DIFFMAS_SHUFFLE(c, d, 2, 6, 3, 7);
   const auto result = DIFFMAS_SHUFFLE(ab, cd, 0, 1, 4, 5) + DIFFMAS_SHUFFLE(ab, cd, 2, 3, 6, 7);
   __builtin_memcpy(out, &result, sizeof(result));
 }
 
-inline void sums(Quarter<double>::type a, Quarter<double>::type b, Quarter<double>::type c, Quarter<double>::type d,
-                 double* out) {
+inline void sums(
+    Quarter<double>::type a, Quarter<double>::type b, Quarter<double>::type c, Quarter<double>::type d, double* out) {
   const auto ab = DIFFMAS_SHUFFLE(a, b, 0, 2) + DIFFMAS_SHUFFLE(a, b, 1, 3);
   const auto cd = DIFFMAS_SHUFFLE(c, d, 0, 2) + DIFFMAS_SHUFFLE(c, d, 1, 3);
   __builtin_memcpy(out, &ab, sizeof(ab));

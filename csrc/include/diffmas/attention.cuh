@@ -106,8 +106,12 @@ struct QueryRows {
 
   QueryRows() = default;
   __device__ __forceinline__ QueryRows(const WorkPlan& plan, int row, int kv_head, int first)
-      : token(plan.rows.begin[row]), head(int64_t(kv_head) * plan.group.value), start(plan.rows.starts[row]),
-        first(first), count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)), group(plan.group) {}
+      : token(plan.rows.begin[row]),
+        head(int64_t(kv_head) * plan.group.value),
+        start(plan.rows.starts[row]),
+        first(first),
+        count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)),
+        group(plan.group) {}
 
   DIFFMAS_HD bool valid(int r) const { return first + r < count; }
   /// The column behind the last one that row r sees. There is no window here: every row sees column 0.

@@ -86,8 +86,7 @@ __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const Q
   __syncthreads();
 
   const int own_rows[2] = {row_warp * 16 + lane / 4, row_warp * 16 + lane / 4 + 8};
-  const int limit[2] = {
-      min(work.end, work.rows.end_seen(own_rows[0])), min(work.end, work.rows.end_seen(own_rows[1]))};
+  const int limit[2] = {min(work.end, work.rows.end_seen(own_rows[0])), min(work.end, work.rows.end_seen(own_rows[1]))};
   const int unmasked = min(work.end, work.rows.end_seen(row_warp * 16));
   const float lse[2] = {shared.lse[own_rows[0]], shared.lse[own_rows[1]]};
   const float delta[2] = {shared.delta[own_rows[0]], shared.delta[own_rows[1]]};

@@ -123,8 +123,7 @@ __global__ void __launch_bounds__(128) attention_forward_kernel(const ForwardArg
 
   // This lane's two rows of the warp's 16, and the column behind the last one each of them sees.
   const int own_rows[2] = {row_warp * 16 + lane / 4, row_warp * 16 + lane / 4 + 8};
-  const int limit[2] = {
-      min(work.end, work.rows.end_seen(own_rows[0])), min(work.end, work.rows.end_seen(own_rows[1]))};
+  const int limit[2] = {min(work.end, work.rows.end_seen(own_rows[0])), min(work.end, work.rows.end_seen(own_rows[1]))};
   const int unmasked = min(work.end, work.rows.end_seen(row_warp * 16));
   const float scale2 = a.scale * LOG2E;  // scores in powers of two
   float out[D / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};

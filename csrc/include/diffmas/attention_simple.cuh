@@ -54,7 +54,7 @@ struct TileAllocator {
 /// and three numbers per query row; at least what `own_column` needs.
 template <class T>
 constexpr int64_t simple_shared_elements(int dim, int row_tiles, int column_tiles) {
-  return (row_tiles * SIMPLE_ROWS + column_tiles * SIMPLE_COLUMNS<T>) * int64_t(dim + 1) +
+  return (row_tiles * SIMPLE_ROWS + column_tiles * SIMPLE_COLUMNS<T>)*int64_t(dim + 1) +
          2 * SIMPLE_ROWS * (SIMPLE_COLUMNS<T> + 1) + 3 * SIMPLE_ROWS;
 }
 
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_forward_simple_kerne
 }
 
 template <class T>
-__global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_simple_kernel(
-    const QueriesArguments<T> a) {
+__global__ void __launch_bounds__(SIMPLE_THREADS)
+    attention_backward_queries_simple_kernel(const QueriesArguments<T> a) {
   using A = Acc<T>;
   constexpr int ROWS = SIMPLE_ROWS, COLUMNS = SIMPLE_COLUMNS<T>, S = COLUMNS + 1;
   DIFFMAS_SHARED(A, shared);
@@ -168,8 +168,8 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_queries_sim
 
 /// Grid: (tiles of SIMPLE_COLUMNS, kv heads, batch).
 template <class T>
-__global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_columns_simple_kernel(
-    const ColumnsArguments<T> a) {
+__global__ void __launch_bounds__(SIMPLE_THREADS)
+    attention_backward_columns_simple_kernel(const ColumnsArguments<T> a) {
   using A = Acc<T>;
   constexpr int ROWS = SIMPLE_ROWS, COLUMNS = SIMPLE_COLUMNS<T>, S = COLUMNS + 1;
   DIFFMAS_SHARED(A, shared);
@@ -200,9 +200,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_backward_columns_sim
     __syncthreads();
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
-        [&](int r, int c, A x) {
-          p[r * S + c] = begin + c < rows.end_seen(r) ? exp(x * a.scale - lse[r]) : A(0);
-        });
+        [&](int r, int c, A x) { p[r * S + c] = begin + c < rows.end_seen(r) ? exp(x * a.scale - lse[r]) : A(0); });
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return grad_out[r * stride + d]; },
         [&](int c, int d) { return v[c * stride + d]; },

@@ -30,7 +30,7 @@ struct ConcatArguments {
   uint32_t same[MAX_SENDERS];
   Layers<W> keys, values;
   const int32_t *source_begin, *counts, *dest_begin;
-  const Acc<W> *cos, *sin;  // [segments, half], or null
+  const Acc<W>*cos, *sin;  // [segments, half], or null
   int senders, batch, layers, heads, dim, half;
   bool interleaved;
 };
@@ -105,8 +105,8 @@ __device__ __forceinline__ void concat_pair_backward(
 /// Any grid: blocks draw tiles of CONCAT_COLUMNS columns in turn, over the columns that exist, counted on the device.
 /// Dynamic shared memory: segments + 1 integers. N elements move as one vector; `pairs` is how many pairs cover a head.
 template <class P, class W, int N, bool BACKWARD>
-__global__ void __launch_bounds__(CONCAT_THREADS) concat_kernel(
-    const __grid_constant__ ConcatArguments<P, W> a, int pairs) {
+__global__ void __launch_bounds__(CONCAT_THREADS)
+    concat_kernel(const __grid_constant__ ConcatArguments<P, W> a, int pairs) {
   DIFFMAS_SHARED(int, first_start);
   int* starts = &first_start;
   const int segments = a.senders * a.batch;

@@ -47,8 +47,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_states_kernel(
 /// addition. Rows whose columns fit one slot are final already. A block for each row, its warps share the slots. Grid:
 /// (packed rows, kv heads, batch).
 template <class T>
-__global__ void __launch_bounds__(MERGE_THREADS) merge_slots_kernel(
-    WorkPlan plan, Partials<Acc<T>> partials, Packed<T> out, Packed<Acc<T>> lse) {
+__global__ void __launch_bounds__(MERGE_THREADS)
+    merge_slots_kernel(WorkPlan plan, Partials<Acc<T>> partials, Packed<T> out, Packed<Acc<T>> lse) {
   using A = Acc<T>;
   __shared__ A sums[MERGE_WARPS][LANE_ELEMENTS * 32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y, dim = partials.dim;

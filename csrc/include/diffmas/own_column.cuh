@@ -65,7 +65,7 @@ __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int r
   A key[LANE_ELEMENTS], value[LANE_ELEMENTS], grad_k[LANE_ELEMENTS] = {}, grad_v[LANE_ELEMENTS] = {};
   load_lane(key, a.keys.at(row, kv_head, column), a.dim);
   load_lane(value, a.values.at(row, kv_head, column), a.dim);
-  const auto add = [&](const A (&q)[LANE_ELEMENTS], const A (&grad)[LANE_ELEMENTS], A lse, A delta) {
+  const auto add = [&](const A(&q)[LANE_ELEMENTS], const A(&grad)[LANE_ELEMENTS], A lse, A delta) {
     const A probability = exp(lane_dot(q, key) * a.scale - lse);
     const A grad_score = probability * (lane_dot(grad, value) - delta) * a.scale;
 #pragma unroll

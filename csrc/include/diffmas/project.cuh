@@ -104,8 +104,7 @@ struct Rescale {
   }
 
   template <int N>
-  __device__ __forceinline__ void store(
-      const ProductRows<T>& y, int row, int c, Acc<T> total, Loaded<N> x) const {
+  __device__ __forceinline__ void store(const ProductRows<T>& y, int row, int c, Acc<T> total, Loaded<N> x) const {
     const Acc<T> length = sqrt(total), scale = length > 0 ? target_norm / length : Acc<T>(0);
     if (c == 0) norm[row] = length;
 #pragma unroll
@@ -160,8 +159,7 @@ struct RescaleBackward {
     y.template store<N>(grad_hidden + at, difference(loaded.grad, loaded.out));
     if (grad_y == nullptr) return;
     const T *grad = y.product.x.at(row) + c, *out = y.product.x.at(rows + row) + c;
-    *reinterpret_cast<Vector<Acc<T>, N>*>(grad_y + at) =
-        difference(y.template load<N>(grad), y.template load<N>(out));
+    *reinterpret_cast<Vector<Acc<T>, N>*>(grad_y + at) = difference(y.template load<N>(grad), y.template load<N>(out));
   }
 };
 
@@ -260,8 +258,8 @@ __device__ __forceinline__ void finish_last(
 /// Tensor-core product of 16-bit data, accumulated in float32. `size` and all strides are multiples of 8.
 /// Grid: (tiles of PRODUCT_COLUMNS, splits, row tiles). `slot`: of the counters; or -1, and another kernel finishes.
 template <class T, int ROW_WARPS, class Finish>
-__global__ void __launch_bounds__(PRODUCT_THREADS) product_kernel(
-    const ProductArguments<T> a, const Finish finish, int slot, float* terms) {
+__global__ void __launch_bounds__(PRODUCT_THREADS)
+    product_kernel(const ProductArguments<T> a, const Finish finish, int slot, float* terms) {
   using Shared = ProductShared<T, ROW_WARPS>;
   constexpr bool TRANSPOSED = Finish::TRANSPOSED;
   constexpr int ROWS = Shared::ROWS, STAGES = Shared::STAGES, STRIDE = TILE_STRIDE<64>;
@@ -292,8 +290,8 @@ __global__ void __launch_bounds__(PRODUCT_THREADS) product_kernel(
       const int row = TRANSPOSED ? first_column : k, column = TRANSPOSED ? k : first_column;
       copy_square(
           std::integral_constant<int, 64>(), stage.weight,
-          [&](int r) { return a.weight + (row + r) * a.weight_stride; },
-          (TRANSPOSED ? a.size : sum.end) - row, column, TRANSPOSED ? sum.end : a.size);
+          [&](int r) { return a.weight + (row + r) * a.weight_stride; }, (TRANSPOSED ? a.size : sum.end) - row, column,
+          TRANSPOSED ? sum.end : a.size);
     }
     commit_copies();
   };
@@ -410,7 +408,8 @@ __global__ void __launch_bounds__(FINISH_THREADS) rescale_kernel(ProductRows<T> 
     total += finish.template term<1>(y, row, c);
   }
   total = block_sum(total);
-  for (int c = threadIdx.x; c < size; c += FINISH_THREADS) finish.template store<1>(y, row, c, total, finish.template load<1>(y, row, c));
+  for (int c = threadIdx.x; c < size; c += FINISH_THREADS)
+    finish.template store<1>(y, row, c, total, finish.template load<1>(y, row, c));
 }
 
 constexpr int OUTER_TILE = 64, OUTER_ROWS = 16, OUTER_THREADS = 256;
@@ -422,8 +421,8 @@ struct OuterShared {
 
 /// grad_weight [size, size] = hidden^T grad_y, every element written once. Grid: (size, size) in tiles of OUTER_TILE.
 template <class T>
-__global__ void __launch_bounds__(OUTER_THREADS) outer_product_kernel(
-    StackedRows<T> hidden, const Acc<T>* grad_y, Acc<T>* grad_weight, int size) {
+__global__ void __launch_bounds__(OUTER_THREADS)
+    outer_product_kernel(StackedRows<T> hidden, const Acc<T>* grad_y, Acc<T>* grad_weight, int size) {
   using A = Acc<T>;
   DIFFMAS_SHARED(OuterShared<A>, shared);
   const int first_i = blockIdx.y * OUTER_TILE, first_j = blockIdx.x * OUTER_TILE;
