@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from diffmas_ops import native, reference, triton_device
-from diffmas_ops.cached_attention import flash_engines
+from diffmas_ops import flash_engines, native, reference, triton_device
 from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.need import Need
 

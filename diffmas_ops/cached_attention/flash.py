@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import backends
-from diffmas_ops.cached_attention.flash_engines import Engine, choose
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import UnsupportedError
+from diffmas_ops.flash_engines import Engine, choose
 from diffmas_ops.rows import ColumnRanges, RowRanges
 
 

@@ -23,8 +23,8 @@ from cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffmas_ops import KVTrace, cached_attention
-from diffmas_ops.cached_attention import flash, flash_engines
+from diffmas_ops import KVTrace, cached_attention, flash_engines
+from diffmas_ops.cached_attention import flash
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import UnsupportedError
