@@ -99,6 +99,12 @@ class AgentModel(nn.Module):
             device=self.device,
         )
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether FSDP2 shards the layers: their root is whatever holds this model."""
+        layers = getattr(self.language_model.get_decoder(), "layers", None)
+        return is_sharded(self) or (bool(layers) and is_sharded(layers[0]))
+
     def read(
         self,
         trace: KVTrace,
@@ -117,7 +123,7 @@ class AgentModel(nn.Module):
             raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
         call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
         hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if is_sharded(self) and hidden.requires_grad:
+        if self._sharded and hidden.requires_grad:
             trace.order.token = reach(trace.order.token, hidden)
         return hidden
 

@@ -47,7 +47,7 @@ class Prompts:
             found = [*data] if isinstance(data, dict) else data
             raise ValueError(f"{source} holds {found!r}; allowed: {{roles: {{name: {{system, user, text}}}}}}")
         for name, role in roles.items():
-            template_fields(role, f"{source}: role {name}")
+            template_fields(role, f"role {name}", f"{source}: ")
         return cls(roles, source)
 
     def with_roles(self, roles: Mapping[str, Mapping[str, str]]) -> Prompts:
@@ -143,19 +143,19 @@ class Prompts:
         return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options))
 
 
-def template_fields(template: Any, what: str) -> list[str]:
-    """Fields of an item that a role's `system` and `user` name, in this order.
+def template_fields(template: Any, what: str, where: str = "") -> list[str]:
+    """Fields of an item that a role's `system` and `user` name, in this order; errors say `what` and `where`.
 
     Raises:
         ValueError: no mapping of the kinds to texts, or a text whose braces do not match.
     """
     if not isinstance(template, Mapping) or "user" not in template or [key for key in template if key not in KINDS]:
-        raise ValueError(f"{what} is {template!r}; allowed: user, and optionally system and text")
+        raise ValueError(f"{where}{what} is {template!r}; allowed: user, and optionally system and text")
     named = {}
     for kind, text in template.items():
         if not isinstance(text, str):
-            raise ValueError(f"{kind} of {what} is {text!r}; allowed: a text")
-        named[kind] = _parse(text, f"{kind} of {what}")
+            raise ValueError(f"{where}{kind} of {what} is {text!r}; allowed: a text")
+        named[kind] = _parse(text, f"{where}{kind} of {what}")
     return list(dict.fromkeys(name for kind in ("system", "user") for name in named.get(kind, ())))
 
 

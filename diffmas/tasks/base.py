@@ -68,8 +68,8 @@ def parse_options(task: str) -> tuple[str, dict[str, Any]]:
     options = {}
     for setting in settings:
         key, mark, value = setting.partition("=")
-        if not mark or not key.strip().isidentifier():
-            raise ValueError(f"task is {task!r}; allowed: name, or name:option=value:…")
+        if not mark or not key.strip().isidentifier() or key.strip() in options:
+            raise ValueError(f"task is {task!r}; allowed: name, or name:option=value:… with every option once")
         try:
             options[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import gc
 import os
 from datetime import timedelta
 
@@ -61,6 +64,8 @@ def settle_processes(args: TrainingArguments) -> None:
 
 def check_processes(seen: int) -> None:
     """Raise `ValueError` unless the `seen` processes that act together are those that a launcher has started."""
+    if seen > 1:
+        _leave_in_order()
     name, number = launched()
     if not number == seen == processes():
         raise ValueError(
@@ -111,3 +116,16 @@ def _integer(name: str, default: int) -> int:
         return int(text)
     except ValueError:
         raise ValueError(f"{name} is {text!r} in the environment; allowed: integers") from None
+
+
+@functools.cache
+def _leave_in_order() -> None:
+    """End the process group when the process ends: threads that it still has would abort the process."""
+
+    def leave() -> None:
+        # What holds on to the group, in circles, goes first.
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    atexit.register(leave)

@@ -102,9 +102,12 @@ class MemoryModel:
         return call.differentiated * (call.tokens * each + call.steps * self.call)
 
 
-def plan_of(system: MultiAgentSystem, prompts: Sequence[Lengths], answers: Lengths) -> Plan:
-    """The plan of a trajectory of `system`."""
-    return Plan.of(system.topology, system.latent_steps, prompts, answers, detach_trace=system.trajectory.detach_trace)
+def plan_of(
+    system: MultiAgentSystem, prompts: Sequence[Lengths], answers: Lengths, latent_steps: int | None = None
+) -> Plan:
+    """The plan of a trajectory of `system`, or of one with other `latent_steps`."""
+    steps = system.latent_steps if latent_steps is None else latent_steps
+    return Plan.of(system.topology, steps, prompts, answers, detach_trace=system.trajectory.detach_trace)
 
 
 def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:

@@ -117,11 +117,7 @@ def _refuse(system, model: MemoryModel, prompts, answers, free: float, args, len
     """Raise, naming what alone is too much: the longest item, the latent steps, or the rows together."""
     needed, steps = model.peak(plan_of(system, prompts, answers)), system.latent_steps
     one = [p[:1] for p in prompts]
-    system.latent_steps = 0
-    try:
-        without_steps = model.peak(plan_of(system, one, answers[:1]))
-    finally:
-        system.latent_steps = steps
+    without_steps = model.peak(plan_of(system, one, answers[:1], latent_steps=0))
     alone = model.peak(plan_of(system, one, answers[:1]))
     if without_steps > free and lengths is not None:
         index, tokens = lengths.longest_item()

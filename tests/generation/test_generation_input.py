@@ -40,7 +40,7 @@ def test_decoding(options, message):
         ([[3]], dict(control=mismatched), "batch is 1; allowed: ≥ 2, a mismatched trace needs another row"),
     ],
 )
-@pytest.mark.parametrize("method", ["generate", "stream"])
+@pytest.mark.parametrize("method", ["generate", "stream_tokens"])
 def test_rows(method, lengths, options, message, tokenizer):
     system = MultiAgentSystem(causal_lm("qwen3", vocab_size=len(tokenizer)), TOPOLOGIES["single"])
     with pytest.raises(ValueError, match=message):

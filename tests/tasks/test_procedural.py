@@ -52,7 +52,7 @@ def test_what_a_scorer_cannot_bear_is_wrong():
     ("task", "message"),
     [
         ("rg:no_such_set", "allowed after rg: .*chain_sum"),
-        ("rg:chain_sum,max_terms", "allowed: rg:name, or rg:name:option=value"),
+        ("rg:chain_sum,max_terms", "allowed: name, or name:option=value"),
         ("rg:chain_sum,no_such_option=1", "refuses .*no_such_option"),
         ("rg:chain_sum,min_terms=9,max_terms=2", "refuses .*max_terms"),
         ("rg:chain_sum,size=1,seed=0,max_digits=1,max_terms=2", "no question to hold out"),

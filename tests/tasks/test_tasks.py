@@ -1,6 +1,7 @@
 """Tasks: loading, held-out items, extraction and checking, prompts, and what each refuses."""
 
 import json
+import re
 
 import pytest
 
@@ -136,3 +137,26 @@ def test_a_slot_with_its_value_is_one_token():
 def test_pack_of_ragged_rows():
     ids, lengths = pack([[1, 2], [], [3]])
     assert ids.tolist() == [1, 2, 3] and lengths == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("relay:slots", "allowed: name, or name:option=value"),
+        ("relay:slots=4:slots=5", "every option once"),
+        ("relay:size=4", "with {'size': 4}; allowed: integers for slots and values"),
+        ("relay:slots=x", "with {'slots': 'x'}"),
+        ("relay:slots=true", "with {'slots': True}"),
+        ("relay:slots=99", "slots must be 1 to 16, got 99"),
+    ],
+)
+def test_options_of_relay_that_are_refused(task, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_task(TaskArguments(task=task))
+
+
+def test_options_of_relay():
+    task = load_task(TaskArguments(task="relay:slots=3,values=7", eval_size=50))
+    rows = [task.eval[i]["evidence"].split() for i in range(50)]
+    assert {len(row) for row in rows} == {3}
+    assert max(int(word[1:]) for row in rows for word in row) == 6

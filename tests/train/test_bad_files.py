@@ -21,13 +21,14 @@ from diffmas import system as runs
 from diffmas.agents.topology import load_topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.comparison import Comparison
-from diffmas.evaluation import records
+from diffmas.runs import weights
 from diffmas.support import failures
 from diffmas.support.atomic import write_atomically
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import load_task
 from diffmas.tasks.jsonl import read
 from diffmas.tasks.source import Source
+from diffmas.training import session
 from diffmas.training.trainer import SystemTrainer
 
 ITEM = '{"question": "Was kostet ein Käse?", "answer": "3"}\n'
@@ -192,8 +193,14 @@ DESCRIPTIONS = [
     ("{}", "system.json has no system, topology, task, decoding; allowed: the file that diffmas.train wrote"),
     ("[]", "system.json has list in it"),
     ('{"system": {}, "topology": {}, "task": 3, "decoding": {}}', "system.json has no task"),
-    ('{"system": {}, "topology": {}, "task": {}, "decoding": {}}', "system.json does not say its model and task"),
-    ('{"system": {"model": null}, "topology": {}, "task": {"task": "relay"}, "decoding": {}}', "agents is missing"),
+    (
+        '{"system": {}, "topology": {}, "task": {}, "decoding": {}}',
+        "system.json does not say its model_name_or_path and task",
+    ),
+    (
+        '{"system": {"model_name_or_path": null}, "topology": {}, "task": {"task": "relay"}, "decoding": {}}',
+        "agents is missing",
+    ),
     ("\udcff", "system.json is not UTF-8 (byte 0xff in line 1)"),
 ]
 
@@ -261,9 +268,9 @@ def torn(*args, **kwargs):
 @pytest.mark.parametrize(
     ("place", "name", "fails", "named"),
     [
-        (train, "write_records", full, "No space left"),
-        (records.os, "fsync", full, "prompts.yaml cannot be written"),
-        (runs, "save_file", torn, "alignment.safetensors cannot be written"),
+        (session, "write_records", full, "No space left"),
+        (os, "fsync", full, "prompts.yaml cannot be written"),
+        (weights, "save_file", torn, "alignment.safetensors cannot be written"),
         (torch, "save", torn, "checkpoint-1 cannot be written"),
     ],
 )
@@ -276,7 +283,7 @@ def test_a_full_disk(flags, capsys, monkeypatch, tmp_path, place, name, fails, n
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
     write_atomically(path, "before")
-    monkeypatch.setattr(records.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="summary.json cannot be written"):
         write_atomically(path, "after")
     assert path.read_text() == "before" and [p.name for p in tmp_path.iterdir()] == ["summary.json"]
@@ -289,8 +296,8 @@ def interrupted(*args, **kwargs):
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (train, "load_task"), (train, "build_system"), (train, "length_bound"), (train, "Evaluator"),
-        (SystemTrainer, "training_step"), (MultiAgentSystem, "generate"), (train, "write_report"),
+        (session, "load_task"), (session, "build_system"), (session, "length_bound"), (session, "Evaluator"),
+        (SystemTrainer, "training_step"), (MultiAgentSystem, "generate"), (session, "write_report"),
     ],
 )  # fmt: skip
 def test_ctrl_c_in_a_training(flags, capsys, monkeypatch, place, name):

@@ -92,7 +92,7 @@ def test_methods_keep_their_date(flags, dated, clock, tmp_path):
 
 
 def test_kept_texts_are_of_their_date(dated, tmp_path):
-    args = SystemArguments(model=str(dated), topology="relay")
+    args = SystemArguments(model_name_or_path=str(dated), topology="relay")
     task = load_task(TaskArguments(date="2031-03-04"))
     system, tokenizer = build_system(args)
     keys = []

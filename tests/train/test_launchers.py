@@ -25,7 +25,7 @@ def launched(monkeypatch):
 @pytest.fixture
 def refused(flags, capsys, monkeypatch):
     """`refused(main, arguments)`: the line a program ends with, before it has loaded a model."""
-    monkeypatch.setattr(train, "build_system", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("diffmas.training.session.build_system", lambda *_: pytest.fail("a model is loaded"))
 
     def line(main=train.main, arguments=None):
         assert main(flags() if arguments is None else arguments) == 2

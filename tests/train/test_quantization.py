@@ -6,13 +6,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from diffmas import system as runs
 from diffmas import train
 from diffmas.loading import load_run
 
 
 def test_what_to_install(flags, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "find_spec", lambda name: None)
+    monkeypatch.setattr("diffmas.models.pretrained.find_spec", lambda name: None)
     assert train.main(flags(quantization="4bit")) == 2
     assert "pip install bitsandbytes" in capsys.readouterr().err
 

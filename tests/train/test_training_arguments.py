@@ -138,7 +138,7 @@ SHOWN = {
 @pytest.fixture
 def refused(flags, capsys, monkeypatch):
     """`refused(**changes)`: the line a run with these flags ends with, before it has loaded a model."""
-    monkeypatch.setattr(train, "build_system", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("diffmas.training.session.build_system", lambda *_: pytest.fail("a model is loaded"))
 
     def line(**changes):
         try:

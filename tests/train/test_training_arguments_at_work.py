@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from diffmas import train
 from diffmas.runs.files import ADAPTER_FILE
+from diffmas.training import session
 from diffmas.training.rules import OPTIMIZERS
 from diffmas.training.trainer import read_metrics
 
@@ -160,7 +161,7 @@ class Scores:
 
     def __init__(self, monkeypatch, of_100):
         self.scores = iter(of_100)
-        monkeypatch.setattr(train.Evaluator, "run", self)
+        monkeypatch.setattr(session.Evaluator, "run", self)
 
     def __call__(self, variant, items, *_):
         right = next(self.scores)
@@ -181,13 +182,13 @@ class Scores:
 def test_the_best_checkpoint_is_loaded(trained, monkeypatch, changes, best):
     Scores(monkeypatch, [10, 20, 90, 20, 10, 30])
     copies = {}
-    original = train.SystemTrainer.save_model
+    original = session.SystemTrainer.save_model
 
     def keep(self, output_dir=None, _internal_call=False):
         original(self, output_dir, _internal_call)
         copies[self.state.global_step] = adapter(output_dir)
 
-    monkeypatch.setattr(train.SystemTrainer, "save_model", keep)
+    monkeypatch.setattr(session.SystemTrainer, "save_model", keep)
     run = trained("run", eval_strategy="steps", load_best_model_at_end=True, **changes)
     assert summary(run)["best_step"] == best
     assert same(adapter(run), copies[best]) and not any(same(copies[best], copies[s]) for s in copies if s != best)
