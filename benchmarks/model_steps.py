@@ -83,7 +83,9 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
         return trace
 
     def run(trace) -> Tensor:
-        return system.latent_run(system, trace, hidden[:, 0])[-1]
+        system.trajectory.latent_run(system.agent_model, case.latent, trace, hidden[:, 0])
+        # What the last step but one left: the last one's input is made of it.
+        return trace.storage.keys[-1][:, :, case.prompt + case.latent - 2]
 
     def cached() -> DynamicCache:
         cache = DynamicCache()
@@ -92,8 +94,8 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
         return cache
 
     def theirs(cache) -> Tensor:
-        last = peers.latent_run(peer.get_decoder(), cache, hidden, norm, case.latent - 1)
-        return peers.project(last, None, norm)[:, 0]
+        peers.latent_run(peer.get_decoder(), cache, hidden, norm, case.latent)
+        return cache.layers[-1].keys[:, :, -2]
 
     contenders = {
         step.OURS: Contender(run, stepwise, lambda last: (last.detach(),)),

@@ -50,8 +50,6 @@ class Lines:
         self._description, self._total, self._done = "", 0.0, 0.0
 
     def __enter__(self) -> Lines:
-        if self._show:
-            threading.Thread(target=self._tell, daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
@@ -65,6 +63,8 @@ class Lines:
 
     def add_task(self, description: str, total: float, completed: float = 0) -> int:
         self._description, self._total, self._done = description, total, completed
+        if self._show:
+            threading.Thread(target=self._tell, daemon=True).start()
         return 0
 
     def update(self, task: int, *, description: str | None = None, advance: float = 0) -> None:

@@ -28,11 +28,11 @@ PROMPTS = [
 ]
 TOPOLOGIES = [
     ("agents: {", "is not valid YAML"),
-    ("- a", "agents is missing; allowed: a list of {name, role, receives}"),
+    ("- a", "agents is missing; allowed: a list of {name, role, prompt, fields, receives}"),
     ("agents: []", "agents is empty"),
     ("{1: x, b: y, agents: []}", "the topology has unknown keys [1, 'b']; allowed: name, handover, agents"),
-    ("agents: [a]", "agent is 'a'; allowed: {name, role, receives}"),
-    ("agents: [{name: a, 2: b}]", "agent a has unknown keys [2]; allowed: name, role, receives"),
+    ("agents: [a]", "agent is 'a'; allowed: {name, role, prompt, fields, receives}"),
+    ("agents: [{name: a, 2: b}]", "agent a has unknown keys [2]; allowed: name, role, prompt, fields, receives"),
     ("agents: [{name: a, role: [b]}]", "role of agent a is ['b']; allowed: the name of a role"),
     ("agents: [{name: a, receives: [[b]]}]", "receives of agent a is [['b']]; allowed: a list of names"),
     ("agents: [{name: a, receives: [b]}]", "agent a receives from unknown ['b']; allowed: a"),

@@ -75,11 +75,14 @@ def test_what_takes_long_is_said_on_a_line(capsys, monkeypatch):
     assert capsys.readouterr().out == "loading a model …\n"
     monkeypatch.setattr(progress, "PATIENCE", 0)
     assert list(progress.counted([1, 2, 3], "counting")) == [1, 2, 3]
+    assert capsys.readouterr().out == "counting: 0 of 3\n"
+    monkeypatch.setattr(progress, "PATIENCE", 0.2)
     with progress.Lines(True) as lines:
         bar = lines.add_task("evaluating", total=4)
         lines.update(bar, description="evaluating: a")
         lines.advance(bar, 2)
-    assert capsys.readouterr().out == "counting: 0 of 3\nevaluating: a: 0 of 4\n"
+        time.sleep(1)
+    assert capsys.readouterr().out == "evaluating: a: 2 of 4\n"
 
 
 def test_memory_is_measured_with_a_line_each(flags, capsys, monkeypatch):
@@ -107,7 +110,7 @@ def test_the_card_of_an_adapter(flags, base, tmp_path):
 def test_the_card_of_an_embedded_and_of_a_hub_base():
     system, _ = build_system(SystemArguments(topology="relay"))
     assert "the base embedded in DiffMAS" in card(system, {}) and "from_pretrained(EMBEDDED_PATH)" in card(system, {})
-    text = card(system, {"system": {"model": "Qwen/Qwen3-4B"}, "task": {"prompts": "/home/me/two.yaml"}})
+    text = card(system, {"system": {"model_name_or_path": "Qwen/Qwen3-4B"}, "task": {"prompts": "/home/me/two.yaml"}})
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen3-4B"
     assert 'from_pretrained("Qwen/Qwen3-4B")' in text and "/home/me" not in text and "| prompts | two.yaml |" in text
 
