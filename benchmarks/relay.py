@@ -80,7 +80,7 @@ def plot(summaries: dict[str, dict]) -> None:
             label=LABELS[name],
         )
     left.set(xlabel="training step", ylabel="held-out accuracy, %", ylim=(0, 103))
-    left.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.66))
+    left.legend(frameon=False, loc="lower right")
     shown = ["matched", "mismatched", "zero", "noise", "training_free"][::-1]
     exact = summaries["exact"]
     values = [100 * exact["accuracy" if v == "matched" else f"accuracy_{v}"] for v in shown]
