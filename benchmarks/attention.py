@@ -172,10 +172,10 @@ def token_backward(case: Attention, device: str) -> Experiment:
     )  # fmt: skip
 
 
-def _latent_start(x: SimpleNamespace, implementation: str):
+def _latent_start(x: SimpleNamespace, backend: str):
     """A trace that already holds the prefix (gradients reach it too), and the inputs of the steps."""
     keys, values = (t[None].clone() for t in x.trace)
-    trace = KVTrace(TraceStorage(keys, values), [0] * x.B, grow=False, implementation=implementation)
+    trace = KVTrace(TraceStorage(keys, values), [0] * x.B, grow=False, backend=backend)
     trace.host_lengths, trace.lengths = [x.P] * x.B, x.rows.starts.clone()
     return trace, [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
 

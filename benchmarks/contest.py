@@ -18,9 +18,9 @@ _REFERENCE_BYTES = 8 << 30
 
 
 def implementations(operator: str, device: str, dtype: str) -> dict[str, Any]:
-    """Every implementation of `operator` by name: its functions, or why it cannot run."""
+    """Every backend of `operator` by name: its functions, or why it cannot run."""
     found = {}
-    for name in backends.IMPLEMENTATIONS:
+    for name in backends.BACKENDS:
         if name in ("cpu", "cuda") and name != device:
             continue
         reason = backends.refusal(name, Need(operator, device, getattr(torch, dtype)))
@@ -45,7 +45,7 @@ def experiment(
     """Our implementations and `others`, plain PyTorch first among them.
 
     Args:
-        make: turns an implementation, `(its functions, its name)`, into a contender.
+        make: turns a backend, `(its functions, its name)`, into a contender.
         kernels: the operator that is asked for its implementations, where `operator` is only a title.
         reference_bytes: of the scores that `reference` would hold.
     """

@@ -84,9 +84,9 @@ def saved_bytes(run: Callable[[], Tensor], exclude: nn.Module) -> tuple[int, Ten
     return sum(sizes.values()), result
 
 
-def diffmas_run(model: nn.Module, size: Size, implementation: str = "auto") -> Callable[[], Tensor]:
+def diffmas_run(model: nn.Module, size: Size, backend: str = "auto") -> Callable[[], Tensor]:
     """One row's loss through `MultiAgentSystem`."""
-    system = MultiAgentSystem(model, size.topology, latent_steps=size.latent_steps, implementation=implementation)
+    system = MultiAgentSystem(model, size.topology, latent_steps=size.latent_steps, backend=backend)
     prompts, answer = size.tokens()
     lengths = [[len(p)] for p in prompts]
     return lambda: system(prompts, lengths, answer, [len(answer)]).loss

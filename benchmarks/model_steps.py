@@ -75,7 +75,7 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
     def traced() -> KVTrace:
         model = system.agent_model
         trace = system.trajectory.allocate(
-            batch=case.batch, capacity=case.prompt + case.latent, implementation=model.implementation,
+            batch=case.batch, capacity=case.prompt + case.latent, backend=model.backend,
             **model.trace_sizes,
         )  # fmt: skip
         with torch.no_grad():

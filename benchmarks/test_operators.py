@@ -1,4 +1,4 @@
-"""Every operator: our implementations against `reference` and against what a user would run instead."""
+"""Every operator: our backends against `reference` and against what a user would run instead."""
 
 import pytest
 

@@ -49,7 +49,7 @@ PROGRAM = "python -m diffmas.eval"
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
 #: Settings that leave the weights a training gives as they are, up to rounding.
-SAME_WEIGHTS = {"implementation", "cuda_graphs", "checkpointing", "loss", "data_dir"}
+SAME_WEIGHTS = {"backend", "cuda_graphs", "checkpointing", "loss", "data_dir"}
 
 
 @dataclass

@@ -75,7 +75,7 @@ class MultiAgentSystem(nn.Module):
         cuda_graphs: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
             (:class:`diffmas.agents.captured_runs.CapturedRuns`; experimental, not yet run on one).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
-        implementation: "auto", or the operators' implementation to insist on.
+        backend: "auto", or the operators' backend to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
             :class:`~diffmas.models.loss.AnswerLoss`.
 
@@ -101,7 +101,7 @@ class MultiAgentSystem(nn.Module):
         latent_backward: str = "exact",
         cuda_graphs: str = "off",
         checkpointing: str = "none",
-        implementation: str = "auto",
+        backend: str = "auto",
         loss: str = "auto",
     ):
         super().__init__()
@@ -122,7 +122,7 @@ class MultiAgentSystem(nn.Module):
             alignment=alignment,
             alignment_initial=alignment_initial,
             checkpointing=checkpointing,
-            implementation=implementation,
+            backend=backend,
             loss=loss,
         )
         captured = CapturedRuns() if asks_for_graphs(cuda_graphs, latent_backward) else None
@@ -152,7 +152,7 @@ class MultiAgentSystem(nn.Module):
             # What auto finds is set before training starts.
             checkpointing="all" if settings.checkpointing == "auto" else settings.checkpointing,
             cuda_graphs=settings.cuda_graphs,
-            implementation=settings.implementation,
+            backend=settings.backend,
             loss=settings.loss,
             **options,
         )
@@ -251,7 +251,7 @@ class MultiAgentSystem(nn.Module):
             alignment_initial=model.alignment.initial,
             detach_trace=trajectory.detach_trace,
             checkpointing=model.checkpointing.mode,
-            implementation=model.implementation,
+            backend=model.backend,
         )
 
     @property

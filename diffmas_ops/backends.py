@@ -1,6 +1,6 @@
-"""Which implementation runs an operator: the `auto` table, explicit requests, and why one is refused.
+"""Which backend runs an operator: the `auto` table, explicit requests, and why one is refused.
 
-An implementation says itself, by `refusal(need)`, what it cannot serve, and `functions(operator)` is a namespace of the
+A backend says itself, by `refusal(need)`, what it cannot serve, and `functions(operator)` is a namespace of the
 operator's functions.
 """
 
@@ -16,7 +16,7 @@ from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.need import Need
 
 #: "flash" is multi-token attention through flash-attention packages; for everything else it means `auto`.
-IMPLEMENTATIONS: dict[str, Any] = {
+BACKENDS: dict[str, Any] = {
     "reference": reference,
     "cpu": native.CPU,
     "cuda": native.CUDA,
@@ -24,45 +24,45 @@ IMPLEMENTATIONS: dict[str, Any] = {
     "flash": flash_engines,
 }
 
-#: Per device type, the implementations `auto` tries in order: for what is bound by memory, and for the work of
+#: Per device type, the backends `auto` tries in order: for what is bound by memory, and for the work of
 #: multi-token calls in `cached_attention` (the flush of deferred rows included), which is bound by matmul.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 AUTO_MANY = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 
-def refusal(implementation: str, need: Need) -> str | None:
-    """Why `implementation` cannot serve `need`, or None where it can."""
-    return IMPLEMENTATIONS[implementation].refusal(need)
+def refusal(backend: str, need: Need) -> str | None:
+    """Why `backend` cannot serve `need`, or None where it can."""
+    return BACKENDS[backend].refusal(need)
 
 
 @lru_cache(maxsize=256)
-def resolve(implementation: str, need: Need) -> str:
-    """Name of the implementation that will run: the request itself, or the first of `AUTO` that can serve.
+def resolve(backend: str, need: Need) -> str:
+    """Name of the backend that will run: the request itself, or the first of `AUTO` that can serve.
 
     Raises `ValueError` for an unknown name and `UnsupportedError` where an explicit request cannot be served.
     """
-    if implementation == "auto" or (implementation == "flash" and not need.many):
+    if backend == "auto" or (backend == "flash" and not need.many):
         for name in (AUTO_MANY if need.many else AUTO).get(need.device, ("reference",)):
             if refusal(name, need) is None:
                 return name
-    if implementation not in IMPLEMENTATIONS:
-        allowed = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise ValueError(f"implementation is {implementation!r}; allowed: {allowed}")
-    if (reason := refusal(implementation, need)) is not None:
-        raise UnsupportedError(f"implementation {implementation!r} cannot run {need.operator}: {reason}")
-    return implementation
+    if backend not in BACKENDS:
+        allowed = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"backend is {backend!r}; allowed: {allowed}")
+    if (reason := refusal(backend, need)) is not None:
+        raise UnsupportedError(f"backend {backend!r} cannot run {need.operator}: {reason}")
+    return backend
 
 
 @lru_cache(maxsize=256)
-def _functions(implementation: str, need: Need) -> Any:
-    return IMPLEMENTATIONS[resolve(implementation, need)].functions(need.operator)
+def _functions(backend: str, need: Need) -> Any:
+    return BACKENDS[resolve(backend, need)].functions(need.operator)
 
 
 def functions(
-    operator: str, like: torch.Tensor, implementation: str = "auto", *, many: bool = False, window: int | None = None
+    operator: str, like: torch.Tensor, backend: str = "auto", *, many: bool = False, window: int | None = None
 ) -> Any:
     """Namespace of `operator`'s functions for tensors of the device and dtype of `like`.
 
     `many`: for a multi-token call of `cached_attention`, or its deferred rows together; `window`: of its queries.
     """
-    return _functions(implementation, Need(operator, like.device.type, like.dtype, many, window is not None))
+    return _functions(backend, Need(operator, like.device.type, like.dtype, many, window is not None))

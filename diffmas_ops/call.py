@@ -80,7 +80,7 @@ class Call:
         slot: int,
         outputs: Sequence[tuple[int, int]] | None = None,
     ):
-        self.storage, self.gradients, self.implementation = trace.storage, trace.gradients, trace.implementation
+        self.storage, self.gradients, self.backend = trace.storage, trace.gradients, trace.backend
         self.lengths, self.run, self.slot = lengths, run, slot
         self.total = sum(lengths)
         host_starts = trace.host_lengths

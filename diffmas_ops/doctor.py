@@ -1,4 +1,4 @@
-"""`python -m diffmas_ops.doctor`: what was built, what is loaded, and which implementation runs each operator."""
+"""`python -m diffmas_ops.doctor`: what was built, what is loaded, and which backend runs each operator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def main() -> None:
             need = Need(operator, device, dtype, many)
             chosen = backends.resolve("auto", need)
             others = []
-            for name in backends.IMPLEMENTATIONS:
+            for name in backends.BACKENDS:
                 if name != chosen and (many or name != "flash"):
                     others.append(f"{name}: {backends.refusal(name, need) or 'available'}")
             kind = {"cached_attention": " (several tokens)" if many else " (one token a row)"}.get(operator, "")

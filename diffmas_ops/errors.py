@@ -6,4 +6,4 @@ class CapacityError(ValueError):
 
 
 class UnsupportedError(ValueError):
-    """An explicitly requested implementation cannot serve the call; the message says why."""
+    """An explicitly requested backend cannot serve the call; the message says why."""

@@ -52,8 +52,8 @@ class TraceGradients:
     `frozen`, int32 `[batch]`: columns before it take no gradient.
     """
 
-    def __init__(self, storage: TraceStorage, frozen: Tensor, implementation: str):
-        self._storage, self._implementation, self.frozen = storage, implementation, frozen
+    def __init__(self, storage: TraceStorage, frozen: Tensor, backend: str):
+        self._storage, self._backend, self.frozen = storage, backend, frozen
         self._pending: dict[int, Deferred] = {}
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -116,7 +116,7 @@ class TraceGradients:
         keys, values, grad_keys, grad_values = self._layer(layer)
         q, grad, lse, delta, _ = pending.tensors
         scores = (pending.softmax_scale, pending.window)
-        ops = backends.functions("cached_attention", q, self._implementation, many=True, window=pending.window)
+        ops = backends.functions("cached_attention", q, self._backend, many=True, window=pending.window)
         ops.cached_attention_backward_columns(
             grad.flatten(0, 1), q.flatten(0, 1), lse.flatten(0, 1), delta.flatten(0, 1), keys, values, grad_keys,
             grad_values, pending.rows(max_seqlen_k), ColumnRanges(self.frozen, column_end), *scores,
@@ -127,7 +127,7 @@ class TraceGradients:
         # The flush is what later calls owe, and stays.
         self.flush(layer, call.ends, call.rows.max_seqlen_k)
         _, _, grad_keys, grad_values = self._layer(layer)
-        moves = backends.functions("kv_append", grad_keys, self._implementation)
+        moves = backends.functions("kv_append", grad_keys, self._backend)
         before = moves.kv_gather(grad_keys, grad_values, call.rows, call.total, grad_keys.dtype)
         grads = self._backward_many(
             call, layer, grad_out, q, out, lse, rows, softmax_scale, window, column_begin=call.starts
@@ -138,12 +138,12 @@ class TraceGradients:
     def _backward_many(self, call, layer, grad_out, q, out, lse, rows, softmax_scale, window, column_begin=None):
         self.flush(layer, call.ends, call.rows.max_seqlen_k)
         keys, values, grad_keys, grad_values = self._layer(layer)
-        ops = backends.functions("cached_attention", q, self._implementation, many=True, window=window)
+        ops = backends.functions("cached_attention", q, self._backend, many=True, window=window)
         columns = ColumnRanges(self.frozen if column_begin is None else column_begin, call.ends)
         grad_q = ops.cached_attention_backward(
             grad_out, q, out, lse, keys, values, grad_keys, grad_values, rows, columns, softmax_scale, window
         )
-        gather = backends.functions("kv_append", grad_keys, self._implementation).kv_gather
+        gather = backends.functions("kv_append", grad_keys, self._backend).kv_gather
         return grad_q, *gather(grad_keys, grad_values, call.rows, call.total, q.dtype)
 
     def _backward_token(self, call, layer, grad_out, q, out, lse, softmax_scale, window):
@@ -153,7 +153,7 @@ class TraceGradients:
             pending = None
         if pending is None:
             pending = self._pending[layer] = Deferred(call, q, softmax_scale, window)
-        ops = backends.functions("cached_attention", q, self._implementation, window=window)
+        ops = backends.functions("cached_attention", q, self._backend, window=window)
         return ops.cached_attention_backward_token(
             grad_out, q, out, lse, *self._layer(layer), pending.tensors, call.rows, softmax_scale, window
         )

@@ -1,4 +1,4 @@
-"""The compiled implementations, one for each kind of device.
+"""The compiled backends, one for each kind of device.
 
 The compiled operators take row and column ranges flat; :class:`Functions` gives them the signatures of the others.
 """

@@ -1,4 +1,4 @@
-"""What an operator is asked for, as implementations are told that say whether they can serve."""
+"""What an operator is asked for, as backends are told that say whether they can serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The implementation in plain PyTorch: the specification, which serves whatever is asked of it."""
+"""The backend in plain PyTorch: the specification, which serves whatever is asked of it."""
 
 import importlib
 from types import ModuleType

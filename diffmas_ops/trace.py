@@ -27,8 +27,8 @@ class KVTrace:
         order: what makes autograd differentiate the calls last to first.
     """
 
-    def __init__(self, storage: TraceStorage, lengths: list[int], *, grow: bool, implementation: str):
-        self.storage, self.implementation, self._grow = storage, implementation, grow
+    def __init__(self, storage: TraceStorage, lengths: list[int], *, grow: bool, backend: str):
+        self.storage, self.backend, self._grow = storage, backend, grow
         self.num_layers, self.batch, self.num_kv_heads, _, self.head_dim = storage.keys.shape
         self.device, self.dtype = storage.keys.device, storage.keys.dtype
         self.host_lengths = lengths
@@ -50,13 +50,13 @@ class KVTrace:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         grow: bool = False,
-        implementation: str = "auto",
+        backend: str = "auto",
     ) -> KVTrace:
         """An empty trace of `capacity` columns a row.
 
         Args:
             grow: double the capacity when a call does not fit, instead of raising :class:`CapacityError`.
-            implementation: "auto", or the operators' implementation to insist on.
+            backend: "auto", or the operators' backend to insist on.
 
         Raises:
             ValueError: a size that is not a positive integer.
@@ -71,7 +71,7 @@ class KVTrace:
         accumulation_dtype(dtype)
         shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
         keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(TraceStorage(keys, values), [0] * batch, grow=grow, implementation=implementation)
+        return cls(TraceStorage(keys, values), [0] * batch, grow=grow, backend=backend)
 
     @property
     def keys(self) -> Tensor:
@@ -162,11 +162,11 @@ class KVTrace:
         at = torch.tensor(rows, device=self.device)
         storage = TraceStorage(self.keys.detach()[:, at], self.values.detach()[:, at])
         lengths = [self.host_lengths[row] for row in rows]
-        return KVTrace(storage, lengths, grow=self._grow, implementation=self.implementation)
+        return KVTrace(storage, lengths, grow=self._grow, backend=self.backend)
 
     def detach_(self) -> KVTrace:
         """Cut the gradient: columns written so far take none from calls opened from now on."""
         self.order.cut()
-        self.gradients = TraceGradients(self.storage, self.lengths, self.implementation)
+        self.gradients = TraceGradients(self.storage, self.lengths, self.backend)
         self._slot: int | None = None
         return self

@@ -1,4 +1,4 @@
-"""The Triton implementation: where its kernels can run, and on which device; importing this does not import Triton."""
+"""The Triton backend: where its kernels can run, and on which device; importing this does not import Triton."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: implementations to test, poisoned buffers, a hypothesis profile that repeats itself."""
+"""Shared fixtures: backends to test, poisoned buffers, a hypothesis profile that repeats itself."""
 
 import os
 import sys
@@ -36,7 +36,7 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture(params=["reference", "auto"])
-def implementation(request):
+def backend(request):
     return request.param
 
 

@@ -179,7 +179,7 @@ class _Run:
         self._hidden = hidden.detach().clone().requires_grad_(recording)
         # The last columns a run can start at: launches are sized for them, and read the real ones on the device.
         self._latest = [storage.keys.shape[3] - steps] * len(hidden)
-        self._trace = KVTrace(_Recorded(storage.buffers), self._latest, grow=False, implementation=model.implementation)
+        self._trace = KVTrace(_Recorded(storage.buffers), self._latest, grow=False, backend=model.backend)
         self._starts = starts.clone()
         self.deferred: dict | None = None
         self._forward, *backward = executor.record([self._step, self._differentiate][: 1 + recording])
@@ -271,10 +271,10 @@ class CapturedRuns:
         self._warned: set[str] = set()
 
     def allocate(
-        self, *, capacity: int, device: torch.device | str, grow: bool = False, implementation: str = "auto", **sizes
+        self, *, capacity: int, device: torch.device | str, grow: bool = False, backend: str = "auto", **sizes
     ) -> KVTrace:
         """Like :meth:`KVTrace.allocate`; a trace of this pool has a capacity of whole buckets."""
-        options = dict(device=device, implementation=implementation, **sizes)
+        options = dict(device=device, backend=backend, **sizes)
         if grow or torch.device(device).type not in self._devices:
             return KVTrace.allocate(capacity=capacity, grow=grow, **options)
         capacity = -(-capacity // self._bucket) * self._bucket
@@ -282,7 +282,7 @@ class CapturedRuns:
         buffers = free.pop() if free else _Buffers(KVTrace.allocate(capacity=capacity, **options).storage)
         storage = _Leased(buffers)
         weakref.finalize(storage, free.append, buffers)
-        return KVTrace(storage, [0] * sizes["batch"], grow=False, implementation=implementation)
+        return KVTrace(storage, [0] * sizes["batch"], grow=False, backend=backend)
 
     @property
     def recordings(self) -> int:

@@ -114,7 +114,7 @@ class Trajectory:
             located[name] = tuple([x + by for x, by in zip(xs, moved, strict=True)] for xs in (begin, prompt_end, end))
             length = located[name][2]
         capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
-        options = dict(capacity=capacity, grow=reserve is None, implementation=self.model.implementation)
+        options = dict(capacity=capacity, grow=reserve is None, backend=self.model.backend)
         if segments:
             trace = kv_concat(segments, rotary=self.model.rotary, allocate=self.allocate, **options)
         else:

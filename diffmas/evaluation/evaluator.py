@@ -113,5 +113,5 @@ def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "id
         topology or system.topology,
         latent_steps=system.latent_steps,
         alignment=alignment,
-        implementation=system.agent_model.implementation,
+        backend=system.agent_model.backend,
     )

@@ -130,7 +130,7 @@ class _Masses:
     ) -> tuple[Tensor, Tensor]:
         call = self._call
         keys, values = call.storage.keys[layer], call.storage.values[layer]
-        ops = backends.functions("cached_attention", q, call.implementation, many=call.run is None)
+        ops = backends.functions("cached_attention", q, call.backend, many=call.run is None)
         out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scale)
         keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
         columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)

@@ -114,7 +114,7 @@ class OwnTraces:
     run, slot, outputs, attend = True, 0, None, None
 
     def __init__(self, like: KVTrace):
-        self.storage, self.implementation = Columns(like), like.implementation
+        self.storage, self.backend = Columns(like), like.backend
         self._order = torch.empty(0, device=like.device)
 
     def admit(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -164,7 +164,7 @@ class SharedTraces(OwnTraces):
     def __init__(self, like: KVTrace):
         super().__init__(like)
         self._shared, self._heads = Columns(like), like.num_kv_heads
-        self._ops = backends.functions("cached_attention", like.keys, like.implementation, many=False)
+        self._ops = backends.functions("cached_attention", like.keys, like.backend, many=False)
         self._row_of: dict[Prompt, int] = {}
         self._prompt_of: dict[int, Prompt] = {}
 
@@ -210,7 +210,7 @@ class SharedTraces(OwnTraces):
         own = self._attend(self.storage, self.rows, q, k, v, layer, scale)
         shared = self._attend(self._shared, self._prefix.rows, self._pack(q), None, None, layer, scale)
         outs, lses = (torch.stack((a, self._unpack(b))) for a, b in zip(own, shared, strict=True))
-        return merge_states(outs, lses, implementation=self.implementation)
+        return merge_states(outs, lses, backend=self.backend)
 
     def _attend(self, columns: Columns, rows, q, k, v, layer: int, scale: float) -> tuple[Tensor, Tensor]:
         keys, values = columns.keys[layer], columns.values[layer]

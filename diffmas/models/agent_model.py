@@ -32,7 +32,7 @@ class AgentModel(nn.Module):
         model: a causal language model, possibly inside PEFT.
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
-        implementation: "auto", or the operators' implementation to insist on.
+        backend: "auto", or the operators' backend to insist on.
         loss: as in :class:`~diffmas.models.loss.AnswerLoss`.
 
     Attributes:
@@ -50,12 +50,12 @@ class AgentModel(nn.Module):
         alignment: str = "identity",
         alignment_initial: str = "identity",
         checkpointing: str = "none",
-        implementation: str = "auto",
+        backend: str = "auto",
         loss: str = "auto",
     ):
         super().__init__()
         self.answer_loss = AnswerLoss(loss)
-        self.model, self.implementation = model, implementation
+        self.model, self.backend = model, backend
         self.observers: list[Observer] = []
         base = self.language_model
         attach(base)
@@ -69,7 +69,7 @@ class AgentModel(nn.Module):
             self.head.weight,
             alignment,
             initial=alignment_initial,
-            implementation=implementation,
+            backend=backend,
         )
 
     @property

@@ -33,7 +33,7 @@ class Alignment(nn.Module):
         *,
         initial: str = "identity",
         ridge: float = 1e-5,
-        implementation: str = "auto",
+        backend: str = "auto",
     ):
         super().__init__()
         if kind not in ALIGNMENTS:
@@ -42,7 +42,7 @@ class Alignment(nn.Module):
             raise ValueError(f"alignment_initial is {initial!r}; allowed: {', '.join(ALIGNMENTS[:2])}")
         #: The kind this alignment had before any training.
         self.initial = initial if kind == "learned" else kind
-        self.kind, self.implementation = kind, implementation
+        self.kind, self.backend = kind, backend
         wide = input_embedding.detach().to(torch.promote_types(input_embedding.dtype, torch.float32))
         self.target_norm = float(wide.norm(dim=-1).mean())
         tied = input_embedding.data_ptr() == output_embedding.data_ptr()
@@ -58,7 +58,7 @@ class Alignment(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[rows, hidden]` to `[rows, hidden]`, in the dtype of `hidden`."""
-        return latent_project(hidden, self.weight, self.target_norm, implementation=self.implementation)
+        return latent_project(hidden, self.weight, self.target_norm, backend=self.backend)
 
 
 def ridge_alignment(input_embedding: Tensor, output_embedding: Tensor, ridge: float = 1e-5) -> Tensor:

@@ -119,9 +119,9 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     dtype, attention = hidden.dtype, self.self_attn
     if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
-    # What insists on another implementation of the operators gets it, from the model's own modules.
+    # What insists on another backend of the operators gets it, from the model's own modules.
     need = Need("decoder_layer", "cpu", dtype)
-    if call.implementation not in ("auto", "cpu") or backends.refusal("cpu", need) is not None:
+    if call.backend not in ("auto", "cpu") or backends.refusal("cpu", need) is not None:
         return None
     if call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None

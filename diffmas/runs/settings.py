@@ -65,8 +65,9 @@ class SystemArguments:
             "help": "Modules to adapt: all-linear, or names separated by commas.",
         },
     )
-    implementation: str = field(
-        default="auto", metadata={"help": "Operators: auto, or one implementation to insist on."}
+    backend: str = field(
+        default="auto",
+        metadata={"aliases": ["--implementation"], "help": "Of the operators: auto, or the one to insist on."},
     )
     loss: str = field(
         default="auto", metadata={"help": f"How training takes the loss: {', '.join(LOSSES)}; see docs/training.md."}

@@ -17,7 +17,7 @@ from diffmas.training.rules import BY_METRIC
 #: Training arguments that say where and from what a run goes on, and so are none of its settings.
 PLACES = ("output_dir", "resume_from_checkpoint")
 #: What may be another on going on: it decides neither what is computed nor on what, up to rounding.
-FREE = {"implementation", "cuda_graphs", "checkpointing", "loss"}
+FREE = {"backend", "cuda_graphs", "checkpointing", "loss"}
 #: Training arguments that an optimizer's or a schedule's state may depend on.
 UPDATES = ("optim", "lr_scheduler_type", "learning_rate")
 #: Where items are read from; their content is compared instead.

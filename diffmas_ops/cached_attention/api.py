@@ -42,7 +42,7 @@ def cached_attention(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit the call, each named.
-        UnsupportedError: a window, where the call's implementation has none or several traces are attended to.
+        UnsupportedError: a window, where the call's backend has none or several traces are attended to.
     """
     _check(q, k, v, call, layer)
     check_window(window)
@@ -65,7 +65,7 @@ def _forward(q, k, v, call, layer, softmax_scale, window) -> tuple[Tensor, Tenso
         return call.attend(q, k, v, layer, softmax_scale)
     keys, values = call.storage.keys[layer], call.storage.values[layer]
     many = call.run is None
-    ops = backends.functions("cached_attention", q, call.implementation, many=many, window=window)
+    ops = backends.functions("cached_attention", q, call.backend, many=many, window=window)
     return ops.cached_attention(q, k, v, keys, values, call.rows, softmax_scale, window)
 
 

@@ -2,7 +2,7 @@
 
 Rows that follow each other with the same number of new tokens and the same prefix are one batch, attended over a
 zero-copy view of the trace; a ragged call is a few such batches. Finding them reads the row ranges on the host, once
-a call (not once a layer): of all implementations this one alone synchronises.
+a call (not once a layer): of all backends this one alone synchronises.
 
 An engine returns the log-sum-exp and takes it back, together with the output, in its backward. That makes attention
 over two sets of columns exact: where an engine's causal mask is not aligned to the last column, the prefix (no mask)

@@ -1,4 +1,4 @@
-"""What a query sees of its row, for the implementations in PyTorch; Triton's is in triton_mask.py, C++'s in mask.h."""
+"""What a query sees of its row, for the backends in PyTorch; Triton's is in triton_mask.py, C++'s in mask.h."""
 
 from __future__ import annotations
 

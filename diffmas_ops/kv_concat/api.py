@@ -41,7 +41,7 @@ def kv_concat(
     rotary: Rotary | None,
     dtype: torch.dtype | None = None,
     grow: bool = False,
-    implementation: str = "auto",
+    backend: str = "auto",
     allocate: Callable[..., KVTrace] = KVTrace.allocate,
 ) -> KVTrace:
     """A new trace whose row b holds the rows b of all segments, one after the other.
@@ -73,7 +73,7 @@ def kv_concat(
 
     trace = allocate(
         num_layers=first.num_layers, batch=first.batch, num_kv_heads=first.num_kv_heads, capacity=capacity,
-        head_dim=first.head_dim, dtype=dtype, device=first.device, grow=grow, implementation=implementation,
+        head_dim=first.head_dim, dtype=dtype, device=first.device, grow=grow, backend=backend,
     )  # fmt: skip
     table = torch.tensor([[list(s.begin) for s in segments], counts, dest_begin], dtype=torch.int32)
     source_begin, count, dest = table.to(first.device).unbind(0)
@@ -81,7 +81,7 @@ def kv_concat(
     plan = (source_begin, count, dest, cos, sin, rotary is not None and rotary.interleaved)
 
     sources = [s.trace for s in segments]
-    ops = backends.functions("kv_concat", trace.keys, implementation)
+    ops = backends.functions("kv_concat", trace.keys, backend)
     ops.kv_concat([s.keys for s in sources], [s.values for s in sources], trace.keys, trace.values, *plan)
     trace.host_lengths = lengths
     trace.lengths = torch.tensor(lengths, dtype=torch.int32, device=first.device)
@@ -100,7 +100,7 @@ class _Origin:
 
     def __init__(self, trace: KVTrace, sources: list[KVTrace], plan: tuple):
         self.gradients, self.lengths, self.max_seqlen_k = trace.gradients, trace.lengths, max(trace.host_lengths)
-        self.num_layers, self.implementation = trace.num_layers, trace.implementation
+        self.num_layers, self.backend = trace.num_layers, trace.backend
         self.sources = [s.gradients for s in sources]
         self.plan = plan
 
@@ -109,7 +109,7 @@ class _Origin:
             self.gradients.flush(layer, self.lengths, self.max_seqlen_k)
         keys, values = self.gradients.accumulators()
         source_keys, source_values = zip(*(s.accumulators() for s in self.sources), strict=True)
-        ops = backends.functions("kv_concat", keys, self.implementation)
+        ops = backends.functions("kv_concat", keys, self.backend)
         ops.kv_concat_backward(keys, values, list(source_keys), list(source_values), *self.plan)
 
 

@@ -11,7 +11,7 @@ from diffmas_ops.dtypes import accumulation_dtype
 
 
 def latent_project(
-    hidden: Tensor, weight: Tensor | None, target_norm: float, *, implementation: str = "auto"
+    hidden: Tensor, weight: Tensor | None, target_norm: float, *, backend: str = "auto"
 ) -> Tensor:
     """`target_norm · y / ‖y‖` with `y = hidden @ weight` (LatentMAS, arXiv 2511.20639, equation 3, rescaled).
 
@@ -43,13 +43,13 @@ def latent_project(
         weight = weight.contiguous()
     if not target_norm > 0:
         raise ValueError(f"target_norm is {target_norm}; allowed: > 0")
-    return _LatentProject.apply(hidden.contiguous(), weight, float(target_norm), implementation)
+    return _LatentProject.apply(hidden.contiguous(), weight, float(target_norm), backend)
 
 
 class _LatentProject(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, target_norm, implementation):
-        ops = backends.functions("latent_project", hidden, implementation)
+    def forward(ctx, hidden, weight, target_norm, backend):
+        ops = backends.functions("latent_project", hidden, backend)
         out, norm = ops.latent_project(hidden, _narrow(weight, hidden), target_norm)
         ctx.save_for_backward(hidden, weight, out, norm)
         ctx.target_norm, ctx.ops = target_norm, ops

@@ -8,7 +8,7 @@ from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
 
 
-def merge_states(outs: Tensor, lses: Tensor, *, implementation: str = "auto") -> tuple[Tensor, Tensor]:
+def merge_states(outs: Tensor, lses: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """Attention over the union of S key sets from the attention over each. Not differentiable.
 
     Args:
@@ -28,5 +28,5 @@ def merge_states(outs: Tensor, lses: Tensor, *, implementation: str = "auto") ->
         raise ValueError(f"lses has shape {tuple(lses.shape)}; allowed: {tuple(outs.shape[:3])}")
     if lses.dtype != accumulation_dtype(outs.dtype):
         raise TypeError(f"lses is {lses.dtype}; allowed: {accumulation_dtype(outs.dtype)}")
-    ops = backends.functions("merge_states", outs, implementation)
+    ops = backends.functions("merge_states", outs, backend)
     return ops.merge_states(outs.detach().contiguous(), lses.detach().contiguous())

@@ -47,20 +47,20 @@ def make_trace(**options):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradcheck_latent_project(weighted, implementation, poison):
+def test_gradcheck_latent_project(weighted, backend, poison):
     hidden, weight = leaf(3, 5), leaf(5, 5, seed=1) if weighted else None
     assert torch.autograd.gradcheck(
-        lambda h, w: ops.latent_project(h, w, 1.3, implementation=implementation), (hidden, weight)
+        lambda h, w: ops.latent_project(h, w, 1.3, backend=backend), (hidden, weight)
     )
 
 
 @pytest.mark.parametrize("plan", [[(2, 1)], [(2, 0), (1, 1), (1, 1)], [(1, 1), (3, 2), (0, 1), (1, 0), (1, 2)]])
-def test_gradcheck_cached_attention(plan, implementation, poison):
+def test_gradcheck_cached_attention(plan, backend, poison):
     totals = [sum(lengths) for lengths in plan]
     inputs = [leaf(n, h, 2, seed=i * 3 + j) for i, n in enumerate(totals) for j, h in enumerate((4, 2, 2))]
 
     def run(*inputs):
-        trace = make_trace(implementation=implementation, head_dim=2)
+        trace = make_trace(backend=backend, head_dim=2)
         calls = (inputs[i : i + 3] for i in range(0, len(inputs), 3))
         outs = [
             ops.cached_attention(*qkv, trace.open(lengths), layer=0) for lengths, qkv in zip(plan, calls, strict=True)
@@ -71,38 +71,38 @@ def test_gradcheck_cached_attention(plan, implementation, poison):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_gradcheck_kv_concat(interleaved, implementation, poison):
+def test_gradcheck_kv_concat(interleaved, backend, poison):
     rotary = ops.Rotary(torch.tensor([0.9, 0.2], **F64), interleaved)
     inputs = [leaf(n, h, 4, seed=i * 3 + j) for i, n in enumerate((4, 3, 3)) for j, h in enumerate((4, 2, 2))]
 
     def run(*inputs):
-        a, b = make_trace(implementation=implementation), make_trace(implementation=implementation, capacity=3)
+        a, b = make_trace(backend=backend), make_trace(backend=backend, capacity=3)
         ops.cached_attention(*inputs[:3], a.open([3, 1]), layer=0)
         ops.cached_attention(*inputs[3:6], b.open([1, 2]), layer=0)
         # Trace a twice, overlapping: its columns are owed by both.
         segments = [ops.Segment(b, [0, 1], [1, 2]), ops.Segment(a, [1, 0], [3, 1]), ops.Segment(a, [0, 0], [2, 1])]
-        trace = ops.kv_concat(segments, capacity=8, rotary=rotary, implementation=implementation)
+        trace = ops.kv_concat(segments, capacity=8, rotary=rotary, backend=backend)
         return ops.cached_attention(*inputs[6:], trace.open([1, 2]), layer=0)
 
     assert gradcheck(run, inputs)
 
 
-def test_concat_changes_the_dtype_and_leaves_keys_that_do_not_move_as_they_are(implementation):
+def test_concat_changes_the_dtype_and_leaves_keys_that_do_not_move_as_they_are(backend):
     a = make_trace(dtype=torch.float32)
     k, v = torch.randn(2, 4, 2, 4)
     ops.cached_attention(k, k, v, a.open([3, 1]), layer=0)
     rotary = ops.Rotary(torch.tensor([0.9, 0.2]))
-    same = ops.kv_concat([ops.Segment(a, [0, 0], [3, 1])], capacity=3, rotary=rotary, implementation=implementation)
+    same = ops.kv_concat([ops.Segment(a, [0, 0], [3, 1])], capacity=3, rotary=rotary, backend=backend)
     assert torch.equal(same.keys[:, 0], a.keys[:, 0, :, :3]) and same.host_lengths == same.lengths.tolist() == [3, 1]
     half = ops.kv_concat(
-        [ops.Segment(a, [1, 0], [3, 1])], capacity=3, rotary=rotary, dtype=torch.bfloat16, implementation=implementation
+        [ops.Segment(a, [1, 0], [3, 1])], capacity=3, rotary=rotary, dtype=torch.bfloat16, backend=backend
     )
     turned = rotate(a.keys[:, 0, :, 1:3], -1, rotary.inv_freq).bfloat16()
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.keys[:, 0, :, :2], turned)
 
 
-def test_strided_inputs_and_expanded_gradients(implementation):
+def test_strided_inputs_and_expanded_gradients(backend):
     """Views as they come from a model, and the gradient of a sum, whose strides are all 0."""
     packed = leaf(2, 8, 3, 4)
     grads = []
@@ -110,7 +110,7 @@ def test_strided_inputs_and_expanded_gradients(implementation):
         q, k, v = (x.transpose(0, 1) for x in (packed[0, :4], packed[0, 4:6], packed[1, 2:4]))
         if contiguous:
             q, k, v = (x.contiguous() for x in (q, k, v))
-        trace = make_trace(implementation=implementation)
+        trace = make_trace(backend=backend)
         out = ops.cached_attention(q, k, v, trace.open([1, 2]), layer=0)
         grads.append(torch.autograd.grad(out.sum(), [packed])[0])
     assert error(*grads) < 1e-14
@@ -204,7 +204,7 @@ def rotary(n):
             r"rotary.inv_freq has shape \(3,\); allowed: \[R/2\] with R ≤ 4",
         ),
         (segments, dict(rotary=rotary(3)), ValueError, "rotary.inv_freq has shape"),
-        (segments, dict(implementation="fast"), ValueError, "implementation is 'fast'"),
+        (segments, dict(backend="fast"), ValueError, "backend is 'fast'"),
     ],
 )  # fmt: skip
 def test_kv_concat_refuses(build, options, error_type, message):

@@ -125,7 +125,7 @@ OPERATORS = {
     "decoder_layer_backward_output": LayerProblem.output_arguments,
     "decoder_layer_backward_input": LayerProblem.input_arguments,
 }
-IMPLEMENTATIONS = {"cpu": torch.ops.diffmas, "reference": reference}
+BACKENDS = {"cpu": torch.ops.diffmas, "reference": reference}
 
 
 def named_arguments(operator, problem):
@@ -159,27 +159,27 @@ FOLLOWED = {
 }
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "fake"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "fake"])
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_a_size_that_does_not_fit_is_named(operator, implementation):
+def test_a_size_that_does_not_fit_is_named(operator, backend):
     problem = LayerProblem([2, 3], [0, 1], biases=range(7))
     seen = set()
     for who, arguments in cut(operator, problem):
         with pytest.raises((RuntimeError, ValueError)) as caught:
-            if implementation == "fake":
+            if backend == "fake":
                 with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                     fakes = tree_map_only(torch.Tensor, mode.from_tensor, tuple(arguments.values()))
                     getattr(torch.ops.diffmas, operator)(*fakes)
             else:
-                getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+                getattr(BACKENDS[backend], operator)(*arguments.values())
         assert re.search(rf"(^|, ){re.escape(who)} has .*; allowed: ", str(caught.value)), who
         seen.add(who)
     assert len(seen) > 40
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_another_dtype_is_named(operator, implementation):
+def test_another_dtype_is_named(operator, backend):
     problem = LayerProblem([2, 3], [0, 1], outputs=True, biases=range(7))
     first = "grad" if operator == "decoder_layer_backward_output" else "h"
     for name, given in named_arguments(operator, problem).items():
@@ -191,10 +191,10 @@ def test_another_dtype_is_named(operator, implementation):
             other = tensor.to(torch.float16 if tensor.is_floating_point() else torch.int16)
             arguments[name] = other if i is None else [*given[:i], other, *given[i + 1 :]]
             with pytest.raises((RuntimeError, TypeError), match=re.escape(name if i is None else f"{name}[{i}]")):
-                getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+                getattr(BACKENDS[backend], operator)(*arguments.values())
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,21 +217,21 @@ def test_another_dtype_is_named(operator, implementation):
         (dict(query_starts=torch.tensor([0, 3], dtype=torch.int32)), "query_starts.1. is 3; allowed: 0 to 2"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_named_before_anything_is_written(change, message, implementation):
+def test_what_does_not_fit_is_named_before_anything_is_written(change, message, backend):
     problem = LayerProblem([2, 3], [0, 1], outputs=True)
     arguments = named_arguments("decoder_layer", problem) | change
     with pytest.raises((RuntimeError, ValueError), match=message):
-        IMPLEMENTATIONS[implementation].decoder_layer(*arguments.values())
+        BACKENDS[backend].decoder_layer(*arguments.values())
     assert torch.equal(arguments["keys"], problem.trace[0]) and torch.equal(arguments["values"], problem.trace[1])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operator", ["decoder_layer_backward_output", "decoder_layer_backward_input"])
-def test_a_backward_takes_as_many_rows_as_outputs(operator, implementation):
+def test_a_backward_takes_as_many_rows_as_outputs(operator, backend):
     arguments = named_arguments(operator, LayerProblem([2, 3], [0, 1], outputs=True))
     arguments["outputs"] = torch.arange(3)
     with pytest.raises((RuntimeError, ValueError), match=r" has shape \[4, .*; allowed: \[3, "):
-        getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+        getattr(BACKENDS[backend], operator)(*arguments.values())
     arguments["outputs"] = torch.tensor([0, 1, 3, 5])
     with pytest.raises((RuntimeError, ValueError), match="outputs has 5; allowed: 0 to 4"):
-        getattr(IMPLEMENTATIONS[implementation], operator)(*arguments.values())
+        getattr(BACKENDS[backend], operator)(*arguments.values())

@@ -1,4 +1,4 @@
-"""The `flash` implementation: its batching, its split into prefix and new columns, its gradients.
+"""The `flash` backend: its batching, its split into prefix and new columns, its gradients.
 
 On a GPU every installed engine is tested; elsewhere PyTorch's CPU kernel, which stands for the engines whose causal
 mask has to be split.
@@ -172,7 +172,7 @@ def test_unknown_engine(monkeypatch):
 def test_a_window_is_refused_by_name():
     trace = KVTrace.allocate(
         num_layers=1, batch=1, num_kv_heads=2, capacity=4, head_dim=64, device=DEVICE, dtype=DTYPES[0],
-        implementation="flash",
+        backend="flash",
     )  # fmt: skip
     x = torch.zeros(3, 2, 64, device=DEVICE, dtype=DTYPES[0])
     with pytest.raises(UnsupportedError, match="'flash' cannot run cached_attention: it has no window of columns"):

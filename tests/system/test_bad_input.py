@@ -155,10 +155,10 @@ def test_an_empty_batch():
 
 def test_an_implementation_that_is_not_there():
     inputs = arguments(*ragged(["sender", "solver"], 2))
-    with pytest.raises(ValueError, match="implementation is 'fast'; allowed: auto, reference"):
-        system(implementation="fast")(*inputs)
+    with pytest.raises(ValueError, match="backend is 'fast'; allowed: auto, reference"):
+        system(backend="fast")(*inputs)
     with pytest.raises(UnsupportedError, match="'cuda' cannot run .*: it runs on cuda tensors only, not on cpu"):
-        system(implementation="cuda")(*inputs)
+        system(backend="cuda")(*inputs)
 
 
 def test_alignment_arguments():

@@ -20,13 +20,13 @@ ROWS = 16
         (torch.float32, 1e-5, "relay", "latent"),
     ],
 )
-def test_rows(dtype, tolerance, topology, handover, implementation, poison):
+def test_rows(dtype, tolerance, topology, handover, backend, poison):
     # The models' weights are large, so that attention is sharp; float32 rounding then grows a hundredfold on its way
     # through, whoever computes it. A milder model shows whether the rows, and not the rounding, agree.
     mild = {} if dtype == torch.float64 else {"initializer_range": 0.15}
     model = clone(with_lora(causal_lm("qwen3", dtype=dtype, **mild)))
     system = MultiAgentSystem(
-        model, load_topology(topology, handover), latent_steps=2, alignment="learned", implementation=implementation
+        model, load_topology(topology, handover), latent_steps=2, alignment="learned", backend=backend
     )
     names = [a.name for a in system.topology.agents]
     prompts, answers = ragged(names, ROWS, longest=29)

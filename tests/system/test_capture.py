@@ -77,7 +77,7 @@ def assert_equal_training(got, wanted, tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(
-    "topology, handover, implementation",
+    "topology, handover, backend",
     [
         *[(topology, h, "auto") for topology in ("sequential", "hierarchical") for h in ("full", "latent")],
         ("stitch", "full", "auto"),
@@ -86,11 +86,11 @@ def assert_equal_training(got, wanted, tolerance=TOLERANCE):
     ],
 )
 @pytest.mark.usefixtures("poison")
-def test_training_is_that_of_step_by_step(topology, handover, implementation):
+def test_training_is_that_of_step_by_step(topology, handover, backend):
     """Several steps of changing lengths, gradients accumulated, parameters updated in between."""
     runs = on_cpu()
-    got = train(build(topology, handover, runs=runs, implementation=implementation))
-    assert_equal_training(got, train(build(topology, handover, implementation=implementation)))
+    got = train(build(topology, handover, runs=runs, backend=backend))
+    assert_equal_training(got, train(build(topology, handover, backend=backend)))
     agents = len(TOPOLOGIES[topology].agents) - 1
     # Made in the first step, replayed in the others.
     assert len(runs._runs) == agents and all(runs._runs.values())

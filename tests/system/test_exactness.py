@@ -45,7 +45,7 @@ def expected(family, tied, topology, handover, latent_steps, detach, rows, longe
     return loss.detach(), logits.detach(), gradients(model) | {"weight": weight.grad}
 
 
-def check(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation, rows=3, longest=11):
+def check(family, tied, topology, handover, latent_steps, detach, checkpointing, backend, rows=3, longest=11):
     dag = DAGS[topology]
     model = clone(lora_model(family, tied)).train()
     if checkpointing:
@@ -56,7 +56,7 @@ def check(family, tied, topology, handover, latent_steps, detach, checkpointing,
         latent_steps=latent_steps,
         alignment="learned",
         detach_trace=detach,
-        implementation=implementation,
+        backend=backend,
     )
     system.agent_model.alignment.weight.data.copy_(alignment_weight())
     prompts, answers = ragged(list(dag), rows, longest=longest)
@@ -82,8 +82,8 @@ def check(family, tied, topology, handover, latent_steps, detach, checkpointing,
 @pytest.mark.parametrize("latent_steps", [0, 1, 5])
 @pytest.mark.parametrize("handover", ["full", "latent"])
 @pytest.mark.parametrize("topology", DAGS)
-def test_product(topology, handover, latent_steps, detach, checkpointing, implementation):
-    check("qwen3", False, topology, handover, latent_steps, detach, checkpointing, implementation)
+def test_product(topology, handover, latent_steps, detach, checkpointing, backend):
+    check("qwen3", False, topology, handover, latent_steps, detach, checkpointing, backend)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "mistral", "qwen3"])
@@ -97,5 +97,5 @@ def test_product(topology, handover, latent_steps, detach, checkpointing, implem
         (False, "sequential", "latent", 0, False, False),
     ],
 )
-def test_families(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation):
-    check(family, tied, topology, handover, latent_steps, detach, checkpointing, implementation, rows=4, longest=23)
+def test_families(family, tied, topology, handover, latent_steps, detach, checkpointing, backend):
+    check(family, tied, topology, handover, latent_steps, detach, checkpointing, backend, rows=4, longest=23)

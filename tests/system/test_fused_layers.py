@@ -98,12 +98,12 @@ def test_what_has_changed_since_the_last_call_is_seen(change, monkeypatch):
     assert_same(grads, wanted_grads, 0)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"])
-def test_an_implementation_that_is_insisted_on(implementation, monkeypatch):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_implementation_that_is_insisted_on(backend, monkeypatch):
     plain = with_lora(causal_lm("llama"))
     loss, grads, _ = run(clone(plain), monkeypatch)
-    other, other_grads, runs = run(clone(plain), monkeypatch, implementation=implementation)
-    assert bool(runs) == (implementation == "cpu")
+    other, other_grads, runs = run(clone(plain), monkeypatch, backend=backend)
+    assert bool(runs) == (backend == "cpu")
     assert error(other, loss) < 1e-12
     assert_same(other_grads, grads, 1e-10)
 

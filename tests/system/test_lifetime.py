@@ -22,8 +22,8 @@ def make(topology="stitch", checkpointing=False, **options):
     return system, arguments(*ragged([a.name for a in system.topology.agents], 3, longest=5))
 
 
-def test_a_hundred_runs_are_the_same_bits(implementation):
-    system, inputs = make("relay", implementation=implementation)
+def test_a_hundred_runs_are_the_same_bits(backend):
+    system, inputs = make("relay", backend=backend)
 
     def run():
         system.zero_grad()

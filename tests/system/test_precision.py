@@ -75,7 +75,7 @@ def test_a_float32_base_under_autocast_is_left_to_peft():
 
 @pytest.mark.parametrize("checkpointing", ["none", "all"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_trajectory_errs_no_more_than_plain_peft(dtype, checkpointing, implementation):
+def test_trajectory_errs_no_more_than_plain_peft(dtype, checkpointing, backend):
     model = halved(with_lora(causal_lm("qwen3", dtype=torch.float32, initializer_range=0.1), embeddings=False), dtype)
     exact = clone(model).float().double()
     weight = torch.eye(16) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
@@ -92,7 +92,7 @@ def test_trajectory_errs_no_more_than_plain_peft(dtype, checkpointing, implement
     topology = Topology("chain", tuple(Agent(*item) for item in CHAIN.items()), "full")
     system = MultiAgentSystem(
         clone(model).train(), topology, latent_steps=3, alignment="learned", checkpointing=checkpointing,
-        implementation=implementation,
+        backend=backend,
     )  # fmt: skip
     system.agent_model.alignment.weight.data.copy_(weight)
     output = system(*arguments(prompts, answers))

@@ -42,7 +42,7 @@ def batches(draw, names):
 
 @settings(max_examples=25)
 @given(data=st.data())
-def test_random_systems(implementation, data):
+def test_random_systems(backend, data):
     dag = data.draw(dags())
     topology = Topology("random", tuple(Agent(*a) for a in dag.items()), data.draw(st.sampled_from(["full", "latent"])))
     latent_steps, detach, checkpointing = (data.draw(s) for s in (st.integers(0, 3), st.booleans(), st.booleans()))
@@ -52,7 +52,7 @@ def test_random_systems(implementation, data):
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     system = MultiAgentSystem(
-        model, topology, latent_steps=latent_steps, detach_trace=detach, implementation=implementation
+        model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend
     )
     output = system(*arguments(prompts, answers))
     output.loss.backward()

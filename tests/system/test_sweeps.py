@@ -70,9 +70,9 @@ def test_as_many_sweeps_as_steps_are_exact(topology, handover, alignment, checkp
 
 
 @pytest.mark.parametrize("latent_steps, sweeps", [(0, 1), (1, 1), (2, 2), (5, 9)])
-@pytest.mark.parametrize("implementation", ["reference", "auto"])
-def test_any_number_of_steps(latent_steps, sweeps, implementation):
-    options = dict(latent_backward=f"sweeps:{sweeps}", implementation=implementation)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_any_number_of_steps(latent_steps, sweeps, backend):
+    options = dict(latent_backward=f"sweeps:{sweeps}", backend=backend)
     logits, grads = differentiate(build("sequential", "full", latent_steps, "learned", **options))
     expected, wanted = exact("sequential", "full", latent_steps, "learned")
     assert error(logits, expected) <= TOLERANCE

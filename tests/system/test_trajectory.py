@@ -50,10 +50,10 @@ def ridge_weight(model, ridge=1e-5):
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("alignment", ["identity", "ridge"])
-def test_fixed_alignment(alignment, tied, implementation):
+def test_fixed_alignment(alignment, tied, backend):
     model = with_lora(causal_lm("llama", tied=tied))
     weight = ridge_weight(model.get_base_model()) if alignment == "ridge" and not tied else None
-    system = check(model, alignment=alignment, weight=weight, implementation=implementation)
+    system = check(model, alignment=alignment, weight=weight, backend=backend)
     assert (system.agent_model.alignment.weight is None) == (weight is None)
     assert not list(system.agent_model.alignment.parameters())
 
@@ -64,11 +64,11 @@ def test_ridge_of_tied_embeddings_is_the_identity_up_to_lambda():
 
 
 @pytest.mark.parametrize("initial", ["identity", "ridge"])
-def test_learned_alignment_starts_where_told(initial, implementation):
+def test_learned_alignment_starts_where_told(initial, backend):
     model = with_lora(causal_lm("qwen2"))
     weight = torch.eye(16).double() if initial == "identity" else ridge_weight(model.get_base_model())
     weight.requires_grad_()
-    system = check(model, alignment="learned", alignment_initial=initial, weight=weight, implementation=implementation)
+    system = check(model, alignment="learned", alignment_initial=initial, weight=weight, backend=backend)
     assert error(system.agent_model.alignment.weight.grad, weight.grad) <= TOLERANCE
 
 
@@ -103,8 +103,8 @@ def test_static_rope_scaling(rope):
     check(with_lora(causal_lm("llama", rope_parameters={"rope_theta": 10000.0} | rope)), topology="hierarchical")
 
 
-def test_multi_query_attention(implementation):
-    check(with_lora(causal_lm("llama", num_key_value_heads=1)), implementation=implementation)
+def test_multi_query_attention(backend):
+    check(with_lora(causal_lm("llama", num_key_value_heads=1)), backend=backend)
 
 
 def test_interleaved_partial_rotary_is_recognised():
@@ -124,7 +124,7 @@ def test_interleaved_partial_rotary_is_recognised():
     "targets",
     [["down_proj"], ["o_proj"], ["v_proj"], r".*layers\.1\.self_attn\.k_proj", r".*layers\.0\.mlp\.up_proj"],
 )
-def test_partly_frozen_models(targets, checkpointing, implementation):
+def test_partly_frozen_models(targets, checkpointing, backend):
     """Calls of which only some tensors, or only later layers, take part in the gradient."""
     model = with_lora(causal_lm("qwen3"), embeddings=False, targets=targets).train()
     if checkpointing:
@@ -133,11 +133,11 @@ def test_partly_frozen_models(targets, checkpointing, implementation):
         model.get_base_model().disable_input_require_grads()
     for topology in ("sequential", "stitch"):
         model.zero_grad()
-        check(model, topology=topology, implementation=implementation)
+        check(model, topology=topology, backend=backend)
 
 
-def test_everything_trainable(implementation):
-    check(causal_lm("qwen2").requires_grad_(), topology="hierarchical", implementation=implementation)
+def test_everything_trainable(backend):
+    check(causal_lm("qwen2").requires_grad_(), topology="hierarchical", backend=backend)
 
 
 def _count_runs(monkeypatch):

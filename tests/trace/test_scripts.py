@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("poison")
 class Script:
     """Runs the same steps on traces and on rows' dense caches, and collects one loss for each."""
 
-    def __init__(self, data, implementation):
-        self.draw, self.implementation = data.draw, implementation
+    def __init__(self, data, backend):
+        self.draw, self.backend = data.draw, backend
         heads, kv_heads = self.draw(st.sampled_from([(1, 1), (2, 1), (4, 2)]))
         self.toy = Toy(
             heads=heads, kv_heads=kv_heads, interleaved=self.draw(st.booleans()),
@@ -35,7 +35,7 @@ class Script:
     def new(self):
         self.traces.append(
             self.toy.trace(
-                self.batch, self.draw(st.sampled_from([1, 64])), grow=True, implementation=self.implementation
+                self.batch, self.draw(st.sampled_from([1, 64])), grow=True, backend=self.backend
             )
         )
         self.rows.append([self.toy.dense() for _ in range(self.batch)])
@@ -94,7 +94,7 @@ class Script:
             self.traces.append(
                 kv_concat(
                     segments, capacity=max(1, longest), rotary=self.toy.rotary, grow=True,
-                    implementation=self.implementation,
+                    backend=self.backend,
                 )
             )  # fmt: skip
 
@@ -114,8 +114,8 @@ class Script:
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_random_scripts(implementation, data):
-    script = Script(data, implementation)
+def test_random_scripts(backend, data):
+    script = Script(data, backend)
     script.new()
     steps = ["call"] * 6 + ["concat", "concat", "new", "detach"]
     for step in data.draw(st.lists(st.sampled_from(steps), min_size=3, max_size=12)):

@@ -111,13 +111,13 @@ def test_a_call_may_not_outlive_its_trace_before_it_ran():
         cached_attention(x, x, x, call, layer=0)
 
 
-def test_scale_may_differ_from_call_to_call(implementation, poison):
+def test_scale_may_differ_from_call_to_call(backend, poison):
     """Deferred rows of single-token calls carry the scale (and the query heads) of their own call."""
     generator = torch.Generator().manual_seed(0)
     # Two runs of single-token calls around a call of three tokens.
     plan = [(2, 4, 0.5), (1, 4, 0.3), (1, 2, 0.3), (1, 2, 1.7), (3, 4, None), (1, 4, 0.1), (1, 2, None)]
     leaves, keys, values, ours, dense = [], [], [], 0, 0
-    t = trace(batch=1, num_layers=1, capacity=10, dtype=torch.float64, implementation=implementation)
+    t = trace(batch=1, num_layers=1, capacity=10, dtype=torch.float64, backend=backend)
     for n, heads, scale in plan:
         q, k, v = (
             torch.randn(n, h, 4, dtype=torch.float64, generator=generator).requires_grad_() for h in (heads, 2, 2)
@@ -184,18 +184,18 @@ def test_only_the_graph_that_is_asked_for_runs():
 
 
 @pytest.mark.parametrize("threads, times", [(1, 100), (2, 5)])
-def test_every_backward_has_the_same_bits(threads, times, implementation):
+def test_every_backward_has_the_same_bits(threads, times, backend):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         toy = Toy(heads=4, kv_heads=2, head_dim=16, width=16)
 
         def run():
-            t = toy.trace(3, implementation=implementation)
+            t = toy.trace(3, backend=backend)
             losses = sum(_losses(toy, t))
             moved = kv_concat(
                 [Segment(t, [0] * 3, t.host_lengths), Segment(t, [2] * 3, t.host_lengths)],
-                capacity=64, rotary=toy.rotary, implementation=implementation,
+                capacity=64, rotary=toy.rotary, backend=backend,
             )  # fmt: skip
             return torch.autograd.grad(losses + sum(_losses(toy, moved)), toy.parameters)
 
@@ -242,7 +242,7 @@ def test_a_call_without_gradients_leaves_no_graph():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_rehearsals_leave_no_trace(checkpointing, implementation, poison):
+def test_rehearsals_leave_no_trace(checkpointing, backend, poison):
     """Gradients of the call rehearsed are the real ones, and what comes after has the bits it would have had."""
     toy = Toy()
     generator = torch.Generator().manual_seed(4)
@@ -263,7 +263,7 @@ def test_rehearsals_leave_no_trace(checkpointing, implementation, poison):
             return gradient, None
 
     def run(rehearsals):
-        t = toy.trace(2, implementation=implementation)
+        t = toy.trace(2, backend=backend)
         losses, inputs, found = [], [], []
         for i, (x, lengths) in enumerate(zip(xs, ([2, 3], 1, [4, 3], 1, 1, [5, 1]), strict=True)):
             inputs.append(x.clone().requires_grad_())
@@ -312,17 +312,17 @@ def test_rewound_columns_are_written_anew():
 
 
 @pytest.mark.parametrize("cut", ["detach", "select", "concat"])
-def test_columns_rewritten_below_a_cut_take_gradient(cut, implementation):
+def test_columns_rewritten_below_a_cut_take_gradient(cut, backend):
     """What was cut is gone; the tokens in its place owe and are owed, in calls of one token and of several."""
     toy = Toy()
     x = torch.randn(4, toy.width, dtype=torch.float64)
     with torch.no_grad():
-        t = toy.trace(2, implementation=implementation)
+        t = toy.trace(2, backend=backend)
         toy.run(torch.cat((x, x)), t.open(4))
         if cut == "select":
             t = t.select_rows([0, 1])
         elif cut == "concat":
-            t = kv_concat([Segment(t, [0, 0], [4, 4])], capacity=64, rotary=toy.rotary, implementation=implementation)
+            t = kv_concat([Segment(t, [0, 0], [4, 4])], capacity=64, rotary=toy.rotary, backend=backend)
     if cut == "detach":
         t.detach_()
     t.rewind([1, 3])

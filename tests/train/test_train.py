@@ -116,7 +116,7 @@ def test_ctrl_c_saves_and_resume_goes_on(flags, tmp_path):
         ({"checkpointing": "some"}, "checkpointing is 'some'"),
         ({"latent_backward": "sweeps:0"}, "latent_backward is 'sweeps:0'; allowed: exact, or sweeps:k"),
         ({"gradient_checkpointing": True}, "--checkpointing"),
-        ({"implementation": "cuda"}, "implementation 'cuda' cannot run"),
+        ({"backend": "cuda"}, "backend 'cuda' cannot run"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"quantization": "3bit"}, "quantization is '3bit'; allowed: none, 4bit"),
         ({"quantization": "4bit", "random_weights": True}, "with random_weights; allowed: none"),
