@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases import Attention, LatentRun
+from benchmarks.cases import Attention, LatentRollout
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import KVTrace, backends, cached_attention
@@ -47,7 +47,7 @@ def _attention_inputs(case: Attention, device: str) -> SimpleNamespace:
 
 
 def _attention_peers(case: Attention, device: str) -> dict[str, peers.Attend | str]:
-    compiled = case.new > 1 and case.prefix in (0, 8192) and not isinstance(case, LatentRun)
+    compiled = case.new > 1 and case.prefix in (0, 8192) and not isinstance(case, LatentRollout)
     found = peers.attention(device, compiled=compiled)
     return {f"torch.cat + {name}": attend for name, attend in found.items()}
 
@@ -145,7 +145,7 @@ def backward(case: Attention, device: str) -> Experiment:
 
 
 def token_backward(case: Attention, device: str) -> Experiment:
-    """What a latent step's own backward does; the rest of it is deferred (see the latent run for the whole)."""
+    """What a latent step's own backward does; the rest of it is deferred (see the latent rollout for the whole)."""
     x = _attention_inputs(case, device)
     accumulators = tuple(torch.zeros(t.shape, device=device) for t in x.trace)
 
@@ -188,14 +188,14 @@ def _latent_steps(state):
     return outs, leaves, trace
 
 
-def _latent_run(case: LatentRun, direction: str, device: str, ours, peer, exact, outputs) -> Experiment:
+def _latent_rollout(case: LatentRollout, direction: str, device: str, ours, peer, exact, outputs) -> Experiment:
     return experiment(
-        "latent run", direction, case, device, ours, _contenders(_attention_peers(case, device), peer), exact,
+        "latent rollout", direction, case, device, ours, _contenders(_attention_peers(case, device), peer), exact,
         outputs, kernels="cached_attention",
     )  # fmt: skip
 
 
-def latent_forward(case: LatentRun, device: str) -> Experiment:
+def latent_forward(case: LatentRollout, device: str) -> Experiment:
     """The calls of a run of latent steps, one after the other, as autograd records them."""
     x = _attention_inputs(case, device)
 
@@ -207,10 +207,10 @@ def latent_forward(case: LatentRun, device: str) -> Experiment:
         )
 
     peer = _peer_forward(x, [slice(t, t + 1) for t in range(x.n)])
-    return _latent_run(case, "forward", device, ours, peer, lambda: peers.exact_attention(x.q, *x.trace), ("out",))
+    return _latent_rollout(case, "forward", device, ours, peer, lambda: peers.exact_attention(x.q, *x.trace), ("out",))
 
 
-def latent_backward(case: LatentRun, device: str) -> Experiment:
+def latent_backward(case: LatentRollout, device: str) -> Experiment:
     """The whole backward of a run of latent steps, the flush of its deferred rows included."""
     x = _attention_inputs(case, device)
     grads = x.grad.unbind(2)
@@ -231,4 +231,4 @@ def latent_backward(case: LatentRun, device: str) -> Experiment:
 
     peer = _peer_backward(x, [slice(t, t + 1) for t in range(x.n)])
     exact = partial(peers.exact_attention, x.q, *x.trace, x.grad)
-    return _latent_run(case, "backward", device, ours, peer, exact, _GRADIENTS)
+    return _latent_rollout(case, "backward", device, ours, peer, exact, _GRADIENTS)

@@ -83,7 +83,7 @@ class Attention(Case):
 
 
 @dataclass(frozen=True)
-class LatentRun(Attention):
+class LatentRollout(Attention):
     """`new` consecutive calls of one token a row."""
 
     def forward(self) -> Work:
@@ -249,7 +249,7 @@ class Step(Case):
 
     def latent_forward(self) -> Work:
         """The latent steps of one agent behind one prompt; every step reads the weights and the trace."""
-        trace = LatentRun(
+        trace = LatentRollout(
             self.batch, self.prompt, self.latent, self.heads, self.kv_heads, self.head_dim, self.dtype
         ).forward()  # fmt: skip
         return Work(
@@ -312,7 +312,7 @@ def _cpu_cases() -> list[Case]:
     f32 = dict(dtype="float32")
     heads = dict(heads=8, kv_heads=4, head_dim=64)
     return [
-        LatentRun(1, 512, 16, **heads, **f32),
+        LatentRollout(1, 512, 16, **heads, **f32),
         Attention(1, 512, 128, **heads, **f32),
         Attention(1, 0, 512, **heads, **f32),
         Attention(1, 1024, 1, **heads, **f32),
@@ -334,14 +334,14 @@ def _cuda_cases() -> list[Case]:
     groups = [dict(heads=h, kv_heads=kv, head_dim=d) for h, kv, d in _GROUPS]
     qwen = groups[0]
     anchors = [
-        LatentRun(1, 4096, 32, **qwen, **bf16),
+        LatentRollout(1, 4096, 32, **qwen, **bf16),
         Attention(4, 8192, 2048, **qwen, **bf16),
         Attention(1, 0, 8192, **qwen, **bf16),
         Attention(8, 8192, 1, **qwen, **bf16),
         Concat(3, 32, 8, 2048, 8, 128, **bf16),
         Append(64, 8192, 512, 8, 128, **bf16),
         Project(8, 4096, True, **bf16),
-        LatentRun(16, 4096, 32, **qwen, **bf16),
+        LatentRollout(16, 4096, 32, **qwen, **bf16),
         Append(64, 8192, 1, 8, 128, **bf16),
         Merge(16, 64, 32, 128, **bf16),
     ]

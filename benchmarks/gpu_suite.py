@@ -207,7 +207,7 @@ def model_steps(device: str, clock, one) -> Iterator[tuple[str, Callable[[], Any
         for batch in MODEL_BATCHES:
             case = replace(model, batch=batch)
             yield f"step: {case.label}", partial(models.whole, case, **options)
-        yield f"latent steps: {model.label}", partial(models.latent_run, model, **options)
+        yield f"latent steps: {model.label}", partial(models.latent_rollout, model, **options)
     for model in MODEL_STEPS:
         yield f"largest batch: {model.label}", partial(models.batches_that_fit, model, device)
 

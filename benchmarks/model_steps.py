@@ -21,8 +21,8 @@ from benchmarks import peers, step
 from benchmarks.cases import Step, Work
 from benchmarks.experiment import Contender, Experiment, WrongResult, relative_error
 from benchmarks.timing import Clock, peak_bytes, race
-from diffmas.agents.captured_runs import CapturedRuns
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.captured_rollouts import CapturedRollouts
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas_ops import KVTrace
 
 #: Layers and batch of the model that is checked; and how far the whole model's results may be from the peer's.
@@ -47,7 +47,7 @@ def whole(case: Step, device: str, clock: Clock, *, seconds: float) -> dict[str,
     )  # fmt: skip
 
 
-def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict[str, Any]:
+def latent_rollout(case: Step, device: str, clock: Clock, *, seconds: float) -> dict[str, Any]:
     """Forward of one agent's latent steps behind one prompt, as training runs them, against eager transformers."""
     _, twin = step.contenders_of(case, device)
     system, peer = twin.system, twin.model.get_base_model()
@@ -56,20 +56,20 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
     norm = peer.get_input_embeddings().weight.detach().float().norm(dim=-1).mean().to(hidden.dtype)
     lengths = [case.prompt] * case.batch
 
-    runs = CapturedRuns()
+    runs = CapturedRollouts()
 
     def replayed() -> KVTrace:
-        system.trajectory = replace(system.trajectory, latent_run=runs, allocate=runs.allocate)
+        system.trajectory = replace(system.trajectory, latent_rollout=runs, allocate=runs.allocate)
         return traced()
 
     def stepwise() -> KVTrace:
-        system.trajectory = replace(system.trajectory, latent_run=step_by_step, allocate=KVTrace.allocate)
+        system.trajectory = replace(system.trajectory, latent_rollout=step_by_step, allocate=KVTrace.allocate)
         return traced()
 
     def run_captured(trace) -> Tensor:
         last = run(trace)
         if not runs.recordings:
-            raise RuntimeError("latent runs were not captured")
+            raise RuntimeError("latent rollouts were not captured")
         return last
 
     def traced() -> KVTrace:
@@ -83,7 +83,7 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
         return trace
 
     def run(trace) -> Tensor:
-        system.trajectory.latent_run(system.agent_model, case.latent, trace, hidden[:, 0])
+        system.trajectory.latent_rollout(system.agent_model, case.latent, trace, hidden[:, 0])
         # What the last step but one left: the last one's input is made of it.
         return trace.storage.keys[-1][:, :, case.prompt + case.latent - 2]
 
@@ -94,7 +94,7 @@ def latent_run(case: Step, device: str, clock: Clock, *, seconds: float) -> dict
         return cache
 
     def theirs(cache) -> Tensor:
-        peers.latent_run(peer.get_decoder(), cache, hidden, norm, case.latent)
+        peers.latent_rollout(peer.get_decoder(), cache, hidden, norm, case.latent)
         return cache.layers[-1].keys[:, :, -2]
 
     contenders = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import attention, moves
-from benchmarks.cases import Append, Attention, Case, Concat, LatentRun, Merge, Project
+from benchmarks.cases import Append, Attention, Case, Concat, LatentRollout, Merge, Project
 from benchmarks.experiment import Experiment
 
 _BUILDERS = {
@@ -14,7 +14,7 @@ _BUILDERS = {
         "backward": attention.backward,
         "token backward": attention.token_backward,
     },
-    LatentRun: {"backward": attention.latent_backward, "forward": attention.latent_forward},
+    LatentRollout: {"backward": attention.latent_backward, "forward": attention.latent_forward},
     Append: {"forward": moves.append_forward, "backward": moves.append_backward},
     Concat: {"forward": moves.concat_forward, "backward": moves.concat_backward},
     Project: {"forward": moves.project_forward, "backward": moves.project_backward},

@@ -142,7 +142,7 @@ def exact_attention(q: Tensor, keys: Tensor, values: Tensor, grad: Tensor | None
     return results
 
 
-def latent_run(decoder, cache: DynamicCache, hidden: Tensor, target_norm: Tensor, latent_steps: int) -> Tensor:
+def latent_rollout(decoder, cache: DynamicCache, hidden: Tensor, target_norm: Tensor, latent_steps: int) -> Tensor:
     """Latent steps `hidden [batch, 1, H]` → the last hidden state, as transformers runs them."""
     for _ in range(latent_steps):
         embeds = project(hidden, None, target_norm)
@@ -166,7 +166,7 @@ def sequential_loss(model, prompts: list[Tensor], answer: Tensor, latent_steps: 
         return decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
 
     for prompt in prompts[:-1]:
-        latent_run(decoder, cache, read(input_ids=prompt)[:, -1:], target_norm, latent_steps)
+        latent_rollout(decoder, cache, read(input_ids=prompt)[:, -1:], target_norm, latent_steps)
     hidden = read(input_ids=torch.cat((prompts[-1], answer), 1))
     logits = model.get_output_embeddings()(hidden[:, prompts[-1].shape[1] - 1 : -1])
     return F.cross_entropy(logits.float().flatten(0, 1), answer.flatten())

@@ -16,8 +16,8 @@ from benchmarks import peers
 from benchmarks.cases import Step
 from benchmarks.experiment import Contender, Experiment
 from benchmarks.memory import saved_bytes
-from diffmas.agents.captured_runs import CapturedRuns
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.captured_rollouts import CapturedRollouts
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.agents.topology import Agent, Topology
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace
@@ -66,7 +66,7 @@ class Twin:
 
 
 def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
-    """Ours, with activation checkpointing, with captured latent runs, and the peer: one model's weights, one batch."""
+    """Ours, with activation checkpointing, with captured latent rollouts, and the peer: one model's weights, one batch."""
     model = lora_model(case, device)
     twin = copy.deepcopy(model)
     for own, frozen in zip(twin.parameters(), model.parameters(), strict=True):
@@ -89,17 +89,17 @@ def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
     def replayed() -> Tensor:
         loss = ours()
         if not runs.recordings:
-            raise RuntimeError("latent runs were not captured")
+            raise RuntimeError("latent rollouts were not captured")
         return loss
 
     def captured() -> None:
         without()
-        system.trajectory = replace(system.trajectory, latent_run=runs, allocate=runs.allocate)
+        system.trajectory = replace(system.trajectory, latent_rollout=runs, allocate=runs.allocate)
 
-    runs = CapturedRuns()
+    runs = CapturedRollouts()
 
     def without() -> None:
-        system.trajectory = replace(system.trajectory, latent_run=step_by_step, allocate=KVTrace.allocate)
+        system.trajectory = replace(system.trajectory, latent_rollout=step_by_step, allocate=KVTrace.allocate)
         system.agent_model.language_model.gradient_checkpointing_disable()
 
     def checkpointing() -> None:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.sweeps`: latent runs differentiated by k parallel sweeps against step by step.
+"""`python -m benchmarks.sweeps`: latent rollouts differentiated by k parallel sweeps against step by step.
 
 Trains the default relay with the exact gradient and with sweeps; measures gradient error, time and memory against k
 on that task, before and after the training, and on a random Qwen3-shaped model. Keeps `results.json` and
@@ -28,7 +28,7 @@ from benchmarks.relay import ROOT
 from benchmarks.step import lora_model, tokens
 from benchmarks.timing import Clock, race
 from diffmas.agents.collator import Collator
-from diffmas.agents.sweeps import latent_run
+from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.loading import build_system, load_run
 from diffmas.support.machine import machine
@@ -91,7 +91,7 @@ def measure(label: str, system: MultiAgentSystem, inputs: Inputs, *, seconds: fl
     system.train()
 
     def prepare(name: str) -> None:
-        system.trajectory = replace(system.trajectory, latent_run=latent_run(name))
+        system.trajectory = replace(system.trajectory, latent_rollout=latent_rollout(name))
         system.zero_grad()
 
     def run(_) -> None:

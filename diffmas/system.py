@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from diffmas.agents.captured_runs import CapturedRuns, asks_for_graphs
+from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
 from diffmas.agents.positions import check_positions
-from diffmas.agents.sweeps import latent_run
+from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.topology import Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
@@ -70,10 +70,10 @@ class MultiAgentSystem(nn.Module):
         latent_steps: m ≥ 0, for every agent but the last.
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
-        latent_backward: "exact", or "sweeps:k": the gradient of each latent run by k parallel backward passes
+        latent_backward: "exact", or "sweeps:k": the gradient of each latent rollout by k parallel backward passes
             (:class:`diffmas.agents.sweeps.Sweeps`).
-        cuda_graphs: "off", or "auto": latent runs and their backward replay as CUDA graphs on a GPU
-            (:class:`diffmas.agents.captured_runs.CapturedRuns`; experimental, not yet run on one).
+        cuda_graphs: "off", or "auto": latent rollouts and their backward replay as CUDA graphs on a GPU
+            (:class:`diffmas.agents.captured_rollouts.CapturedRollouts`; experimental, not yet run on one).
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         backend: "auto", or the operators' backend to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
@@ -125,13 +125,13 @@ class MultiAgentSystem(nn.Module):
             backend=backend,
             loss=loss,
         )
-        captured = CapturedRuns() if asks_for_graphs(cuda_graphs, latent_backward) else None
+        captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
         self.trajectory = Trajectory(
             self.agent_model,
             topology,
             latent_steps,
             detach_trace,
-            latent_run=captured or latent_run(latent_backward),
+            latent_rollout=captured or latent_rollout(latent_backward),
             allocate=captured.allocate if captured else KVTrace.allocate,
         )
         self._options = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from diffmas_ops.trace import KVTrace
 
 
-class Run:
+class Streak:
     """Calls of at most one token a row that follow each other; `starts`, int32 `[batch]`: the first one's columns."""
 
     def __init__(self, starts: Tensor):
@@ -63,7 +63,8 @@ class Call:
         rows: where the packed tokens are, and in which columns.
         starts, ends: int32 `[batch]`, columns of the rows' first new token and of the one after their last.
         position_ids: int64 `[1, total]`.
-        run, slot: which run of single-token calls it belongs to, and as which of them; `run` is None for others.
+        streak, slot: which streak of single-token calls it belongs to, and as which of them; `streak` is None for
+            others.
         outputs: the tokens whose results are wanted, where that is not all; a model's last layer need not
             compute the others beyond their keys and values.
         attend: None, or `(q, k, v, layer, softmax_scale) -> (out, lse)` in the operator's place, for a call whose
@@ -76,12 +77,12 @@ class Call:
         self,
         trace: KVTrace,
         lengths: list[int],
-        run: Run | None,
+        streak: Streak | None,
         slot: int,
         outputs: Sequence[tuple[int, int]] | None = None,
     ):
         self.storage, self.gradients, self.backend = trace.storage, trace.gradients, trace.backend
-        self.lengths, self.run, self.slot = lengths, run, slot
+        self.lengths, self.streak, self.slot = lengths, streak, slot
         self.total = sum(lengths)
         host_starts = trace.host_lengths
         host_ends = self.host_ends = [start + n for start, n in zip(host_starts, lengths, strict=True)]
@@ -148,7 +149,7 @@ class Call:
         It gives the gradients of the call's `q, k, v` and leaves those of all keys and values as later calls left
         them: what the call owes to older columns is not added, what its tokens owe to each other is taken back.
         """
-        if self.run is not None:
+        if self.streak is not None:
             raise ValueError(f"lengths is {self.lengths}; allowed: a call with more than one token in some row")
         self.rehearsing = True
         try:

@@ -20,24 +20,24 @@ from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 if TYPE_CHECKING:
-    from diffmas_ops.call import Call, Outputs, Run
+    from diffmas_ops.call import Call, Outputs, Streak
     from diffmas_ops.storage import TraceStorage
 
 
 class Deferred:
-    """The queries of one run of single-token calls at one layer, which older columns still wait for."""
+    """The queries of one streak of single-token calls at one layer, which older columns still wait for."""
 
     def __init__(self, call: Call, q: Tensor, softmax_scale: float, window: int | None):
         batch, slots, heads, head_dim = len(call.lengths), call.slot + 1, q.shape[1], q.shape[2]
         acc = accumulation_dtype(q.dtype)
-        self.run, self.softmax_scale, self.window = call.run, softmax_scale, window
+        self.streak, self.softmax_scale, self.window = call.streak, softmax_scale, window
         grad, lse = q.new_zeros(batch, slots, heads, head_dim), q.new_full((batch, slots, heads), torch.inf, dtype=acc)
-        self.tensors = Pending(torch.zeros_like(grad), grad, lse, torch.zeros_like(lse), call.run.starts)
+        self.tensors = Pending(torch.zeros_like(grad), grad, lse, torch.zeros_like(lse), call.streak.starts)
 
     def takes(self, call: Call, q: Tensor, softmax_scale: float, window: int | None) -> bool:
         """Whether the queries of `call` can be added by the same dense pass."""
-        own = (self.run, self.softmax_scale, self.window, self.tensors.q.shape[2])
-        return own == (call.run, softmax_scale, window, q.shape[1])
+        own = (self.streak, self.softmax_scale, self.window, self.tensors.q.shape[2])
+        return own == (call.streak, softmax_scale, window, q.shape[1])
 
     def rows(self, max_seqlen_k: int) -> RowRanges:
         """All slots in the flattened `[batch * slots]` token dimension, at their own positions."""
@@ -85,7 +85,7 @@ class TraceGradients:
         if call.rehearsing:
             return self._rehearse(call, layer, grad_out, q, out, lse, rows, softmax_scale, window)
         call.claim_backward(layer)
-        if call.run is None or outputs is not None:
+        if call.streak is None or outputs is not None:
             return self._backward_many(call, layer, grad_out, q, out, lse, rows, softmax_scale, window)
         return self._backward_token(call, layer, grad_out, q, out, lse, softmax_scale, window)
 
@@ -95,18 +95,18 @@ class TraceGradients:
             self.flush(layer, column_end, max_seqlen_k)
 
     def deferred(self) -> dict[int, Deferred]:
-        """The deferred rows of every layer, whose tensors later calls of the same run still write."""
+        """The deferred rows of every layer, whose tensors later calls of the same streak still write."""
         return dict(self._pending)
 
-    def defer(self, rows: dict[int, Deferred], run: Run) -> None:
-        """Take over rows that another object has deferred, over the same columns, as those of `run`.
+    def defer(self, rows: dict[int, Deferred], streak: Streak) -> None:
+        """Take over rows that another object has deferred, over the same columns, as those of `streak`.
 
         Raises `RuntimeError` where there are deferred rows already: they are to be flushed first.
         """
         if self._pending:
             raise RuntimeError(f"layers {list(self._pending)} have deferred rows; flush them first")
         for layer, pending in rows.items():
-            pending.run = run
+            pending.streak = streak
             self._pending[layer] = pending
 
     def flush(self, layer: int, column_end: Tensor, max_seqlen_k: int) -> None:

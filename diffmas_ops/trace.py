@@ -8,7 +8,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from diffmas_ops.call import Call, Run
+from diffmas_ops.call import Call, Streak
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import CapacityError
 from diffmas_ops.gradients import TraceGradients
@@ -106,22 +106,22 @@ class KVTrace:
         ends = self._reserve(lengths)
         single = max(lengths) == 1
         if single and self._slot is None:
-            self._run = Run(self.lengths)
+            self._streak = Streak(self.lengths)
         self._slot = (0 if self._slot is None else self._slot + 1) if single else None
-        call = Call(self, lengths, self._run if single else None, self._slot or 0, outputs)
+        call = Call(self, lengths, self._streak if single else None, self._slot or 0, outputs)
         self.host_lengths, self.lengths = ends, call.ends
         return call
 
-    def skip(self, count: int) -> Run:
+    def skip(self, count: int) -> Streak:
         """Reserve the next `count` columns of every row for single-token calls that are made elsewhere, on the same
-        buffers. Returns the run they are; whoever makes them advances `order` and defers their rows.
+        buffers. Returns the streak they are; whoever makes them advances `order` and defers their rows.
 
         Raises:
             CapacityError: as :meth:`open`.
         """
-        run, self._slot = Run(self.lengths), None
+        streak, self._slot = Streak(self.lengths), None
         self.host_lengths, self.lengths = self._reserve([count] * self.batch), self.lengths + count
-        return run
+        return streak
 
     def _reserve(self, lengths: list[int]) -> list[int]:
         """The rows' lengths after `lengths` more columns each, for which there is room then."""

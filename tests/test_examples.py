@@ -24,7 +24,7 @@ def example(request, monkeypatch, tmp_path):
 
 
 def test_all_examples_are_tested():
-    tested = {"train_and_ask", "own_team", "own_checker", "custom_latent_run", "trace_without_transformers"}
+    tested = {"train_and_ask", "own_team", "own_checker", "custom_latent_rollout", "trace_without_transformers"}
     assert set(EXAMPLES) == tested
 
 
@@ -49,8 +49,8 @@ def test_own_checker(example, capsys):
     assert verdicts[-4:] == ["True", "True", "False", "False"]
 
 
-@pytest.mark.parametrize("example", ["custom_latent_run"], indirect=True)
-def test_custom_latent_run(example, capsys):
+@pytest.mark.parametrize("example", ["custom_latent_rollout"], indirect=True)
+def test_custom_latent_rollout(example, capsys):
     example.main()
     losses = re.findall(r"loss ([0-9.]+)", capsys.readouterr().out)
     assert len(losses) == 2 and losses[0] != losses[1]

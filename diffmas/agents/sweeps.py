@@ -1,6 +1,6 @@
-"""Latent runs differentiated in parallel over their steps, by sweeps (`latent_backward = "sweeps:k"`).
+"""Latent rollouts differentiated in parallel over their steps, by sweeps (`latent_backward = "sweeps:k"`).
 
-A latent run is sequential forward, since `eₜ = align(hₜ₋₁)`. Once it is finished its inputs are known, and one call
+A latent rollout is sequential forward, since `eₜ = align(hₜ₋₁)`. Once it is finished its inputs are known, and one call
 over all of e₁ … e_m writes the same keys and values and gives the same hidden states, up to rounding. Let b be the
 gradient that reaches the inputs through the keys and values later calls attend to, and M the Jacobian of
 `(e₁ … e_m) → (align(h₀) … align(h_m₋₁))`. The gradient of the inputs solves
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from diffmas.agents.latent_runs import LatentRun, step_by_step, take_steps
+from diffmas.agents.latent_rollouts import LatentRollout, step_by_step, take_steps
 from diffmas.models.agent_model import AgentModel
 from diffmas_ops import Call, KVTrace
 
 
-def latent_run(latent_backward: str) -> LatentRun:
-    """The latent run whose backward is "exact" or "sweeps:k"."""
+def latent_rollout(latent_backward: str) -> LatentRollout:
+    """The latent rollout whose backward is "exact" or "sweeps:k"."""
     kind, _, sweeps = latent_backward.partition(":")
     if latent_backward == "exact":
         return step_by_step
@@ -37,7 +37,7 @@ def latent_run(latent_backward: str) -> LatentRun:
 
 @dataclass(frozen=True)
 class Sweeps:
-    """A latent run with `sweeps` parallel backward passes: exact from m on, truncated below.
+    """A latent rollout with `sweeps` parallel backward passes: exact from m on, truncated below.
 
     The steps are taken without recording, then one call over all of them writes their columns of the trace again, so
     that the trace holds what is differentiated. The prompt's call is left alone: h₀ is recorded there, and only the m

@@ -2,7 +2,7 @@
 
 Every agent reads its prompt behind what its senders handed over, then takes m latent steps: its last hidden state,
 aligned and rescaled, is its next input. The last agent takes none: it answers. Nothing here knows how latent steps are
-executed (:data:`~diffmas.agents.latent_runs.LatentRun`), how answers are decoded, or what is reported.
+executed (:data:`~diffmas.agents.latent_rollouts.LatentRollout`), how answers are decoded, or what is reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from diffmas.agents.latent_runs import LatentRun, step_by_step
+from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas_ops import KVTrace, Segment, kv_concat
@@ -42,7 +42,7 @@ class Trajectory:
         topology: who hands over to whom, and what.
         latent_steps: m ≥ 0, for every agent but the last.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
-        latent_run: how latent steps are executed.
+        latent_rollout: how latent steps are executed.
         allocate: makes traces, as :meth:`KVTrace.allocate` does.
 
     Raises:
@@ -53,7 +53,7 @@ class Trajectory:
     topology: Topology
     latent_steps: int = 10
     detach_trace: bool = False
-    latent_run: LatentRun = step_by_step
+    latent_rollout: LatentRollout = step_by_step
     allocate: Callable[..., KVTrace] = KVTrace.allocate
 
     def __post_init__(self):
@@ -94,7 +94,7 @@ class Trajectory:
         hidden = self.model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
         prompt_end = trace.host_lengths
         if self.latent_steps:
-            self.latent_run(self.model, self.latent_steps, trace, hidden)
+            self.latent_rollout(self.model, self.latent_steps, trace, hidden)
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
 
     def _receive(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.agents.trajectory import Trajectory
 from diffmas.models.agent_model import Lengths, evaluating
 from diffmas.system import MultiAgentSystem
@@ -85,7 +85,7 @@ def inspect(
     model = system.agent_model
     ids = [agent.to(model.device) for agent in prompt_ids]
     # Whatever else takes latent steps may not call the model once for each.
-    trajectory = replace(system.trajectory, latent_run=step_by_step, allocate=KVTrace.allocate)
+    trajectory = replace(system.trajectory, latent_rollout=step_by_step, allocate=KVTrace.allocate)
     states: list[Tensor] = []
     with evaluating(model), model.observed(lambda call, latent: lambda hidden: states.append(hidden[-1])):
         received = trajectory.communicate(ids, prompt_lengths)
@@ -130,7 +130,7 @@ class _Masses:
     ) -> tuple[Tensor, Tensor]:
         call = self._call
         keys, values = call.storage.keys[layer], call.storage.values[layer]
-        ops = backends.functions("cached_attention", q, call.backend, many=call.run is None)
+        ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None)
         out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scale)
         keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
         columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)

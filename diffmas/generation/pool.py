@@ -111,7 +111,7 @@ class OwnTraces:
         position_ids: int64 `[1, answers]` of the next tokens; this and what follows as in :class:`diffmas_ops.Call`.
     """
 
-    run, slot, outputs, attend = True, 0, None, None
+    streak, slot, outputs, attend = True, 0, None, None
 
     def __init__(self, like: KVTrace):
         self.storage, self.backend = Columns(like), like.backend

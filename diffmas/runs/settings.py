@@ -41,13 +41,13 @@ class SystemArguments:
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
     latent_backward: str = field(
         default="exact",
-        metadata={"help": "Gradient of latent runs: exact, or sweeps:k, k parallel backward passes (exact for k = m)."},
+        metadata={"help": "Gradient of a latent rollout: exact, or sweeps:k, k parallel backward passes (exact at k = m)."},
     )
     cuda_graphs: str = field(
         default="off",
         metadata={
             "aliases": ["--capture"],
-            "help": "Latent runs as CUDA graphs: off, or auto (where they can be captured; not yet run on a GPU).",
+            "help": "Latent rollouts as CUDA graphs: off, or auto (where they can be captured; not yet run on a GPU).",
         },
     )
     checkpointing: str = field(

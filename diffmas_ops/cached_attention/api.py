@@ -64,7 +64,7 @@ def _forward(q, k, v, call, layer, softmax_scale, window) -> tuple[Tensor, Tenso
             raise UnsupportedError(f"window is {window}; allowed: None, for a call over several traces")
         return call.attend(q, k, v, layer, softmax_scale)
     keys, values = call.storage.keys[layer], call.storage.values[layer]
-    many = call.run is None
+    many = call.streak is None
     ops = backends.functions("cached_attention", q, call.backend, many=many, window=window)
     return ops.cached_attention(q, k, v, keys, values, call.rows, softmax_scale, window)
 

@@ -12,7 +12,7 @@ from benchmarks.cases import (
     Append,
     Attention,
     Concat,
-    LatentRun,
+    LatentRollout,
     Merge,
     Project,
     Step,
@@ -27,7 +27,7 @@ TINY = [
     Attention(2, 5, 3, 4, 2, 8, **F32),
     Attention(2, 5, 1, 4, 2, 8, **F32),
     Attention(1, 0, 4, 4, 2, 8, **F32),
-    LatentRun(2, 5, 3, 4, 2, 8, **F32),
+    LatentRollout(2, 5, 3, 4, 2, 8, **F32),
     Append(2, 5, 3, 2, 8, **F32),
     Concat(3, 2, 2, 5, 2, 8, **F32),
     Project(3, 16, True, **F32),
@@ -84,7 +84,7 @@ def test_bytes_are_those_of_the_tensors():
     assert TINY[7].forward() == Work(0, nbytes(hidden, hidden))
 
 
-def test_a_latent_run_computes_what_its_steps_do():
+def test_a_latent_rollout_computes_what_its_steps_do():
     run = TINY[3]
     steps = [dataclasses.replace(TINY[1], prefix=run.prefix + t) for t in range(run.new)]
     assert run.forward().flops == sum(s.forward().flops for s in steps)
@@ -135,7 +135,7 @@ def test_step_agrees_and_saves_less(clock):
 def test_whole_models_are_raced_with_the_peer(clock):
     for result in (
         model_steps.whole(TINY_STEP, "cpu", clock, seconds=0),
-        model_steps.latent_run(TINY_STEP, "cpu", clock, seconds=0),
+        model_steps.latent_rollout(TINY_STEP, "cpu", clock, seconds=0),
     ):
         peer, *ours = (json.loads(json.dumps(result)))["contenders"]
         captured = ours.pop()

@@ -7,7 +7,7 @@ from benchmarks.cases import Step
 from benchmarks.experiment import WrongResult
 from benchmarks.step import lora_model, tokens
 from benchmarks.timing import MIN_ROUNDS, Clock
-from diffmas.agents.sweeps import Sweeps, latent_run
+from diffmas.agents.sweeps import Sweeps, latent_rollout
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
 
@@ -43,6 +43,6 @@ def test_measured_and_rendered(case, tmp_path):
 
 
 def test_no_time_without_the_exact_gradient(case, monkeypatch):
-    monkeypatch.setattr(sweeps, "latent_run", lambda name: Sweeps(2) if name == "sweeps:3" else latent_run(name))
+    monkeypatch.setattr(sweeps, "latent_rollout", lambda name: Sweeps(2) if name == "sweeps:3" else latent_rollout(name))
     with pytest.raises(WrongResult, match="toy: error of sweeps:3 is"):
         sweeps.measure(*case, seconds=0, clock=None)

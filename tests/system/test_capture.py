@@ -1,4 +1,4 @@
-"""Recorded latent runs: everything but the graphs themselves on the CPU, the graphs where there is a GPU.
+"""Recorded latent rollouts: everything but the graphs themselves on the CPU, the graphs where there is a GPU.
 
 `Eager` runs what would be captured, and leaves its results where a graph would: a result that is read too late, a
 buffer that is shared by two that live at once, or bookkeeping that only the recording does shows as a wrong gradient.
@@ -15,8 +15,8 @@ import torch
 from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 
-from diffmas.agents.captured_runs import CapturedRuns, CudaGraphs, Eager
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.captured_rollouts import CapturedRollouts, CudaGraphs, Eager
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.agents.topology import TOPOLOGIES, Topology
 from diffmas.system import MultiAgentSystem
 from diffmas.training.profiling import watch
@@ -38,12 +38,12 @@ def build(topology="sequential", handover="full", *, runs=None, device="cpu", dt
         **dict(latent_steps=3, alignment="learned") | options,
     ).to(device)  # fmt: skip
     if runs is not None:
-        system.trajectory = replace(system.trajectory, latent_run=runs, allocate=runs.allocate)
+        system.trajectory = replace(system.trajectory, latent_rollout=runs, allocate=runs.allocate)
     return system
 
 
 def on_cpu(bucket=64):
-    return CapturedRuns(Eager, devices=("cpu",), bucket=bucket)
+    return CapturedRollouts(Eager, devices=("cpu",), bucket=bucket)
 
 
 def batch(system, seed, rows=3, longest=11):
@@ -176,7 +176,7 @@ class Fails(Eager):
 
 
 def test_what_cannot_be_captured_runs_step_by_step_and_says_why_once():
-    runs = CapturedRuns(Fails, devices=("cpu",), bucket=64)
+    runs = CapturedRollouts(Fails, devices=("cpu",), bucket=64)
     with pytest.warns(UserWarning, match="step by step, not captured: RuntimeError: operation not permitted") as caught:
         got = train(build(runs=runs))
     assert len([w for w in caught if "not captured" in str(w.message)]) == 1
@@ -190,9 +190,9 @@ def test_what_cannot_be_captured_runs_step_by_step_and_says_why_once():
 
 
 def test_settings():
-    assert build().trajectory.latent_run is build(cuda_graphs="off").trajectory.latent_run is step_by_step
+    assert build().trajectory.latent_rollout is build(cuda_graphs="off").trajectory.latent_rollout is step_by_step
     system = build(cuda_graphs="auto")
-    assert isinstance(system.trajectory.latent_run, CapturedRuns)
+    assert isinstance(system.trajectory.latent_rollout, CapturedRollouts)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert_equal_training(train(system, steps=1), train(build(), steps=1))  # nothing to capture on a CPU
@@ -205,10 +205,10 @@ def test_settings():
 def test_skipped_columns():
     trace = KVTrace.allocate(num_layers=1, batch=2, num_kv_heads=1, capacity=8, head_dim=4)
     first = trace.open(1)
-    run = trace.skip(4)
-    assert run is not first.run and run.starts.tolist() == [1, 1]
+    streak = trace.skip(4)
+    assert streak is not first.streak and streak.starts.tolist() == [1, 1]
     assert trace.lengths.tolist() == trace.host_lengths == [5, 5]
-    assert trace.open(1).run not in (first.run, run)
+    assert trace.open(1).streak not in (first.streak, streak)
     with pytest.raises(CapacityError, match="needs 9 columns"):
         trace.skip(3)
     assert trace.host_lengths == [6, 6]
@@ -219,7 +219,7 @@ def test_skipped_columns():
 @pytest.mark.parametrize("topology, handover", [("sequential", "full"), ("sequential", "latent"), ("stitch", "full")])
 def test_graphs(topology, handover):
     options = dict(device="cuda", dtype=torch.float32)
-    runs = CapturedRuns(CudaGraphs, bucket=64)
+    runs = CapturedRollouts(CudaGraphs, bucket=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         got = train(build(topology, handover, runs=runs, **options))

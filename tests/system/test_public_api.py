@@ -128,7 +128,7 @@ class TestBuilt:
         system = build(base, latent_backward="sweeps:2", loss="plain", detach_trace=True, checkpointing="prefill")
         system.save_pretrained(tmp_path / "kept")
         kept = MultiAgentSystem.from_pretrained(tmp_path / "kept")
-        assert kept.trajectory.latent_run == system.trajectory.latent_run == Sweeps(2)
+        assert kept.trajectory.latent_rollout == system.trajectory.latent_rollout == Sweeps(2)
         assert kept.agent_model.answer_loss.kind == "plain" and kept.trajectory.detach_trace
         assert kept.agent_model.checkpointing.mode == "prefill"
 

@@ -1,4 +1,4 @@
-"""Latent runs differentiated by sweeps: exact from k = m on; below, exactly the paths of k or more hops are missing."""
+"""Latent rollouts differentiated by sweeps: exact from k = m on; below, exactly the paths of k or more hops are missing."""
 
 from dataclasses import replace
 from functools import cache
@@ -8,7 +8,7 @@ import torch
 from compare import assert_same, error, gradients
 from models import arguments, causal_lm, clone, ragged, with_lora
 
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.agents.topology import TOPOLOGIES, Agent, Topology
 from diffmas.models.activation_checkpointing import CHECKPOINTING
 from diffmas.system import MultiAgentSystem
@@ -99,7 +99,7 @@ def test_truncation_leaves_out_the_paths_of_k_or_more_hops():
     factors = torch.linspace(-1, 1, m, dtype=torch.float64)
     damped_gradients = []
     for factor in factors.tolist():
-        system.trajectory = replace(system.trajectory, latent_run=damped(factor))
+        system.trajectory = replace(system.trajectory, latent_rollout=damped(factor))
         damped_gradients.append(flat(differentiate(system)[1]))
     hops = torch.linalg.solve(torch.linalg.vander(factors), torch.stack(damped_gradients))
     whole = hops.sum(0)
@@ -173,4 +173,4 @@ def test_bad_values_are_named(given):
 
 
 def test_exact_is_the_default():
-    assert build().trajectory.latent_run is build(latent_backward="exact").trajectory.latent_run is step_by_step
+    assert build().trajectory.latent_rollout is build(latent_backward="exact").trajectory.latent_rollout is step_by_step

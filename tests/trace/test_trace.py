@@ -22,7 +22,7 @@ def test_the_plan_of_a_ragged_call():
     t = trace()
     t.open([2, 0, 3])
     call = t.open([1, 4, 0])
-    assert (call.total, *call.rows[3:], call.run) == (5, 4, 4, None)
+    assert (call.total, *call.rows[3:], call.streak) == (5, 4, 4, None)
     assert call.rows.q_begin.tolist() == [0, 1, 5] and call.rows.q_end.tolist() == [1, 5, 5]
     assert call.starts.tolist() == [2, 0, 3] and call.ends.tolist() == [3, 4, 3]
     assert call.position_ids.tolist() == [[2, 0, 1, 2, 3]] and call.position_ids.dtype == torch.int64
@@ -45,11 +45,11 @@ def test_a_latent_step_is_planned_like_any_other_call():
 def test_single_token_calls_in_a_row_share_a_run():
     t = trace()
     a, b, many, c, d = map(t.open, ([1, 1, 1], [1, 0, 1], [2, 0, 0], [0, 1, 0], 1))
-    assert a.run is b.run and many.run is None and c.run is d.run is not a.run
+    assert a.streak is b.streak and many.streak is None and c.streak is d.streak is not a.streak
     assert [call.slot for call in (a, b, many, c, d)] == [0, 1, 0, 0, 1]
-    assert a.run.starts.tolist() == [0, 0, 0] and c.run.starts.tolist() == [4, 1, 2]
+    assert a.streak.starts.tolist() == [0, 0, 0] and c.streak.starts.tolist() == [4, 1, 2]
     t.detach_()
-    assert t.open(1).run is not d.run
+    assert t.open(1).streak is not d.streak
 
 
 def test_growth_keeps_what_was_written():

@@ -9,9 +9,9 @@ from torch import Tensor
 from diffmas.models.agent_model import AgentModel
 from diffmas_ops import KVTrace
 
-#: `run(model, steps, trace, hidden)` takes `steps` ≥ 1 latent steps behind what `trace` holds, starting from the rows'
-#: last hidden states h₀ `[batch, hidden]`.
-LatentRun = Callable[[AgentModel, int, KVTrace, Tensor], None]
+#: `rollout(model, steps, trace, hidden)` takes `steps` ≥ 1 latent steps behind what `trace` holds, starting from the
+#: rows' last hidden states h₀ `[batch, hidden]`.
+LatentRollout = Callable[[AgentModel, int, KVTrace, Tensor], None]
 
 
 def step_by_step(model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:

@@ -1,13 +1,13 @@
-"""Latent runs, and their backward, that replay as CUDA graphs (`cuda_graphs = "auto"`).
+"""Latent rollouts, and their backward, that replay as CUDA graphs (`cuda_graphs = "auto"`).
 
 A latent step launches some twenty small kernels a layer for one token a row: at small batches the launching takes
-longer than the kernels. A run's shapes never change (m calls of one token a row) and where in its trace it stands is
-read on the device, so it is recorded once, forward and backward, and replayed from then on.
+longer than the kernels. A rollout's shapes never change (m calls of one token a row) and where in its trace it stands
+is read on the device, so it is recorded once, forward and backward, and replayed from then on.
 
 A recording reads and writes where it did when it was made. So traces are leased from a pool by sizes, their capacities
-rounded up, and a run has its own recording for each set of buffers and each position in a trajectory (several runs are
-alive until the backward). A trajectory gives its buffers back when its loss is let go of. What Python does between the
-launches is done beside the recording: the trace's lengths, the order of calls, the rows that are deferred.
+rounded up, and a rollout has its own recording for each set of buffers and each position in a trajectory (several
+rollouts are alive until the backward). A trajectory gives its buffers back when its loss is let go of. What Python does
+between the launches is done beside the recording: the trace's lengths, the order of calls, the rows that are deferred.
 
 Not yet run on a GPU. The tests run everything but the graphs themselves on the CPU (:class:`Eager`).
 """
@@ -23,17 +23,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.models.agent_model import AgentModel
 from diffmas_ops import KVTrace
-from diffmas_ops.call import Run
+from diffmas_ops.call import Streak
 from diffmas_ops.gradients import TraceGradients
 from diffmas_ops.storage import TraceStorage
 
 CUDA_GRAPHS = ("off", "auto")
 #: Capacities are multiples of this, so that batches of other lengths meet the same recordings.
 BUCKET = 256
-#: Recordings that are kept, each with the memory of a run's activations; the oldest goes.
+#: Recordings that are kept, each with the memory of a rollout's activations; the oldest goes.
 MOST_RECORDINGS = 64
 
 #: Work on fixed tensors that returns its results. Replayed, they are in the same tensors every time.
@@ -41,10 +41,10 @@ Body = Callable[[], list[Tensor | None]]
 
 
 def asks_for_graphs(cuda_graphs: str, latent_backward: str) -> bool:
-    """Whether these settings ask for captured runs.
+    """Whether these settings ask for captured rollouts.
 
     Raises:
-        ValueError: an unknown setting, or captured runs with a latent backward other than "exact".
+        ValueError: an unknown setting, or captured rollouts with a latent backward other than "exact".
     """
     if cuda_graphs not in CUDA_GRAPHS:
         raise ValueError(f"cuda_graphs is {cuda_graphs!r}; allowed: {', '.join(CUDA_GRAPHS)}")
@@ -130,11 +130,11 @@ class _Buffers:
 
 
 class _Leased(TraceStorage):
-    """A trace's buffers for as long as its trajectory lives; `runs`: latent runs it has seen."""
+    """A trace's buffers for as long as its trajectory lives; `rollouts`: those it has seen."""
 
     def __init__(self, buffers: _Buffers):
         super().__init__(buffers.keys, buffers.values)
-        self.buffers, self.runs, self._given = buffers, 0, False
+        self.buffers, self.rollouts, self._given = buffers, 0, False
 
     def new_accumulators(self) -> tuple[Tensor, Tensor]:
         if self._given:
@@ -156,7 +156,7 @@ class _Recorded(TraceStorage):
         return self._buffers.accumulators
 
 
-class _Run:
+class _Recording:
     """The latent steps of one position in a trajectory, on one set of buffers, recorded.
 
     `hidden [batch, hidden]` and `starts [batch]` are where a replay reads from; `deferred` are the rows that the
@@ -177,7 +177,7 @@ class _Run:
         self._model, self._steps = weakref.ref(model), steps
         self._recording, self._parameters = recording, list(parameters)
         self._hidden = hidden.detach().clone().requires_grad_(recording)
-        # The last columns a run can start at: launches are sized for them, and read the real ones on the device.
+        # The last columns a rollout can start at: launches are sized for them, and read the real ones on the device.
         self._latest = [storage.keys.shape[3] - steps] * len(hidden)
         self._trace = KVTrace(_Recorded(storage.buffers), self._latest, grow=False, backend=model.backend)
         self._starts = starts.clone()
@@ -217,44 +217,44 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where in its trajectory a replayed run stands: its trace's gradients, and columns behind its last step."""
+    """Where in its trajectory a replayed rollout stands: its trace's gradients, and columns behind its last step."""
 
-    run: _Run
+    recording: _Recording
     gradients: TraceGradients
-    skipped: Run
+    skipped: Streak
     ends: Tensor
     max_seqlen_k: int
 
 
 class _Replay(torch.autograd.Function):
-    """A run in the order of calls: parameters are inputs, and their gradients results of the recorded backward."""
+    """A rollout in the order of calls: parameters are inputs, and their gradients results of the recorded backward."""
 
     @staticmethod
     def forward(ctx, order, hidden, place, starts, *parameters):
         ctx.place = place
-        place.run.forward(hidden, starts)
+        place.recording.forward(hidden, starts)
         ctx.set_materialize_grads(False)
         return order.new_empty(0)
 
     @staticmethod
     def backward(ctx, *_):
         place: _Place = ctx.place
-        # Rows that single-token calls right behind this run have deferred; its own take their place.
+        # Rows that single-token calls right behind this rollout have deferred; its own take their place.
         place.gradients.flush_all(place.ends, place.max_seqlen_k)
-        hidden, *parameters = place.run.backward()
-        place.gradients.defer(place.run.deferred, place.skipped)
+        hidden, *parameters = place.recording.backward()
+        place.gradients.defer(place.recording.deferred, place.skipped)
         # The very tensors a replay writes: autograd copies what is held elsewhere, and adds out of place.
         return None, hidden, None, None, *parameters
 
 
-class CapturedRuns:
-    """A :data:`~diffmas.agents.latent_runs.LatentRun` that replays; step by step where it cannot, with one warning.
+class CapturedRollouts:
+    """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, step by step with a warning.
 
     Not captured: steps that are profiled, models under autocast, with latent steps that are checkpointed, with sharded
     parameters; traces that grow (decoding), or whose gradient was cut in between; devices other than `devices`.
 
     Args:
-        executor: makes what records a run.
+        executor: makes what records a rollout.
         bucket: capacities of traces are multiples of it.
     """
 
@@ -267,7 +267,7 @@ class CapturedRuns:
     ):
         self._executor, self._devices, self._bucket = executor, devices, bucket
         self._free: dict[tuple, list[_Buffers]] = {}
-        self._runs: dict[tuple, _Run | None] = {}
+        self._recordings: dict[tuple, _Recording | None] = {}
         self._warned: set[str] = set()
 
     def allocate(
@@ -286,21 +286,21 @@ class CapturedRuns:
 
     @property
     def recordings(self) -> int:
-        """How many runs have been recorded."""
-        return sum(run is not None for run in self._runs.values())
+        """How many rollouts have been recorded."""
+        return sum(found is not None for found in self._recordings.values())
 
     def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         differentiable = hidden.requires_grad or trace.order.token.requires_grad or parameters
         recording = torch.is_grad_enabled() and bool(differentiable)
-        run = self._find(model, steps, trace, hidden, parameters if recording else [], recording)
-        if run is None:
+        recorded = self._find(model, steps, trace, hidden, parameters if recording else [], recording)
+        if recorded is None:
             return step_by_step(model, steps, trace, hidden)
         starts = trace.lengths
         skipped = trace.skip(steps)
         if not recording:
-            return run.forward(hidden, starts)
-        place = _Place(run, trace.gradients, skipped, trace.lengths, max(trace.host_lengths))
+            return recorded.forward(hidden, starts)
+        place = _Place(recorded, trace.gradients, skipped, trace.lengths, max(trace.host_lengths))
         token = _Replay.apply(trace.order.token, hidden, place, starts, *parameters)
         trace.order.advance(token, trace.host_lengths)
 
@@ -312,29 +312,29 @@ class CapturedRuns:
         hidden: Tensor,
         parameters: list[Tensor],
         recording: bool,
-    ) -> _Run | None:
-        """The recording of this run, made now where it is the first of its kind; or None."""
+    ) -> _Recording | None:
+        """The recording of this rollout, made now where it is the first of its kind; or None."""
         storage = trace.storage
         if not isinstance(storage, _Leased):
             return None
-        position = storage.runs
-        storage.runs += 1
+        position = storage.rollouts
+        storage.rollouts += 1
         if (reason := self._refusal(model, trace, parameters, recording)) is not None:
             return self._warn(reason)
         key = (
             id(storage.buffers), position, steps, hidden.dtype, model.training, recording,
             *(p.data_ptr() for p in parameters), *_adapters(model.model),
         )  # fmt: skip
-        if key not in self._runs:
-            while len(self._runs) >= MOST_RECORDINGS:
-                self._runs.pop(next(iter(self._runs)))
+        if key not in self._recordings:
+            while len(self._recordings) >= MOST_RECORDINGS:
+                self._recordings.pop(next(iter(self._recordings)))
             try:
-                self._runs[key] = _Run(
+                self._recordings[key] = _Recording(
                     model, steps, storage, hidden, trace.lengths, parameters, recording, self._executor()
                 )  # fmt: skip
             except RuntimeError as error:
-                self._runs[key] = self._warn(f"{type(error).__name__}: {error}")
-        return self._runs[key]
+                self._recordings[key] = self._warn(f"{type(error).__name__}: {error}")
+        return self._recordings[key]
 
     def _refusal(self, model: AgentModel, trace: KVTrace, parameters: list[Tensor], recording: bool) -> str | None:
         if model.observers:
@@ -353,4 +353,4 @@ class CapturedRuns:
     def _warn(self, reason: str) -> None:
         if reason not in self._warned:
             self._warned.add(reason)
-            warnings.warn(f"latent runs are taken step by step, not captured: {reason}", stacklevel=4)
+            warnings.warn(f"latent rollouts are taken step by step, not captured: {reason}", stacklevel=4)

@@ -1,4 +1,4 @@
-"""A latent run of one's own: how an agent takes its latent steps is a function that is handed to the trajectory.
+"""A latent rollout of one's own: how an agent takes its latent steps is a function that is handed to the trajectory.
 
 This one mixes every step's input with the one before it. It is differentiated like any other: calls through the trace
 are ordinary autograd.
@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from diffmas import MultiAgentSystem
-from diffmas.agents.latent_runs import step_by_step
+from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.models.agent_model import AgentModel
 from diffmas.tasks import TaskArguments, load_task
@@ -29,7 +29,7 @@ def main() -> None:
     system = MultiAgentSystem(EMBEDDED_PATH, "relay", prompts=task.prompts, latent_steps=4)
     batch = system.collator([task.eval[i] for i in range(4)])
     for run in (step_by_step, smoothed):
-        system.trajectory = replace(system.trajectory, latent_run=run)
+        system.trajectory = replace(system.trajectory, latent_rollout=run)
         system.zero_grad()
         loss = system(**batch).loss
         loss.backward()
