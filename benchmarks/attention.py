@@ -15,7 +15,7 @@ from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import KVTrace, backends, cached_attention
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
-from diffmas_ops.storage import TraceStorage
+from diffmas_ops.storage import Stack, TraceStorage
 
 _GRADIENTS = ("grad q", "grad keys", "grad values")
 
@@ -175,7 +175,7 @@ def token_backward(case: Attention, device: str) -> Experiment:
 def _latent_start(x: SimpleNamespace, backend: str):
     """A trace that already holds the prefix (gradients reach it too), and the inputs of the steps."""
     keys, values = (t[None].clone() for t in x.trace)
-    trace = KVTrace(TraceStorage(keys, values), [0] * x.B, grow=False, backend=backend)
+    trace = KVTrace(TraceStorage([Stack(keys, values)]), [0] * x.B, grow=False, backend=backend)
     trace.host_lengths, trace.lengths = [x.P] * x.B, x.rows.starts.clone()
     return trace, [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
 
@@ -224,7 +224,7 @@ def latent_backward(case: LatentRollout, device: str) -> Experiment:
 
         def read(result):
             (grad_q, grad_k, grad_v), trace = result
-            past = [t[0, :, :, : x.P] for t in trace.gradients.accumulators()]
+            past = [t[0, :, :, : x.P] for t in trace.gradients.accumulators()[0]]
             return (grad_q, *(torch.cat(pair, 2) for pair in zip(past, (grad_k, grad_v), strict=True)))
 
         return Contender(run, lambda: _latent_steps(_latent_start(x, name)), read)

@@ -85,7 +85,7 @@ def latent_rollout(case: Step, device: str, clock: Clock, *, seconds: float) -> 
     def run(trace) -> Tensor:
         system.trajectory.latent_rollout(system.agent_model, case.latent, trace, hidden[:, 0])
         # What the last step but one left: the last one's input is made of it.
-        return trace.storage.keys[-1][:, :, case.prompt + case.latent - 2]
+        return trace.storage.layer(-1).keys[:, :, case.prompt + case.latent - 2]
 
     def cached() -> DynamicCache:
         cache = DynamicCache()

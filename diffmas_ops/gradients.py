@@ -21,7 +21,7 @@ from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 if TYPE_CHECKING:
     from diffmas_ops.call import Call, Outputs, Streak
-    from diffmas_ops.storage import TraceStorage
+    from diffmas_ops.storage import Stack, TraceStorage
 
 
 class Deferred:
@@ -55,15 +55,14 @@ class TraceGradients:
     def __init__(self, storage: TraceStorage, frozen: Tensor, backend: str):
         self._storage, self._backend, self.frozen = storage, backend, frozen
         self._pending: dict[int, Deferred] = {}
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
-        self._layers: list[tuple[Tensor, Tensor]] = []  # views of both
+        self._stacks: list[Stack] = []
+        self._layers: list[Stack] = []  # views of them
 
-    def accumulators(self) -> tuple[Tensor, Tensor]:
-        """Gradients of all keys and values, `[num_layers, batch, num_kv_heads, capacity, head_dim]`."""
-        if self._keys is None:
-            self._keys, self._values = self._storage.new_accumulators()
-        return self._keys, self._values
+    def accumulators(self) -> list[Stack]:
+        """Gradients of all keys and values, stacked as these are."""
+        if not self._stacks:
+            self._stacks = self._storage.new_accumulators()
+        return self._stacks
 
     def backward(
         self,
@@ -159,7 +158,7 @@ class TraceGradients:
         )
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        grads = self.accumulators()
+        stacks = self.accumulators()
         if not self._layers:
-            self._layers = list(zip(*(x.unbind(0) for x in grads), strict=True))
+            self._layers = [layer for stack in stacks for layer in stack.layers()]
         return *self._storage.layer(layer), *self._layers[layer]

@@ -13,7 +13,7 @@ from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import CapacityError
 from diffmas_ops.gradients import TraceGradients
 from diffmas_ops.order import Order
-from diffmas_ops.storage import TraceStorage
+from diffmas_ops.storage import Stack, TraceStorage
 
 
 class KVTrace:
@@ -29,8 +29,8 @@ class KVTrace:
 
     def __init__(self, storage: TraceStorage, lengths: list[int], *, grow: bool, backend: str):
         self.storage, self.backend, self._grow = storage, backend, grow
-        self.num_layers, self.batch, self.num_kv_heads, _, self.head_dim = storage.keys.shape
-        self.device, self.dtype = storage.keys.device, storage.keys.dtype
+        self.num_layers, self.batch = storage.num_layers, storage.batch
+        self.device, self.dtype = storage.device, storage.dtype
         self.host_lengths = lengths
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         self.one_each = [1] * self.batch
@@ -44,9 +44,9 @@ class KVTrace:
         *,
         num_layers: int,
         batch: int,
-        num_kv_heads: int,
+        num_kv_heads: int | Sequence[int],
         capacity: int,
-        head_dim: int,
+        head_dim: int | Sequence[int],
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         grow: bool = False,
@@ -55,37 +55,42 @@ class KVTrace:
         """An empty trace of `capacity` columns a row.
 
         Args:
+            num_kv_heads, head_dim: of every layer, or one for each.
             grow: double the capacity when a call does not fit, instead of raising :class:`CapacityError`.
             backend: "auto", or the operators' backend to insist on.
 
         Raises:
-            ValueError: a size that is not a positive integer.
+            ValueError: a size that is not a positive integer, or not one size a layer.
             TypeError: an unsupported dtype.
         """
-        sizes = dict(
-            num_layers=num_layers, batch=batch, num_kv_heads=num_kv_heads, capacity=capacity, head_dim=head_dim
-        )
-        for name, size in sizes.items():
+        for name, size in dict(num_layers=num_layers, batch=batch, capacity=capacity).items():
             if index(size) < 1:
                 raise ValueError(f"{name} is {size}; allowed: integers ≥ 1")
+        heads, dims = (
+            _by_layer(name, size, num_layers) for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim))
+        )
         accumulation_dtype(dtype)
-        shape = (num_layers, batch, num_kv_heads, capacity, head_dim)
-        keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
-        return cls(TraceStorage(keys, values), [0] * batch, grow=grow, backend=backend)
+        storage = TraceStorage.allocate(list(zip(heads, dims, strict=True)), batch, capacity, dtype, device)
+        return cls(storage, [0] * batch, grow=grow, backend=backend)
 
     @property
     def keys(self) -> Tensor:
-        """`[num_layers, batch, num_kv_heads, capacity, head_dim]`; columns from `lengths` on are undefined."""
-        return self.storage.keys
+        """`[num_layers, batch, num_kv_heads, capacity, head_dim]`; columns from `lengths` on are undefined.
+
+        Of a trace whose layers all have the same sizes; :meth:`TraceStorage.layer` has those of others.
+        """
+        (stack,) = self.storage.stacks
+        return stack.keys
 
     @property
     def values(self) -> Tensor:
         """Like :attr:`keys`."""
-        return self.storage.values
+        (stack,) = self.storage.stacks
+        return stack.values
 
     @property
     def capacity(self) -> int:
-        return self.storage.keys.shape[3]
+        return self.storage.capacity
 
     def open(self, lengths: int | Sequence[int], outputs: Sequence[tuple[int, int]] | None = None) -> Call:
         """Reserve the next `lengths[b] ≥ 0` columns of every row b (an integer: of all rows) and plan a call.
@@ -160,7 +165,8 @@ class KVTrace:
         if not rows or min(rows) < 0 or max(rows) >= self.batch:
             raise ValueError(f"rows is {list(rows)}; allowed: at least one of 0 … {self.batch - 1}")
         at = torch.tensor(rows, device=self.device)
-        storage = TraceStorage(self.keys.detach()[:, at], self.values.detach()[:, at])
+        stacks = [Stack(*(x.detach()[:, at] for x in stack)) for stack in self.storage.stacks]
+        storage = TraceStorage(stacks)
         lengths = [self.host_lengths[row] for row in rows]
         return KVTrace(storage, lengths, grow=self._grow, backend=self.backend)
 
@@ -170,3 +176,10 @@ class KVTrace:
         self.gradients = TraceGradients(self.storage, self.lengths, self.backend)
         self._slot: int | None = None
         return self
+
+
+def _by_layer(name: str, size: int | Sequence[int], num_layers: int) -> list[int]:
+    sizes = list(size) if isinstance(size, Sequence) else [size] * num_layers
+    if len(sizes) != num_layers or min(map(index, sizes)) < 1:
+        raise ValueError(f"{name} is {size}; allowed: an integer ≥ 1, or {num_layers} of them, one a layer")
+    return sizes

@@ -28,7 +28,7 @@ from diffmas.models.agent_model import AgentModel
 from diffmas_ops import KVTrace
 from diffmas_ops.call import Streak
 from diffmas_ops.gradients import TraceGradients
-from diffmas_ops.storage import TraceStorage
+from diffmas_ops.storage import Stack, TraceStorage
 
 CUDA_GRAPHS = ("off", "auto")
 #: Capacities are multiples of this, so that batches of other lengths meet the same recordings.
@@ -119,12 +119,13 @@ class _Buffers:
     """Keys, values and their gradients, at addresses that stay."""
 
     def __init__(self, storage: TraceStorage):
-        self.keys, self.values = storage.keys, storage.values
-        self._storage, self._accumulators = storage, None
+        self.stacks = storage.stacks
+        self._storage = storage
+        self._accumulators: list[Stack] = []
 
     @property
-    def accumulators(self) -> tuple[Tensor, Tensor]:
-        if self._accumulators is None:
+    def accumulators(self) -> list[Stack]:
+        if not self._accumulators:
             self._accumulators = self._storage.new_accumulators()
         return self._accumulators
 
@@ -133,15 +134,16 @@ class _Leased(TraceStorage):
     """A trace's buffers for as long as its trajectory lives; `rollouts`: those it has seen."""
 
     def __init__(self, buffers: _Buffers):
-        super().__init__(buffers.keys, buffers.values)
+        super().__init__(buffers.stacks)
         self.buffers, self.rollouts, self._given = buffers, 0, False
 
-    def new_accumulators(self) -> tuple[Tensor, Tensor]:
+    def new_accumulators(self) -> list[Stack]:
         if self._given:
             return super().new_accumulators()
         self._given = True
         for accumulator in self.buffers.accumulators:
-            accumulator.zero_()
+            for x in accumulator:
+                x.zero_()
         return self.buffers.accumulators
 
 
@@ -149,10 +151,10 @@ class _Recorded(TraceStorage):
     """The buffers as a recording sees them."""
 
     def __init__(self, buffers: _Buffers):
-        super().__init__(buffers.keys, buffers.values)
+        super().__init__(buffers.stacks)
         self._buffers = buffers
 
-    def new_accumulators(self) -> tuple[Tensor, Tensor]:
+    def new_accumulators(self) -> list[Stack]:
         return self._buffers.accumulators
 
 
@@ -178,7 +180,7 @@ class _Recording:
         self._recording, self._parameters = recording, list(parameters)
         self._hidden = hidden.detach().clone().requires_grad_(recording)
         # The last columns a rollout can start at: launches are sized for them, and read the real ones on the device.
-        self._latest = [storage.keys.shape[3] - steps] * len(hidden)
+        self._latest = [storage.capacity - steps] * len(hidden)
         self._trace = KVTrace(_Recorded(storage.buffers), self._latest, grow=False, backend=model.backend)
         self._starts = starts.clone()
         self.deferred: dict | None = None
@@ -248,7 +250,7 @@ class _Replay(torch.autograd.Function):
 
 
 class CapturedRollouts:
-    """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, step by step with a warning.
+    """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, steps with a warning.
 
     Not captured: steps that are profiled, models under autocast, with latent steps that are checkpointed, with sharded
     parameters; traces that grow (decoding), or whose gradient was cut in between; devices other than `devices`.
@@ -346,7 +348,7 @@ class CapturedRollouts:
             return "activations of latent steps are checkpointed"
         if any(type(p.data).__name__ == "DTensor" for p in parameters):
             return "the parameters are sharded"
-        if recording and trace.gradients.accumulators()[0] is not trace.storage.buffers.accumulators[0]:
+        if recording and trace.gradients.accumulators() is not trace.storage.buffers.accumulators:
             return "the trace's gradient was cut before"
         return None
 

@@ -32,14 +32,14 @@ def _other(trace: KVTrace, row: int) -> int:
 def _same(trace: KVTrace, row: int, other: int) -> bool:
     length = trace.host_lengths[row]
     return length == trace.host_lengths[other] and all(
-        torch.equal(buffer[:, row, :, :length], buffer[:, other, :, :length]) for buffer in (trace.keys, trace.values)
+        torch.equal(buffer[:, row, :, :length], buffer[:, other, :, :length]) for buffer in trace.storage.buffers()
     )
 
 
 def zero(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
     """Keys and values of zero."""
-    trace.keys.zero_()
-    trace.values.zero_()
+    for buffer in trace.storage.buffers():
+        buffer.zero_()
     return trace
 
 
@@ -47,7 +47,7 @@ def noise(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
     """Gaussian keys and values with the norms of the row's own; a row's noise depends on its seed alone."""
     for row, (seed, length) in enumerate(zip(seeds, trace.host_lengths, strict=True)):
         generator = torch.Generator().manual_seed(seed)
-        for buffer in (trace.keys, trace.values):
+        for buffer in trace.storage.buffers():
             written = buffer[:, row, :, :length]
             written.copy_(_like_norm(written, generator))
     return trace

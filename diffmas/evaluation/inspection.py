@@ -129,7 +129,7 @@ class _Masses:
         self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float
     ) -> tuple[Tensor, Tensor]:
         call = self._call
-        keys, values = call.storage.keys[layer], call.storage.values[layer]
+        keys, values = call.storage.layer(layer)
         ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None)
         out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scale)
         keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)

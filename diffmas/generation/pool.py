@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffmas_ops import KVTrace, backends, merge_states
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.storage import Stack, TraceStorage
 
 
 @dataclass(eq=False)
@@ -32,21 +33,23 @@ class Prompt:
     waiting: int
 
 
-class Columns:
-    """Rows of keys and values `[num_layers, rows, num_kv_heads, capacity, head_dim]`; both sides grow by doubling."""
+class Columns(TraceStorage):
+    """Rows of keys and values, stacked as a trace's are; rows and columns grow by doubling."""
 
     def __init__(self, like: KVTrace):
-        self.keys, self.values = like.keys[:, :0, :, :0], like.values[:, :0, :, :0]
+        super().__init__([Stack(*(x[:, :0, :, :0] for x in stack)) for stack in like.storage.stacks])
         self.lengths: list[int] = []
         self._free: list[int] = []
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, `[rows, num_kv_heads, capacity, head_dim]`."""
-        return self.keys[index], self.values[index]
+    @property
+    def rows(self) -> int:
+        """How many there is room for."""
+        return self.stacks[0].keys.shape[1]
 
     def adopt(self, trace: KVTrace) -> list[int]:
         """Take over the buffers of `trace`; returns its rows."""
-        self.keys, self.values, self.lengths = trace.keys, trace.values, list(trace.host_lengths)
+        self._replace(trace.storage.stacks)
+        self.lengths = list(trace.host_lengths)
         return list(range(trace.batch))
 
     def enter(self) -> int:
@@ -67,34 +70,36 @@ class Columns:
         """A row that holds row `source` of `trace`."""
         row, length = self.enter(), trace.host_lengths[source]
         self.reserve(length)
-        self.keys[:, row, :, :length] = trace.keys[:, source, :, :length]
-        self.values[:, row, :, :length] = trace.values[:, source, :, :length]
+        for own, other in zip(self.buffers(), trace.storage.buffers(), strict=True):
+            own[:, row, :, :length] = other[:, source, :, :length]
         self.lengths[row] = length
         return row
 
     def reserve(self, capacity: int) -> None:
         """Room for all rows and for so many columns."""
-        layers, rows, heads, columns, head_dim = self.keys.shape
+        rows, columns = self.rows, self.capacity
         if len(self.lengths) <= rows and capacity <= columns:
             return
         more_rows = rows if len(self.lengths) <= rows else max(len(self.lengths), 2 * rows)
         more_columns = columns if capacity <= columns else max(capacity, 2 * columns)
-        for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(layers, more_rows, heads, more_columns, head_dim)
+
+        def grown(old: Tensor) -> Tensor:
+            new = old.new_empty(old.shape[0], more_rows, old.shape[2], more_columns, old.shape[4])
             new[:, :rows, :, :columns] = old
-            setattr(self, name, new)
+            return new
+
+        self._replace([Stack(*map(grown, stack)) for stack in self.stacks])
 
 
 class _Ranges:
     """At most one packed token a row, as `rows`."""
 
     def __init__(self, columns: Columns, token_of: dict[int, int], starts: Sequence[int]):
-        rows = columns.keys.shape[1]
+        rows = columns.rows
         begin, count, column = ([0] * rows for _ in range(3))
         for row, token in token_of.items():
             begin[row], count[row], column[row] = token, 1, starts[row]
-        packed = torch.tensor([begin, count, column], dtype=torch.int32).to(columns.keys.device)
+        packed = torch.tensor([begin, count, column], dtype=torch.int32).to(columns.device)
         q_begin, self._count, stands = packed.unbind(0)
         self.rows = RowRanges(q_begin, q_begin + self._count, stands, 1, 1 + max(column))
 
@@ -129,7 +134,7 @@ class OwnTraces:
         """From now on, one token of each of `slots` a step, packed in this order."""
         self._slots, self.total = slots, len(slots)
         self._ranges = _Ranges(self.storage, {slot: i for i, slot in enumerate(slots)}, self.storage.lengths)
-        self.position_ids = torch.tensor([self._positions(slots)]).to(self.storage.keys.device)
+        self.position_ids = torch.tensor([self._positions(slots)]).to(self.storage.device)
 
     def _positions(self, slots: Sequence[int]) -> list[int]:
         return [self.storage.lengths[slot] for slot in slots]
@@ -163,7 +168,7 @@ class SharedTraces(OwnTraces):
 
     def __init__(self, like: KVTrace):
         super().__init__(like)
-        self._shared, self._heads = Columns(like), like.num_kv_heads
+        self._shared = Columns(like)
         self._ops = backends.functions("cached_attention", like.keys, like.backend, many=False)
         self._row_of: dict[Prompt, int] = {}
         self._prompt_of: dict[int, Prompt] = {}
@@ -199,7 +204,7 @@ class SharedTraces(OwnTraces):
         self._grid = len(token_of), max(taken.values())
         at = [token_of[row] * self._grid[1] + head for row, head in zip(rows, heads, strict=True)]
         whole = at == list(range(self._grid[0] * self._grid[1]))
-        self._at = None if whole else torch.tensor(at).to(self.storage.keys.device)
+        self._at = None if whole else torch.tensor(at).to(self.storage.device)
 
     def _positions(self, slots: Sequence[int]) -> list[int]:
         prefixes = (self._shared.lengths[self._row_of[self._prompt_of[slot]]] for slot in slots)
@@ -208,24 +213,28 @@ class SharedTraces(OwnTraces):
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float) -> tuple[Tensor, Tensor]:
         """Append `k, v [answers, num_kv_heads, D]` where given, attend with `q [answers, num_heads, D]`."""
         own = self._attend(self.storage, self.rows, q, k, v, layer, scale)
-        shared = self._attend(self._shared, self._prefix.rows, self._pack(q), None, None, layer, scale)
-        outs, lses = (torch.stack((a, self._unpack(b))) for a, b in zip(own, shared, strict=True))
+        shared = self._attend(self._shared, self._prefix.rows, self._pack(q, layer), None, None, layer, scale)
+        outs, lses = (torch.stack((a, self._unpack(b, layer))) for a, b in zip(own, shared, strict=True))
         return merge_states(outs, lses, backend=self.backend)
 
+    def _num_kv_heads(self, layer: int) -> int:
+        return self._shared.layer(layer).keys.shape[1]
+
     def _attend(self, columns: Columns, rows, q, k, v, layer: int, scale: float) -> tuple[Tensor, Tensor]:
-        keys, values = columns.keys[layer], columns.values[layer]
+        keys, values = columns.layer(layer)
         return self._ops.cached_attention(q, k, v, keys, values, rows, scale)
 
-    def _pack(self, q: Tensor) -> Tensor:
+    def _pack(self, q: Tensor, layer: int) -> Tensor:
         """`[answers, heads, D]` to `[rows, kv_heads · samples · group, D]`."""
         rows, samples = self._grid
         if self._at is not None:
             q = q.new_zeros(rows * samples, *q.shape[1:]).index_copy_(0, self._at, q)
-        return q.unflatten(0, (rows, samples)).unflatten(2, (self._heads, -1)).transpose(1, 2).flatten(1, 3)
+        q = q.unflatten(0, (rows, samples)).unflatten(2, (self._num_kv_heads(layer), -1))
+        return q.transpose(1, 2).flatten(1, 3)
 
-    def _unpack(self, x: Tensor) -> Tensor:
+    def _unpack(self, x: Tensor, layer: int) -> Tensor:
         """`[rows, kv_heads · samples · group, …]` to `[answers, heads, …]`."""
-        x = x.unflatten(1, (self._heads, self._grid[1], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        x = x.unflatten(1, (self._num_kv_heads(layer), self._grid[1], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
         return x if self._at is None else x[self._at]
 
 

@@ -46,7 +46,7 @@ def trace_attention(
     for name in ("sliding_window", "softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise UnsupportedModelError(f"the model's attention uses {name} = {kwargs[name]}; this is not supported")
-    dtype = trace_call.storage.keys.dtype
+    dtype = trace_call.storage.dtype
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     out = cached_attention(q, k, v, trace_call, layer=module.layer_idx, softmax_scale=scaling)
     return out.unsqueeze(0), None

@@ -117,7 +117,7 @@ class _Layer:
 def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     """The layer's parts, or None where it has to be left alone."""
     dtype, attention = hidden.dtype, self.self_attn
-    if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
+    if dtype not in _DTYPES or call.storage.dtype != dtype:
         return None
     # What insists on another backend of the operators gets it, from the model's own modules.
     need = Need("decoder_layer", "cpu", dtype)
@@ -131,7 +131,7 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
         _PARTS[self] = parts
     if not parts.are_plain(dtype):
         return None
-    outputs = call.outputs if attention.layer_idx == call.storage.keys.shape[0] - 1 else None
+    outputs = call.outputs if attention.layer_idx == call.storage.num_layers - 1 else None
     return _Layer(call, attention.layer_idx, attention.scaling, parts, outputs)
 
 

@@ -63,7 +63,7 @@ def _forward(q, k, v, call, layer, softmax_scale, window) -> tuple[Tensor, Tenso
         if window is not None:
             raise UnsupportedError(f"window is {window}; allowed: None, for a call over several traces")
         return call.attend(q, k, v, layer, softmax_scale)
-    keys, values = call.storage.keys[layer], call.storage.values[layer]
+    keys, values = call.storage.layer(layer)
     many = call.streak is None
     ops = backends.functions("cached_attention", q, call.backend, many=many, window=window)
     return ops.cached_attention(q, k, v, keys, values, call.rows, softmax_scale, window)
@@ -93,9 +93,9 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, call: Call, layer: int) -> None:
-    num_layers, _, num_kv_heads, _, head_dim = call.storage.keys.shape
-    if not 0 <= layer < num_layers:
+    if not 0 <= layer < (num_layers := call.storage.num_layers):
         raise ValueError(f"layer is {layer}; allowed: 0 … {num_layers - 1}, the layers of the trace")
+    _, num_kv_heads, _, head_dim = call.storage.layer(layer).keys.shape
     if q.dim() != 3 or q.shape[0] != call.total or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
         raise ValueError(
             f"q has shape {tuple(q.shape)}; allowed: [{call.total}, a multiple of {num_kv_heads}, {head_dim}] "
@@ -106,9 +106,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, call: Call, layer: int) -> None:
             expected = [call.total, num_kv_heads, head_dim]
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; allowed: {expected}")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if tensor.dtype != call.storage.keys.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}; allowed: {call.storage.keys.dtype}, the trace's dtype")
-        if tensor.device != call.storage.keys.device:
-            raise ValueError(f"{name} is on {tensor.device}; allowed: {call.storage.keys.device}, the trace's device")
+        if tensor.dtype != call.storage.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}; allowed: {call.storage.dtype}, the trace's dtype")
+        if tensor.device != call.storage.device:
+            raise ValueError(f"{name} is on {tensor.device}; allowed: {call.storage.device}, the trace's device")
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.storage import Stack
 from diffmas_ops.trace import KVTrace
 
 
@@ -23,7 +26,7 @@ class Segment:
     end: Sequence[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
     """A model's rotary position embedding: `inv_freq [R/2]`, static, and how its dimensions pair up.
 
@@ -38,7 +41,7 @@ def kv_concat(
     segments: Sequence[Segment],
     *,
     capacity: int,
-    rotary: Rotary | None,
+    rotary: Rotary | None | Sequence[Rotary | None],
     dtype: torch.dtype | None = None,
     grow: bool = False,
     backend: str = "auto",
@@ -50,9 +53,9 @@ def kv_concat(
     have written there. Gradients flow back into the segments' traces.
 
     Args:
-        segments: at least one; all traces agree in layers, batch, heads, head_dim, device and gradient dtype.
+        segments: at least one; all traces agree in layers and their sizes, batch, device and gradient dtype.
         capacity: columns of the new trace; at least the longest row.
-        rotary: of the model that wrote the keys; None for a model without rotary embedding.
+        rotary: of the model that wrote the keys, or one for each layer; None: keys do not turn.
         dtype: of the new trace; default the first segment's.
         allocate: makes the new trace, from the arguments of :meth:`KVTrace.allocate`.
 
@@ -71,18 +74,19 @@ def kv_concat(
     if max(lengths) > capacity:
         raise ValueError(f"capacity is {capacity}; allowed: at least {max(lengths)}, the longest concatenated row")
 
+    num_kv_heads, head_dim = (of[0] if len(set(of)) == 1 else of for of in zip(*first.storage.shapes, strict=True))
     trace = allocate(
-        num_layers=first.num_layers, batch=first.batch, num_kv_heads=first.num_kv_heads, capacity=capacity,
-        head_dim=first.head_dim, dtype=dtype, device=first.device, grow=grow, backend=backend,
+        num_layers=first.num_layers, batch=first.batch, num_kv_heads=num_kv_heads, capacity=capacity,
+        head_dim=head_dim, dtype=dtype, device=first.device, grow=grow, backend=backend,
     )  # fmt: skip
     table = torch.tensor([[list(s.begin) for s in segments], counts, dest_begin], dtype=torch.int32)
-    source_begin, count, dest = table.to(first.device).unbind(0)
-    cos, sin = _angles(table[2] - table[0], rotary, accumulation_dtype(dtype), first)
-    plan = (source_begin, count, dest, cos, sin, rotary is not None and rotary.interleaved)
-
+    plan = _Plan(
+        table.to(first.device),
+        _stretches(first, rotary, table[2] - table[0], accumulation_dtype(dtype)),
+        backend,
+    )
     sources = [s.trace for s in segments]
-    ops = backends.functions("kv_concat", trace.keys, backend)
-    ops.kv_concat([s.keys for s in sources], [s.values for s in sources], trace.keys, trace.values, *plan)
+    plan.forward([s.storage.stacks for s in sources], trace.storage.stacks)
     trace.host_lengths = lengths
     trace.lengths = torch.tensor(lengths, dtype=torch.int32, device=first.device)
     if torch.is_grad_enabled() and any(s.order.token.requires_grad for s in sources):
@@ -95,22 +99,56 @@ def kv_concat(
     return trace
 
 
+class _Stretch(NamedTuple):
+    """Layers `begin … end - 1` of a stack, whose keys turn alike: by cosines and sines `[n, B, R/2]`, or not at all."""
+
+    stack: int
+    begin: int
+    end: int
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+
+
+class _Plan(NamedTuple):
+    """Which columns go where (`table`, int32 `[3, n, B]`: first column, number, destination), and how keys turn."""
+
+    table: Tensor
+    stretches: list[_Stretch]
+    backend: str
+
+    def forward(self, sources: list[list[Stack]], whole: list[Stack]) -> None:
+        for at in self.stretches:
+            ops = backends.functions("kv_concat", whole[at.stack].keys, self.backend)
+            ops.kv_concat(*self._parts(sources, at), *self._whole(whole, at), *self.table, *at[3:])
+
+    def backward(self, whole: list[Stack], sources: list[list[Stack]]) -> None:
+        for at in self.stretches:
+            ops = backends.functions("kv_concat", whole[at.stack].keys, self.backend)
+            ops.kv_concat_backward(*self._whole(whole, at), *self._parts(sources, at), *self.table, *at[3:])
+
+    @staticmethod
+    def _whole(stacks: list[Stack], at: _Stretch) -> Stack:
+        return stacks[at.stack].part(at.begin, at.end)
+
+    def _parts(self, sources: list[list[Stack]], at: _Stretch) -> tuple[list[Tensor], list[Tensor]]:
+        parts = [self._whole(stacks, at) for stacks in sources]
+        return [part.keys for part in parts], [part.values for part in parts]
+
+
 class _Origin:
     """What the backward of a concatenation needs of both sides (never an order token: that would be a cycle)."""
 
-    def __init__(self, trace: KVTrace, sources: list[KVTrace], plan: tuple):
+    def __init__(self, trace: KVTrace, sources: list[KVTrace], plan: _Plan):
         self.gradients, self.lengths, self.max_seqlen_k = trace.gradients, trace.lengths, max(trace.host_lengths)
-        self.num_layers, self.backend = trace.num_layers, trace.backend
+        self.num_layers = trace.num_layers
         self.sources = [s.gradients for s in sources]
         self.plan = plan
 
     def backward(self) -> None:
         for layer in range(self.num_layers):
             self.gradients.flush(layer, self.lengths, self.max_seqlen_k)
-        keys, values = self.gradients.accumulators()
-        source_keys, source_values = zip(*(s.accumulators() for s in self.sources), strict=True)
-        ops = backends.functions("kv_concat", keys, self.backend)
-        ops.kv_concat_backward(keys, values, list(source_keys), list(source_values), *self.plan)
+        self.plan.backward(self.gradients.accumulators(), [s.accumulators() for s in self.sources])
 
 
 class _Concat(torch.autograd.Function):
@@ -128,17 +166,52 @@ class _Concat(torch.autograd.Function):
         return (None,) * len(ctx.needs_input_grad)
 
 
-def _angles(shift: Tensor, rotary: Rotary | None, acc: torch.dtype, like: KVTrace):
-    """Cosines and sines `[n, B, R/2]` of the turns by `shift [n, B]` positions; None where nothing moves."""
+def _stretches(
+    like: KVTrace, rotary: Rotary | None | Sequence[Rotary | None], shift: Tensor, acc: torch.dtype
+) -> list[_Stretch]:
+    """The layers of a trace, as long as they are stacked and turn alike, for columns that move by `shift [n, B]`."""
+    rotaries = list(rotary) if isinstance(rotary, Sequence) else [rotary] * like.num_layers
+    if len(rotaries) != like.num_layers:
+        raise ValueError(f"rotary has {len(rotaries)} entries; allowed: one a layer, {like.num_layers}")
+    for one, (_, head_dim) in zip(rotaries, like.storage.shapes, strict=True):
+        if one is not None and (one.inv_freq.dim() != 1 or 2 * one.inv_freq.numel() > head_dim):
+            shape = tuple(one.inv_freq.shape)
+            raise ValueError(f"rotary.inv_freq has shape {shape}; allowed: [R/2] with R ≤ {head_dim}, the head_dim")
+    moving = [one if shift.any() else None for one in rotaries]
+    angles = {id(one): _angles(shift.to(like.device), one, acc) for one in moving}
+    stretches, layer = [], 0
+    for index, stack in enumerate(like.storage.stacks):
+        begin = 0
+        for _, alike in groupby(moving[layer : layer + len(stack.keys)], key=id):
+            one, *more = alike
+            end = begin + 1 + len(more)
+            stretches.append(_Stretch(index, begin, end, *angles[id(one)], one is not None and one.interleaved))
+            begin = end
+        layer += len(stack.keys)
+    return stretches
+
+
+def _angles(shift: Tensor, rotary: Rotary | None, acc: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines `[n, B, R/2]` of the turns by `shift [n, B]` positions."""
     if rotary is None:
         return None, None
-    if rotary.inv_freq.dim() != 1 or 2 * rotary.inv_freq.numel() > like.head_dim:
-        shape = tuple(rotary.inv_freq.shape)
-        raise ValueError(f"rotary.inv_freq has shape {shape}; allowed: [R/2] with R ≤ {like.head_dim}, the head_dim")
-    if not shift.any():
-        return None, None
-    angles = shift.to(like.device).double().unsqueeze(-1) * rotary.inv_freq.to(like.device).double()
+    angles = shift.double().unsqueeze(-1) * rotary.inv_freq.to(shift.device).double()
     return angles.cos().to(acc), angles.sin().to(acc)
+
+
+def _shape(trace: KVTrace) -> object:
+    """Of all layers, or of every one where they differ."""
+    shapes = trace.storage.shapes
+    return shapes[0] if len(set(shapes)) == 1 else shapes
+
+
+#: What the segments' traces have in common.
+_SAME: dict[str, Callable[[KVTrace], object]] = {
+    "num_layers": lambda trace: trace.num_layers,
+    "batch": lambda trace: trace.batch,
+    "num_kv_heads and head_dim": _shape,
+    "device": lambda trace: trace.device,
+}
 
 
 def _check(segments: Sequence[Segment], capacity: int) -> KVTrace:
@@ -147,11 +220,11 @@ def _check(segments: Sequence[Segment], capacity: int) -> KVTrace:
     first = segments[0].trace
     for i, segment in enumerate(segments):
         trace = segment.trace
-        for name in ("num_layers", "batch", "num_kv_heads", "head_dim", "device"):
-            if getattr(trace, name) != getattr(first, name):
+        for name, of in _SAME.items():
+            if of(trace) != of(first):
                 raise ValueError(
-                    f"segments[{i}].trace has {name} {getattr(trace, name)}; allowed: {getattr(first, name)}, "
-                    "that of the first segment's trace"
+                    f"segments[{i}].trace has {name} {of(trace)}; allowed: {of(first)}, that of the first segment's "
+                    "trace"
                 )
         if accumulation_dtype(trace.dtype) != accumulation_dtype(first.dtype):
             raise TypeError(f"segments[{i}].trace is {trace.dtype}; allowed: one that mixes with {first.dtype}")

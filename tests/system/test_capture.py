@@ -93,7 +93,7 @@ def test_training_is_that_of_step_by_step(topology, handover, backend):
     assert_equal_training(got, train(build(topology, handover, backend=backend)))
     agents = len(TOPOLOGIES[topology].agents) - 1
     # Made in the first step, replayed in the others.
-    assert len(runs._runs) == agents and all(runs._runs.values())
+    assert len(runs._recordings) == agents and all(runs._recordings.values())
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_training_is_that_of_step_by_step(topology, handover, backend):
 def test_with_other_options(options):
     runs = on_cpu()
     assert_equal_training(train(build(runs=runs, **options)), train(build(**options)))
-    assert all(runs._runs.values()) and len(runs._runs) == 3
+    assert all(runs._recordings.values()) and len(runs._recordings) == 3
 
 
 def test_prompts_of_one_token():
@@ -137,16 +137,16 @@ def test_buckets_and_buffers_are_used_again():
         output.loss.backward()
         del output
         addresses |= {b.keys.data_ptr() for free in runs._free.values() for b in free}
-    assert len(addresses) == 1 and len(runs._runs) == 3
+    assert len(addresses) == 1 and len(runs._recordings) == 3
     with torch.no_grad():
         system(*batch(system, 0))
-    assert len(runs._runs) == 6  # runs without gradients are other ones
+    assert len(runs._recordings) == 6  # runs without gradients are other ones
     with torch.no_grad(), system.agent_model.model.disable_adapter():
         without = system(*batch(system, 0)).loss
     plain = build()
     with torch.no_grad(), plain.agent_model.model.disable_adapter():
         torch.testing.assert_close(without, plain(*batch(plain, 0)).loss)
-    assert len(runs._runs) == 9  # and so are those without the adapter
+    assert len(runs._recordings) == 9  # and so are those without the adapter
 
 
 def test_nothing_lives_longer_than_the_system():
@@ -223,5 +223,5 @@ def test_graphs(topology, handover):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         got = train(build(topology, handover, runs=runs, **options))
-    assert runs._runs and all(runs._runs.values())
+    assert runs._recordings and all(runs._recordings.values())
     assert_equal_training(got, train(build(topology, handover, **options)), 1e-4)
