@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffmas.agents.topology import Topology
+from diffmas.models.geometry import configured
 from diffmas_ops.dtypes import accumulation_dtype
 
 Lengths = Sequence[int]
@@ -67,10 +68,10 @@ class Shape:
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=configured(config, "intermediate_size") or 4 * config.hidden_size,
             heads=config.num_attention_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            kv_heads=configured(config, "num_key_value_heads") or config.num_attention_heads,
+            head_dim=configured(config, "head_dim") or config.hidden_size // config.num_attention_heads,
             vocab=config.vocab_size,
             item=dtype.itemsize,
             accumulator=accumulation_dtype(dtype).itemsize,

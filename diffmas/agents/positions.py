@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from diffmas.agents.costs import Lengths, Plan
 from diffmas.agents.trajectory import Trajectory
-from diffmas.models.attention import UnsupportedModelError
+from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.geometry import configured, keys_at
 
 _logger = logging.getLogger(__name__)
 _TOLD = "_told_about_positions"
@@ -22,7 +23,7 @@ def position_limit(model: PreTrainedModel) -> int | None:
     With scaled rotary positions, the original number times the factor, where that is more.
     """
     config = model.config.get_text_config(decoder=True)
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = configured(config, "max_position_embeddings")
     rope = getattr(config, "rope_parameters", None) or {}
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
     return limit if limit is None or not original or not factor else max(limit, int(original * factor))
@@ -58,19 +59,26 @@ def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
     )  # fmt: skip
 
 
-@torch.no_grad()
 def _check_code(model: PreTrainedModel, limit: int, positions: int, what: str) -> None:
-    """Raise where the rotary code is a table that ends before, or repeats its end."""
-    rotary = model.get_decoder().rotary_emb
-    # The last one it was made for and the next: far out, float32 itself cannot tell neighbours apart.
-    places = torch.tensor([[limit - 1, limit, positions - 1]], device=model.device)
+    """Raise where the code of positions is a table that ends before, or repeats its end."""
+    # The last ones it was made for and the next: far out, float32 itself cannot tell neighbours apart.
+    inside = max(0, limit - 6)
     try:
-        cosine, sine = rotary(torch.zeros(1, 1, 1, device=model.device), places)
-        ends = torch.equal(cosine[:, 0], cosine[:, 1]) and torch.equal(sine[:, 0], sine[:, 1])
-    except (IndexError, RuntimeError, ValueError):
+        within, beyond = (_changing(model, at) for at in (inside, limit - 1))
+        keys_at(model, positions - 1)
+        ends = bool(within - beyond)
+    except UnsupportedModelError:
         ends = True
     if ends:
         raise UnsupportedModelError(
             f"{what} takes {positions} positions, and the position code of {type(model).__name__} ends before; "
             f"allowed: up to {limit} (--max_prompt_tokens, --latent_steps, --max_new_tokens)"
         )
+
+
+def _changing(model: PreTrainedModel, begin: int) -> set[int]:
+    """Layers whose keys tell `begin` from the position behind it."""
+    here, there = (keys_at(model, at) for at in (begin, begin + 1))
+    return {
+        layer for layer, (a, b) in enumerate(zip(here, there, strict=True)) if not torch.equal(a[:, :, 0], b[:, :, 0])
+    }

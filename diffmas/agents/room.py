@@ -120,7 +120,7 @@ def check_decoding(
 def column_bytes(model: AgentModel) -> int:
     """Bytes of one column of a trace, keys and values of all layers together."""
     sizes = model.trace_sizes
-    return 2 * sizes["num_layers"] * sizes["num_kv_heads"] * sizes["head_dim"] * sizes["dtype"].itemsize
+    return 2 * sum(g.num_kv_heads * g.head_dim for g in model.layers.values()) * sizes["dtype"].itemsize
 
 
 def gb(count: float) -> str:

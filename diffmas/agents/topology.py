@@ -90,6 +90,11 @@ class Topology:
         return sender if len(receivers) == 1 else None
 
     @property
+    def moves(self) -> bool:
+        """Whether an agent attends to columns elsewhere than where their writer stood."""
+        return any(a.senders and (self.handover != "full" or len(a.senders) > 1) for a in self.agents)
+
+    @property
     def prompts(self) -> dict[str, Mapping[str, str]]:
         """Prompts that agents bring along, by role."""
         return {agent.role: agent.prompt for agent in self.agents if agent.prompt is not None}

@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
 from diffmas.models.agent_model import AgentModel, Lengths
+from diffmas.models.errors import UnsupportedModelError
 from diffmas_ops import KVTrace, Segment, kv_concat
 
 
@@ -47,6 +48,7 @@ class Trajectory:
 
     Raises:
         ValueError: `latent_steps` below 0.
+        UnsupportedModelError: a topology that moves keys, of a model whose keys cannot be moved.
     """
 
     model: AgentModel
@@ -59,6 +61,12 @@ class Trajectory:
     def __post_init__(self):
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
+        if (why := self.model.immovable) is not None and self.topology.moves:
+            raise UnsupportedModelError(
+                f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "
+                f"{self.topology.name!r} with handover {self.topology.handover!r} moves them; allowed: handover 'full' "
+                "and at most one sender an agent"
+            )
 
     def communicate(
         self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None
@@ -116,7 +124,7 @@ class Trajectory:
         capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
         options = dict(capacity=capacity, grow=reserve is None, backend=self.model.backend)
         if segments:
-            trace = kv_concat(segments, rotary=self.model.rotary, allocate=self.allocate, **options)
+            trace = kv_concat(segments, rotary=self.model.rotaries, allocate=self.allocate, **options)
         else:
             trace = self.allocate(batch=len(length), **self.model.trace_sizes, **options)
         return AgentState(trace, located)

@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 
 from diffmas.models.activation_checkpointing import ActivationCheckpointing
 from diffmas.models.alignment import Alignment
-from diffmas.models.attention import attach, rotary_of
+from diffmas.models.attention import attach
 from diffmas.models.decoder_layer import fuse_layers
+from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.support.distributed import is_sharded, reach
-from diffmas_ops import Call, KVTrace
+from diffmas_ops import Call, KVTrace, Rotary
 
 Lengths = Sequence[int]
 #: Told of every call before it runs, and whether it is a latent step; may return what is to be told its hidden states.
@@ -36,7 +37,8 @@ class AgentModel(nn.Module):
         loss: as in :class:`~diffmas.models.loss.AnswerLoss`.
 
     Attributes:
-        rotary: how its keys turn with their positions. observers: told of every call, see :data:`Observer`.
+        layers: its attention layers by `layer_idx`, in the order of a trace's.
+        observers: told of every call, see :data:`Observer`.
 
     Raises:
         ValueError: an argument outside its range, named.
@@ -58,11 +60,11 @@ class AgentModel(nn.Module):
         self.model, self.backend = model, backend
         self.observers: list[Observer] = []
         base = self.language_model
-        attach(base)
+        self.layers = attach(base)
+        self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
         fuse_lora(base)
         fuse_norms(base)
         fuse_layers(base)
-        self.rotary = rotary_of(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
             base.get_input_embeddings().weight,
@@ -87,14 +89,24 @@ class AgentModel(nn.Module):
         return self.language_model.device
 
     @property
+    def rotaries(self) -> list[Rotary | None]:
+        """How the keys of a trace's layers turn with their positions."""
+        return [layer.rotary for layer in self.layers.values()]
+
+    @property
+    def immovable(self) -> str | None:
+        """Why the keys of some layer cannot be moved to other positions; None where they can."""
+        found = (f"layer {index}: {g.immovable}" for index, g in self.layers.items() if g.immovable)
+        return next(found, None)
+
+    @property
     def trace_sizes(self) -> dict[str, Any]:
         """Of a trace that the model writes: what :meth:`KVTrace.allocate` takes besides rows and capacity."""
-        config = self.language_model.config.get_text_config(decoder=True)
         autocast = torch.is_autocast_enabled(self.device.type)
         return dict(
-            num_layers=config.num_hidden_layers,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+            num_layers=len(self.layers),
+            num_kv_heads=_uniform([layer.num_kv_heads for layer in self.layers.values()]),
+            head_dim=_uniform([layer.head_dim for layer in self.layers.values()]),
             dtype=torch.get_autocast_dtype(self.device.type) if autocast else self.language_model.dtype,
             device=self.device,
         )
@@ -129,12 +141,17 @@ class AgentModel(nn.Module):
 
     def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Like :meth:`read`, of a call that is open already."""
+        self._check_lengths(call)
         latent = inputs_embeds is not None
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
         watching = [observer(call, latent) for observer in self.observers]
         with self.checkpointing.for_call(latent=latent):
             output = self.language_model.get_decoder()(
-                **inputs, position_ids=call.position_ids, use_cache=False, trace_call=call
+                **inputs,
+                position_ids=call.position_ids,
+                use_cache=False,
+                trace_call=call,
+                trace_layers=self.layers,
             )
         hidden, wanted = output.last_hidden_state[0], call.outputs
         # A fused last layer has left the others out already.
@@ -142,6 +159,25 @@ class AgentModel(nn.Module):
         for told in filter(None, watching):
             told(hidden)
         return hidden
+
+    def _check_lengths(self, call: Call) -> None:
+        """Raise where a row would get frequencies that it would not get alone.
+
+        transformers takes those of the longest row of a forward for all of it, and "dynamic" ones also of what it has
+        seen before.
+        """
+        if self._changes is None or call.rows.max_seqlen_k <= (limit := self._changes[1]):
+            return
+        ends = (call.position_ids[0] + 1).tolist()
+        last = [ends[at - 1] for at in call.rows.q_end.tolist()]
+        kind, alike = self._changes[0], min(last) > limit
+        if kind == "longrope" and alike:
+            return
+        what = "rows on both sides of" if kind == "longrope" else "a row beyond"
+        raise UnsupportedModelError(
+            f"the call has {what} position {limit}, where frequencies of rope_type {kind!r} change (rows end at "
+            f"{sorted(set(last))}); allowed: rows up to it{' or rows behind it' if kind == 'longrope' else ''}"
+        )
 
     @contextlib.contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
@@ -151,6 +187,10 @@ class AgentModel(nn.Module):
             yield
         finally:
             self.observers.remove(observer)
+
+
+def _uniform(sizes: list[int]) -> int | tuple[int, ...]:
+    return sizes[0] if len(set(sizes)) == 1 else tuple(sizes)
 
 
 @contextlib.contextmanager

@@ -56,9 +56,15 @@ class FusedLayer:
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         call: Call | None = kwargs.get("trace_call")
         result = None
-        if call is not None and attention_mask is None and hidden_states.device.type == "cpu":
+        if call is not None and attention_mask is None and hidden_states.device.type == "cpu" and _fits(self, kwargs):
             result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call)
         return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) if result is None else result
+
+
+def _fits(self: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the layer's queries see all columns, and its keys turn by the angles that the operation turns them by."""
+    geometry = kwargs["trace_layers"][self.self_attn.layer_idx]
+    return geometry.is_plain and geometry.slot == self.self_attn.layer_idx
 
 
 # Dynamo would specialise on the call handle and compile anew for every call; there is nothing to be fused in here.

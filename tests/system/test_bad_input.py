@@ -7,7 +7,7 @@ from models import arguments, causal_lm, packed, ragged
 
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.models.alignment import Alignment
-from diffmas.models.attention import UnsupportedModelError, attach, rotary_of, trace_attention
+from diffmas.models.attention import UnsupportedModelError, attach, trace_attention
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace, UnsupportedError
 
@@ -33,30 +33,12 @@ def system(**options):
     return MultiAgentSystem(causal_lm("qwen3"), TOPOLOGIES["relay"], **dict(latent_steps=1) | options)
 
 
-FULL = ["full_attention"] * 2
-
-
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: model_of("Mistral", sliding_window=4), r"sliding-window attention \(sliding_window\)"),
-        (
-            lambda: model_of("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
-            r"sliding-window attention \(sliding_window\)",
-        ),
-        (lambda: model_of("Gemma2"), r"sliding-window attention \(sliding_window\)"),
-        (lambda: model_of("Gemma2", layer_types=FULL), r"soft-capped attention \(attn_logit_softcapping\)"),
-        (
-            lambda: model_of("Gemma2", layer_types=FULL, attn_logit_softcapping=None),
-            r"soft-capped logits \(final_logit_softcapping\)",
-        ),
-        (lambda: model_of("GptOss", layer_types=FULL, num_local_experts=2), r"attention sinks \(sinks\)"),
         (lambda: falcon(alibi=True), r"ALiBi positions \(alibi\)"),
         (lambda: model_of("Mpt", d_model=16, n_heads=2, n_layers=1), r"ALiBi positions \(alibi\)"),
         (lambda: model_of("Bloom"), r"ALiBi positions \(alibi\)"),
-        (lambda: model_of("Cohere", logit_scale=0.5), r"scaled logits \(logit_scale\)"),
-        (lambda: model_of("Granite", logits_scaling=2.0), r"scaled logits \(logits_scaling\)"),
-        (lambda: model_of("Llama", attention_dropout=0.1), r"attention dropout \(attention_dropout\)"),
         (lambda: model_of("GPTJ", rotary_dim=4), "does not use transformers' attention interface"),
     ],
 )  # fmt: skip
@@ -73,21 +55,6 @@ def test_an_encoder_decoder_is_refused():
         attach(transformers.BartForConditionalGeneration(config))
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_frequencies_that_change_with_the_length_are_refused(kind):
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 8}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    with pytest.raises(UnsupportedModelError, match=f"rope_type is '{kind}'.*allowed: default, linear"):
-        rotary_of(model_of("Llama", rope_parameters=rope))
-
-
-def test_a_model_without_rotary_positions_is_refused():
-    config = transformers.GPT2Config(vocab_size=37, n_embd=16, n_layer=1, n_head=2)
-    with pytest.raises(UnsupportedModelError, match="no rotary position embedding"):
-        rotary_of(transformers.GPT2LMHeadModel(config))
-
-
 def test_an_attached_model_outside_a_system_says_why_it_stops():
     model = causal_lm("qwen3")
     attach(model)
@@ -100,15 +67,12 @@ def test_an_attached_model_outside_a_system_says_why_it_stops():
     [
         (dict(attention_mask=torch.ones(1)), ValueError, "attention_mask is given"),
         (dict(dropout=0.1), ValueError, "attention dropout is 0.1"),
-        (dict(sliding_window=4), UnsupportedModelError, "sliding_window = 4"),
-        (dict(softcap=2.0), UnsupportedModelError, "softcap = 2.0"),
-        (dict(s_aux=3), UnsupportedModelError, "s_aux = 3"),
     ],
 )
 def test_what_a_layer_may_not_ask_for(options, error, message):
     trace = KVTrace.allocate(num_layers=1, batch=1, num_kv_heads=1, capacity=2, head_dim=2)
     x = torch.randn(1, 1, 1, 2)
-    options = dict(attention_mask=None, trace_call=trace.open(1)) | options
+    options = dict(attention_mask=None, trace_call=trace.open(1), trace_layers={}) | options
     with pytest.raises(error, match=message):
         trace_attention(torch.nn.Identity(), x, x, x, **options)
 

@@ -10,7 +10,7 @@ from transformers import GlmConfig, GlmForCausalLM
 from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.models import decoder_layer
 from diffmas.models.alignment import Alignment, ridge_alignment
-from diffmas.models.attention import rotary_of
+from diffmas.models.geometry import geometry_of
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import cached_attention
 
@@ -115,7 +115,7 @@ def test_interleaved_partial_rotary_is_recognised():
             num_key_value_heads=1, head_dim=8, partial_rotary_factor=0.5, pad_token_id=0, eos_token_id=1,
         )
     )  # fmt: skip
-    rotary = rotary_of(model)
+    rotary = geometry_of(model)[0].rotary
     assert rotary.interleaved and rotary.inv_freq.shape == (2,)
 
 
