@@ -14,6 +14,7 @@ from benchmarks.cases import Attention, LatentRollout
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import KVTrace, backends, cached_attention
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 from diffmas_ops.storage import Stack, TraceStorage
 
@@ -41,7 +42,7 @@ def _attention_inputs(case: Attention, device: str) -> SimpleNamespace:
     x.packed_q, x.packed_grad, x.packed_k, x.packed_v = map(_packed, (x.q, x.grad, x.k, x.v))
     x.begin = int32([b * x.n for b in range(x.B)], device)
     x.rows = RowRanges(x.begin, x.begin + x.n, torch.full_like(x.begin, x.P), x.n, x.C)
-    x.softmax_scale = case.head_dim**-0.5
+    x.scoring = Scores(case.head_dim**-0.5)
     x.scores = 4.0 * case.heads * x.n * x.C * 3
     return x
 
@@ -57,7 +58,7 @@ def _contenders(found: dict[str, peers.Attend | str], make: Callable[[peers.Atte
 
 
 def _call(x: SimpleNamespace, ops) -> tuple[Tensor, Tensor]:
-    return ops.cached_attention(x.packed_q, x.packed_k, x.packed_v, *x.trace, x.rows, x.softmax_scale)
+    return ops.cached_attention(x.packed_q, x.packed_k, x.packed_v, *x.trace, x.rows, x.scoring)
 
 
 def forward(case: Attention, device: str) -> Experiment:
@@ -125,11 +126,11 @@ def backward(case: Attention, device: str) -> Experiment:
 
         def run(_):
             grad_q, delta = ops.cached_attention_backward_queries(
-                x.packed_grad, x.packed_q, out, lse, *x.trace, x.rows, x.softmax_scale
+                x.packed_grad, x.packed_q, out, lse, *x.trace, x.rows, x.scoring
             )
             ops.cached_attention_backward_columns(
                 x.packed_grad, x.packed_q, lse, delta, *x.trace, *accumulators, x.rows,
-                ColumnRanges(zero, zero + x.C), x.softmax_scale,
+                ColumnRanges(zero, zero + x.C), x.scoring,
             )  # fmt: skip
             append.kv_gather(*accumulators, x.rows, x.B * x.n, x.q.dtype)
             return grad_q
@@ -156,7 +157,7 @@ def token_backward(case: Attention, device: str) -> Experiment:
         deferred = Pending(*pending, x.rows.starts)
         return Contender(
             lambda _: ops.cached_attention_backward_token(
-                x.packed_grad, x.packed_q, out, lse, *x.trace, *accumulators, deferred, x.rows, x.softmax_scale
+                x.packed_grad, x.packed_q, out, lse, *x.trace, *accumulators, deferred, x.rows, x.scoring
             ),
             read=lambda grads: tuple(_unpacked(g, x.B) for g in grads),
         )

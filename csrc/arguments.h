@@ -2,6 +2,8 @@
 // the CUDA launchers.
 #pragma once
 
+#include <cmath>
+
 #include "checks.h"
 
 namespace diffmas {
@@ -50,6 +52,10 @@ inline ScalarType check_attention(
   STD_TORCH_CHECK(q.size(2) > 0, "q has head dim 0; allowed: 1 and above");
   check_rows(rows, keys);
   STD_TORCH_CHECK(scores.window.value_or(1) >= 1, "window is ", *scores.window, "; allowed: 1 and above, or None");
+  STD_TORCH_CHECK(scores.chunk.value_or(1) >= 1, "chunk is ", *scores.chunk, "; allowed: 1 and above, or None");
+  STD_TORCH_CHECK(
+      scores.softcap.value_or(1) > 0 && std::isfinite(scores.softcap.value_or(1)), "softcap is ", *scores.softcap,
+      "; allowed: above 0 and finite, or None");
   return acc;
 }
 

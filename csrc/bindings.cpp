@@ -2,7 +2,7 @@
 #include "registration.h"
 
 #define ROWS "Tensor q_begin, Tensor q_end, Tensor starts, int max_seqlen_q, int max_seqlen_k, "
-#define SCORES "float softmax_scale, int? window=None"
+#define SCORES "float softmax_scale, int? window=None, float? softcap=None, int? chunk=None"
 
 STABLE_TORCH_LIBRARY(diffmas, m) {
   m.def(

@@ -10,11 +10,12 @@ namespace diffmas::flat {
 /// The parameters of a Rows and of a Scores, and what they make.
 #define DIFFMAS_ROWS \
   const Tensor &q_begin, const Tensor &q_end, const Tensor &starts, int64_t max_seqlen_q, int64_t max_seqlen_k
-#define DIFFMAS_SCORES double softmax_scale, std::optional<int64_t> window
+#define DIFFMAS_SCORES \
+  double softmax_scale, std::optional<int64_t> window, std::optional<double> softcap, std::optional<int64_t> chunk
 #define DIFFMAS_THE_ROWS \
   Rows { q_begin, q_end, starts, max_seqlen_q, max_seqlen_k }
 #define DIFFMAS_THE_SCORES \
-  Scores { softmax_scale, window }
+  Scores { softmax_scale, window, softcap, chunk }
 
 inline void kv_append(const Tensor& k, const Tensor& v, const Tensor& keys, const Tensor& values, DIFFMAS_ROWS) {
   diffmas::kv_append(k, v, keys, values, DIFFMAS_THE_ROWS);

@@ -1,6 +1,7 @@
 // Which tokens, columns and deferred rows an operator works on, each as one argument; as diffmas_ops/rows.py.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include <torch/csrc/stable/tensor.h>
@@ -28,12 +29,17 @@ struct Pending {
   const Tensor &q, &grad, &lse, &delta, &starts;
 };
 
-/// How scores are made: their scale, and which of them count.
+/// How scores are made, and which of them count; as diffmas_ops/cached_attention/scores.py.
 struct Scores {
   double softmax_scale;
-  std::optional<int64_t> window;
+  std::optional<int64_t> window = {};
+  std::optional<double> softcap = {};
+  std::optional<int64_t> chunk = {};
 
-  Mask mask() const { return {window.value_or(Mask::WHOLE)}; }
+  Mask mask() const { return {columns(window), columns(chunk)}; }
+
+ private:
+  static int64_t columns(std::optional<int64_t> given) { return std::min(given.value_or(Mask::WHOLE), Mask::WHOLE); }
 };
 
 }  // namespace diffmas

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diffmas_ops import flash_engines, native, reference, triton_device
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.need import Need
 
@@ -59,10 +60,11 @@ def _functions(backend: str, need: Need) -> Any:
 
 
 def functions(
-    operator: str, like: torch.Tensor, backend: str = "auto", *, many: bool = False, window: int | None = None
+    operator: str, like: torch.Tensor, backend: str = "auto", *, many: bool = False, scores: Scores | None = None
 ) -> Any:
     """Namespace of `operator`'s functions for tensors of the device and dtype of `like`.
 
-    `many`: for a multi-token call of `cached_attention`, or its deferred rows together; `window`: of its queries.
+    `many`: for a multi-token call of `cached_attention`, or its deferred rows together; `scores`: of its queries.
     """
-    return _functions(backend, Need(operator, like.device.type, like.dtype, many, window is not None))
+    asked = () if scores is None else scores.asked
+    return _functions(backend, Need(operator, like.device.type, like.dtype, many, asked))

@@ -67,7 +67,7 @@ class Call:
             others.
         outputs: the tokens whose results are wanted, where that is not all; a model's last layer need not
             compute the others beyond their keys and values.
-        attend: None, or `(q, k, v, layer, softmax_scale) -> (out, lse)` in the operator's place, for a call whose
+        attend: None, or `(q, k, v, layer, scores) -> (out, lse)` in the operator's place, for a call whose
             keys and values are not all in its own storage. Without gradient.
     """
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import backends
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
@@ -27,17 +28,16 @@ if TYPE_CHECKING:
 class Deferred:
     """The queries of one streak of single-token calls at one layer, which older columns still wait for."""
 
-    def __init__(self, call: Call, q: Tensor, softmax_scale: float, window: int | None):
+    def __init__(self, call: Call, q: Tensor, scores: Scores):
         batch, slots, heads, head_dim = len(call.lengths), call.slot + 1, q.shape[1], q.shape[2]
         acc = accumulation_dtype(q.dtype)
-        self.streak, self.softmax_scale, self.window = call.streak, softmax_scale, window
+        self.streak, self.scores = call.streak, scores
         grad, lse = q.new_zeros(batch, slots, heads, head_dim), q.new_full((batch, slots, heads), torch.inf, dtype=acc)
         self.tensors = Pending(torch.zeros_like(grad), grad, lse, torch.zeros_like(lse), call.streak.starts)
 
-    def takes(self, call: Call, q: Tensor, softmax_scale: float, window: int | None) -> bool:
+    def takes(self, call: Call, q: Tensor, scores: Scores) -> bool:
         """Whether the queries of `call` can be added by the same dense pass."""
-        own = (self.streak, self.softmax_scale, self.window, self.tensors.q.shape[2])
-        return own == (call.streak, softmax_scale, window, q.shape[1])
+        return (self.streak, self.scores, self.tensors.q.shape[2]) == (call.streak, scores, q.shape[1])
 
     def rows(self, max_seqlen_k: int) -> RowRanges:
         """All slots in the flattened `[batch * slots]` token dimension, at their own positions."""
@@ -72,21 +72,21 @@ class TraceGradients:
         q: Tensor,
         out: Tensor,
         lse: Tensor,
-        softmax_scale: float,
-        window: int | None = None,
+        *scores: float | int | None,
         outputs: Outputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a call's packed `q, k, v` at `layer`, given that of its output.
 
-        `outputs`: q, out, lse and the gradient of out are of these tokens of the call only.
+        `scores`: the fields of a :class:`Scores`; `outputs`: q, out, lse and the gradient of out are of these tokens
+        of the call only.
         """
-        rows = (call if outputs is None else outputs).rows
+        rows, scores = (call if outputs is None else outputs).rows, Scores(*scores)
         if call.rehearsing:
-            return self._rehearse(call, layer, grad_out, q, out, lse, rows, softmax_scale, window)
+            return self._rehearse(call, layer, grad_out, q, out, lse, rows, scores)
         call.claim_backward(layer)
         if call.streak is None or outputs is not None:
-            return self._backward_many(call, layer, grad_out, q, out, lse, rows, softmax_scale, window)
-        return self._backward_token(call, layer, grad_out, q, out, lse, softmax_scale, window)
+            return self._backward_many(call, layer, grad_out, q, out, lse, rows, scores)
+        return self._backward_token(call, layer, grad_out, q, out, lse, scores)
 
     def flush_all(self, column_end: Tensor, max_seqlen_k: int) -> None:
         """:meth:`flush` every layer."""
@@ -114,47 +114,44 @@ class TraceGradients:
             return
         keys, values, grad_keys, grad_values = self._layer(layer)
         q, grad, lse, delta, _ = pending.tensors
-        scores = (pending.softmax_scale, pending.window)
-        ops = backends.functions("cached_attention", q, self._backend, many=True, window=pending.window)
+        ops = backends.functions("cached_attention", q, self._backend, many=True, scores=pending.scores)
         ops.cached_attention_backward_columns(
             grad.flatten(0, 1), q.flatten(0, 1), lse.flatten(0, 1), delta.flatten(0, 1), keys, values, grad_keys,
-            grad_values, pending.rows(max_seqlen_k), ColumnRanges(self.frozen, column_end), *scores,
+            grad_values, pending.rows(max_seqlen_k), ColumnRanges(self.frozen, column_end), pending.scores,
         )  # fmt: skip
 
-    def _rehearse(self, call, layer, grad_out, q, out, lse, rows, softmax_scale, window):
+    def _rehearse(self, call, layer, grad_out, q, out, lse, rows, scores):
         """`_backward_many` without a trace of it: only the call's own columns are added to, and then set back."""
         # The flush is what later calls owe, and stays.
         self.flush(layer, call.ends, call.rows.max_seqlen_k)
         _, _, grad_keys, grad_values = self._layer(layer)
         moves = backends.functions("kv_append", grad_keys, self._backend)
         before = moves.kv_gather(grad_keys, grad_values, call.rows, call.total, grad_keys.dtype)
-        grads = self._backward_many(
-            call, layer, grad_out, q, out, lse, rows, softmax_scale, window, column_begin=call.starts
-        )
+        grads = self._backward_many(call, layer, grad_out, q, out, lse, rows, scores, column_begin=call.starts)
         moves.kv_append(*before, grad_keys, grad_values, call.rows)
         return grads
 
-    def _backward_many(self, call, layer, grad_out, q, out, lse, rows, softmax_scale, window, column_begin=None):
+    def _backward_many(self, call, layer, grad_out, q, out, lse, rows, scores, column_begin=None):
         self.flush(layer, call.ends, call.rows.max_seqlen_k)
         keys, values, grad_keys, grad_values = self._layer(layer)
-        ops = backends.functions("cached_attention", q, self._backend, many=True, window=window)
+        ops = backends.functions("cached_attention", q, self._backend, many=True, scores=scores)
         columns = ColumnRanges(self.frozen if column_begin is None else column_begin, call.ends)
         grad_q = ops.cached_attention_backward(
-            grad_out, q, out, lse, keys, values, grad_keys, grad_values, rows, columns, softmax_scale, window
+            grad_out, q, out, lse, keys, values, grad_keys, grad_values, rows, columns, scores
         )
         gather = backends.functions("kv_append", grad_keys, self._backend).kv_gather
         return grad_q, *gather(grad_keys, grad_values, call.rows, call.total, q.dtype)
 
-    def _backward_token(self, call, layer, grad_out, q, out, lse, softmax_scale, window):
+    def _backward_token(self, call, layer, grad_out, q, out, lse, scores):
         pending = self._pending.get(layer)
-        if pending is not None and not pending.takes(call, q, softmax_scale, window):
+        if pending is not None and not pending.takes(call, q, scores):
             self.flush(layer, call.ends, call.rows.max_seqlen_k)
             pending = None
         if pending is None:
-            pending = self._pending[layer] = Deferred(call, q, softmax_scale, window)
-        ops = backends.functions("cached_attention", q, self._backend, window=window)
+            pending = self._pending[layer] = Deferred(call, q, scores)
+        ops = backends.functions("cached_attention", q, self._backend, scores=scores)
         return ops.cached_attention_backward_token(
-            grad_out, q, out, lse, *self._layer(layer), pending.tensors, call.rows, softmax_scale, window
+            grad_out, q, out, lse, *self._layer(layer), pending.tensors, call.rows, scores
         )
 
     def _layer(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """The compiled backends, one for each kind of device.
 
-The compiled operators take row and column ranges flat; :class:`Functions` gives them the signatures of the others.
+The compiled operators take ranges and scores flat; :class:`Functions` gives them the signatures of the others.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ class Functions:
     def kv_gather(self, keys, values, rows, total, dtype):
         return self._operators.kv_gather(keys, values, *rows, total, dtype)
 
-    def cached_attention(self, q, k, v, keys, values, rows, *scores):
+    def cached_attention(self, q, k, v, keys, values, rows, scores):
         return self._operators.cached_attention(q, k, v, keys, values, *rows, *scores)
 
-    def cached_attention_backward_queries(self, grad_out, q, out, lse, keys, values, rows, *scores):
+    def cached_attention_backward_queries(self, grad_out, q, out, lse, keys, values, rows, scores):
         return self._operators.cached_attention_backward_queries(grad_out, q, out, lse, keys, values, *rows, *scores)
 
     def cached_attention_backward_columns(
-        self, grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, *scores
+        self, grad_out, q, lse, delta, keys, values, grad_keys, grad_values, rows, columns, scores
     ):
         return self._operators.cached_attention_backward_columns(
             grad_out, q, lse, delta, keys, values, grad_keys, grad_values, *rows, *columns, *scores
         )
 
     def cached_attention_backward(
-        self, grad_out, q, out, lse, keys, values, grad_keys, grad_values, rows, columns, *scores
+        self, grad_out, q, out, lse, keys, values, grad_keys, grad_values, rows, columns, scores
     ):
         return self._operators.cached_attention_backward(
             grad_out, q, out, lse, keys, values, grad_keys, grad_values, *rows, *columns, *scores
         )
 
     def cached_attention_backward_token(
-        self, grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, rows, *scores
+        self, grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, rows, scores
     ):
         return self._operators.cached_attention_backward_token(
             grad_out, q, out, lse, keys, values, grad_keys, grad_values, *pending, *rows, *scores
@@ -69,8 +69,6 @@ class Compiled:
             return reason
         if need.dtype not in SUPPORTED:
             return f"it has no {need.dtype} kernels"
-        if need.window and self.device == "cuda":
-            return "it has no window of columns"
         missing = [f for f in OPERATORS[need.operator] if not library.has_kernel(f, self.device)]
         return f"no {self.device} kernel is registered for {', '.join(missing)}" if missing else None
 

@@ -27,11 +27,12 @@ OPERATORS = {
 class Need(NamedTuple):
     """One of `OPERATORS`, on `device` ("cpu", "cuda"), in `dtype`.
 
-    `many`: for a multi-token call of `cached_attention`, or its deferred rows together; `window`: with a window.
+    `many`: for a multi-token call of `cached_attention`, or its deferred rows together; `asked`: what its scores are
+    beside scaled (`Scores.asked`).
     """
 
     operator: str
     device: str
     dtype: torch.dtype
     many: bool = False
-    window: bool = False
+    asked: tuple[str, ...] = ()

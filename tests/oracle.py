@@ -85,26 +85,44 @@ def batch(model, dag, prompts, answers, **options) -> tuple[Tensor, Tensor]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, first: int, scale: float | None = None, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """`q [n, Hq, D]` at positions `first…` over all of `k, v [N, Hkv, D]`, column j at position j.
 
-    With a window, over the last `window` columns of those up to its own.
+    With a window, over the last `window` columns of those up to its own; with a chunk, over those of its own chunk;
+    `sinks [Hq]` are the scores of one more column, without a value.
     """
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool)
     for i in range(q.shape[0]):
-        hidden[i, 0 if window is None else max(0, first + i + 1 - window) : first + i + 1] = False
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+        for j in range(k.shape[0]):
+            behind = j > first + i
+            far = window is not None and first + i - j >= window
+            apart = chunk is not None and j // chunk != (first + i) // chunk
+            hidden[i, j] = behind or far or apart
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks[:, None, None].expand(-1, q.shape[0], 1)), -1)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1)[..., : k.shape[0]], v)
 
 
 class DenseTrace:
     """One row's keys and values of every layer, grown by `torch.cat`; the oracle of a KVTrace."""
 
-    def __init__(self, layers: list[tuple[Tensor, Tensor]], window: int | None = None):
-        self.layers, self.window = layers, window
+    def __init__(self, layers: list[tuple[Tensor, Tensor]], **scores):
+        self.layers, self.scores = layers, scores
 
     def __len__(self):
         return self.layers[0][0].shape[0]
@@ -113,7 +131,7 @@ class DenseTrace:
         with torch.enable_grad():  # A call without gradients must not cut those of older columns.
             keys, values = (torch.cat(pair) for pair in zip(self.layers[layer], (k, v), strict=True))
         self.layers[layer] = (keys, values)
-        return attend(q, keys, values, keys.shape[0] - q.shape[0], window=self.window)
+        return attend(q, keys, values, keys.shape[0] - q.shape[0], **self.scores)
 
     def detach_(self):
         self.layers = [(k.detach(), v.detach()) for k, v in self.layers]

@@ -23,8 +23,9 @@ class Toy:
         width=6,
         interleaved=False,
         rotary_dim=None,
-        window=None,
         seed=0,
+        sinks=False,
+        **scores,
     ):
         generator = torch.Generator().manual_seed(seed)
 
@@ -32,7 +33,9 @@ class Toy:
             w = torch.randn(rows, columns, dtype=torch.float64, generator=generator) * rows**-0.5
             return w.requires_grad_()
 
-        self.window = window
+        self.scores = scores
+        if sinks:
+            scores["sinks"] = torch.randn(heads, dtype=torch.float64, generator=generator).requires_grad_()
         self.num_layers, self.kv_heads, self.head_dim, self.width = num_layers, kv_heads, head_dim, width
         self.layers = [
             [weight(width, n * head_dim) for n in (heads, kv_heads, kv_heads)] + [weight(heads * head_dim, width)]
@@ -40,7 +43,7 @@ class Toy:
         ]
         half = (rotary_dim or head_dim) // 2
         self.rotary = Rotary(10.0 ** (-torch.arange(half, dtype=torch.float64) / half), interleaved)
-        self.parameters = [w for layer in self.layers for w in layer]
+        self.parameters = [w for layer in self.layers for w in layer] + ([scores["sinks"]] if sinks else [])
 
     def trace(self, batch: int, capacity: int = 64, **options) -> KVTrace:
         return KVTrace.allocate(
@@ -50,7 +53,7 @@ class Toy:
 
     def dense(self) -> DenseTrace:
         empty = torch.zeros(0, self.kv_heads, self.head_dim, dtype=torch.float64)
-        return DenseTrace([(empty, empty)] * self.num_layers, self.window)
+        return DenseTrace([(empty, empty)] * self.num_layers, **self.scores)
 
     def rephase(self, x: Tensor, positions: Tensor | int) -> Tensor:
         return rotate(x, positions, self.rotary.inv_freq, self.rotary.interleaved)
@@ -69,7 +72,7 @@ class Toy:
                 hidden,
                 index,
                 call.position_ids[0],
-                lambda q, k, v: cached_attention(q, k, v, call, layer=index, window=self.window),
+                lambda q, k, v: cached_attention(q, k, v, call, layer=index, **self.scores),
             )
 
         for i in range(self.num_layers):

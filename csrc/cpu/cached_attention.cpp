@@ -18,7 +18,8 @@ AttentionInputs<S> inputs(
       scores.mask(),
       q.size(1) / keys.size(1),
       q.size(2),
-      static_cast<Acc<S>>(scores.softmax_scale)};
+      static_cast<Acc<S>>(scores.softmax_scale),
+      static_cast<Acc<S>>(scores.softcap.value_or(0))};
 }
 
 Tensor like(const Tensor& q) { return new_tensor(q, {q.size(0), q.size(1), q.size(2)}, q.scalar_type()); }
@@ -177,7 +178,7 @@ Tensor cached_attention_backward(
     using S = decltype(storage);
     using A = Acc<S>;
     const int64_t dim = q.size(2), heads = keys.size(1), stride = (dim + PADDING - 1) / PADDING * PADDING;
-    const GradientPlan plan = plan_gradients(rows, keys.size(0), heads, q.size(1) / heads, stride);
+    const GradientPlan plan = plan_gradients(rows, scores.mask(), keys.size(0), heads, q.size(1) / heads, stride);
     Buffer<A> partial(plan.partial_rows * stride);
     const AttentionGradient<S> gradient{
         {inputs<S>(q, keys, values, rows, scores), packed<const S>(grad_out), packed<const A>(lse),
@@ -245,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
       if (rows.count(row) == 0) return;
       const int64_t token = rows.begin[row], column = rows.starts[row], slot = column - origin[row];
       // A slot further on stands a column further on.
-      const int64_t seeing = std::min(slots, scores.mask().end_seeing(slot)) - slot;
+      const int64_t seeing = std::min(slots - slot, scores.mask().end_seeing(column) - column);
       const OwnColumn<S> own{
           pending_of<S>(pending.q, row, slot, first),
           pending_of<S>(pending.grad, row, slot, first),
@@ -255,6 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
           group,
           dim,
           static_cast<A>(scores.softmax_scale),
+          static_cast<A>(scores.softcap.value_or(0)),
           key.at(row, head, column),
           value.at(row, head, column),
           grad_key.at(row, head, column),

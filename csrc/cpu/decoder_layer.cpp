@@ -303,7 +303,7 @@ States decoder_layer(
     const Tensor low_q = apply(layer.of({Q}), x, {q});
     const auto [out, lse] = cached_attention(
         rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs)), std::nullopt, std::nullopt, keys,
-        values, queries, {softmax_scale, std::nullopt});
+        values, queries, {softmax_scale});
     const Tensor middle = rows_like(h, rows, h.size(1));
     const Tensor low_o = apply(layer.of({O}), as_matrix(out), {middle});
     add<T>(middle, chosen<T>(h, outputs));

@@ -79,7 +79,7 @@ struct AttentionInputs {
   RowRanges rows;
   Mask mask;
   int64_t group, dim;
-  Acc<S> scale;
+  Acc<S> scale, softcap;  // softcap is 0 where there is none
 };
 
 template <class S>
@@ -128,7 +128,7 @@ struct OwnColumn {
   Packed<const S> q, grad_out;      // (slot, query head of the group)
   Packed<const Acc<S>> lse, delta;  // the same
   int64_t slots, group, dim;
-  Acc<S> scale;
+  Acc<S> scale, softcap;
   const S *key, *value;
   const Acc<S>*grad_key, *grad_value;
   S *grad_k, *grad_v;

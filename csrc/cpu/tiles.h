@@ -88,12 +88,14 @@ struct GradientPlan {
   int64_t work = 0;  // query rows * columns
 };
 
-inline GradientPlan plan_gradients(const RowRanges& rows, int64_t batch, int64_t heads, int64_t group, int64_t dim) {
+inline GradientPlan plan_gradients(
+    const RowRanges& rows, const Mask& mask, int64_t batch, int64_t heads, int64_t group, int64_t dim) {
   GradientPlan plan;
   for (int64_t row = 0; row < batch; ++row) {
     const int64_t tokens = rows.count(row), total = tokens * group;
     if (tokens == 0) continue;
-    const int64_t columns = rows.position(row, tokens - 1) + 1;
+    const int64_t lowest = mask.first_seen(rows.position(row, 0)) / TILE * TILE;
+    const int64_t columns = mask.end_seen(rows.position(row, tokens - 1)) - lowest;
     const int64_t most = std::min(GRADIENT_SPLITS, GRADIENT_ELEMENTS / (total * dim));
     const int64_t wanted = std::clamp<int64_t>(columns / GRADIENT_COLUMNS, 1, std::max<int64_t>(1, most));
     const int64_t width = ((columns + wanted - 1) / wanted + TILE - 1) / TILE * TILE;
@@ -102,7 +104,8 @@ inline GradientPlan plan_gradients(const RowRanges& rows, int64_t batch, int64_t
       for (int64_t first = 0; first < total; first += TILE)
         plan.sums.push_back({row, head, first, std::min(first + TILE, total), plan.partial_rows, splits});
       for (int64_t begin = 0; begin < columns; begin += width) {
-        plan.tiles.push_back({row, head, begin, std::min(begin + width, columns), plan.partial_rows});
+        plan.tiles.push_back(
+            {row, head, lowest + begin, lowest + std::min(begin + width, columns), plan.partial_rows});
         plan.partial_rows += total;
       }
     }

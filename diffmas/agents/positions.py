@@ -79,6 +79,5 @@ def _check_code(model: PreTrainedModel, limit: int, positions: int, what: str) -
 def _changing(model: PreTrainedModel, begin: int) -> set[int]:
     """Layers whose keys tell `begin` from the position behind it."""
     here, there = (keys_at(model, at) for at in (begin, begin + 1))
-    return {
-        layer for layer, (a, b) in enumerate(zip(here, there, strict=True)) if not torch.equal(a[:, :, 0], b[:, :, 0])
-    }
+    pairs = enumerate(zip(here, there, strict=True))
+    return {layer for layer, (a, b) in pairs if not torch.equal(a[:, :, 0], b[:, :, 0])}

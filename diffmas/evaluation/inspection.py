@@ -14,6 +14,7 @@ from diffmas.agents.trajectory import Trajectory
 from diffmas.models.agent_model import Lengths, evaluating
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import Call, KVTrace, backends
+from diffmas_ops.cached_attention.scores import Scores
 
 # Queries whose probabilities are held at once.
 _BLOCK = 64
@@ -26,6 +27,7 @@ class Part:
     Attributes:
         kind: "prompt", "latent steps" or "answer".
         mass: attention probability on them, averaged over layers, heads and the answer's tokens; all parts sum to 1.
+            What an attention sink takes is left out.
         layers: the same of each layer.
     """
 
@@ -126,21 +128,21 @@ class _Masses:
         self._layers: dict[int, Tensor] = {}
 
     def __call__(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores
     ) -> tuple[Tensor, Tensor]:
         call = self._call
         keys, values = call.storage.layer(layer)
-        ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None)
-        out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scale)
+        ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None, scores=scores)
+        out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scores)
         keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
         columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)
         positions = call.position_ids[0]
         for begin in range(len(q) - self._queries, len(q), _BLOCK):
             some = slice(begin, begin + _BLOCK)
             grouped = q[some].to(lse.dtype).unflatten(1, (keys.shape[0], -1))
-            scores = torch.einsum("nhgd,hcd->nhgc", grouped, keys).flatten(1, 2) * scale
-            probabilities = (scores - lse[some].unsqueeze(-1)).exp()
-            total += (probabilities * (columns <= positions[some, None, None])).sum((0, 1))
+            products = torch.einsum("nhgd,hcd->nhgc", grouped, keys).flatten(1, 2) * scores.softmax_scale
+            probabilities = (scores.cap(products) - lse[some].unsqueeze(-1)).exp()
+            total += probabilities.masked_fill(~scores.sees(positions[some, None, None], columns), 0.0).sum((0, 1))
         self._layers[layer] = total / (self._queries * q.shape[1])
         return out, lse
 

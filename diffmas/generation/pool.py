@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import KVTrace, backends, merge_states
+from diffmas_ops.cached_attention.scores import Scores
+from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import RowRanges
 from diffmas_ops.storage import Stack, TraceStorage
 
@@ -162,14 +164,13 @@ class OwnTraces:
 class SharedTraces(OwnTraces):
     """The samples of a row share its trace as it was before them; each appends to a short one of its own.
 
-    Attention over the two is merged by their log-sum-exps. Over the shared part, a row's samples are further query
-    heads of its keys' heads, so that one pass over the keys and values serves all of them.
+    Attention over the two is merged by their log-sum-exps. A window or a chunk counts real positions: of either part,
+    an answer sees its last so many columns, and answers that see as many go together.
     """
 
     def __init__(self, like: KVTrace):
         super().__init__(like)
         self._shared = Columns(like)
-        self._ops = backends.functions("cached_attention", like.keys, like.backend, many=False)
         self._row_of: dict[Prompt, int] = {}
         self._prompt_of: dict[int, Prompt] = {}
 
@@ -193,49 +194,113 @@ class SharedTraces(OwnTraces):
     def plan(self, slots: Sequence[int]) -> None:
         """See :meth:`OwnTraces.plan`."""
         super().plan(slots)
-        rows = [self._row_of[self._prompt_of[slot]] for slot in slots]
-        token_of = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-        self._prefix = _Ranges(self._shared, token_of, [n - 1 for n in self._shared.lengths])
-        # Which of its row's blocks of heads each answer is.
-        taken, heads = dict.fromkeys(token_of, 0), []
-        for row in rows:
-            heads.append(taken[row])
-            taken[row] += 1
-        self._grid = len(token_of), max(taken.values())
-        at = [token_of[row] * self._grid[1] + head for row, head in zip(rows, heads, strict=True)]
-        whole = at == list(range(self._grid[0] * self._grid[1]))
-        self._at = None if whole else torch.tensor(at).to(self.storage.device)
+        self._rows = [self._row_of[self._prompt_of[slot]] for slot in slots]
+        self._whole = _Together(self._shared, self._rows)
 
     def _positions(self, slots: Sequence[int]) -> list[int]:
         prefixes = (self._shared.lengths[self._row_of[self._prompt_of[slot]]] for slot in slots)
         return [n + self.storage.lengths[slot] for n, slot in zip(prefixes, slots, strict=True)]
 
-    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scale: float) -> tuple[Tensor, Tensor]:
+    def open(self) -> None:
+        """See :meth:`OwnTraces.open`."""
+        super().open()
+        self._parts: dict[Scores, tuple[list[tuple], list[tuple]]] = {}
+
+    def attend(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
         """Append `k, v [answers, num_kv_heads, D]` where given, attend with `q [answers, num_heads, D]`."""
-        own = self._attend(self.storage, self.rows, q, k, v, layer, scale)
-        shared = self._attend(self._shared, self._prefix.rows, self._pack(q, layer), None, None, layer, scale)
-        outs, lses = (torch.stack((a, self._unpack(b, layer))) for a, b in zip(own, shared, strict=True))
+        if scores not in self._parts:
+            self._parts[scores] = self._shared_parts(scores), self._own_parts(scores)
+        of_shared, of_own = self._parts[scores]
+        outs = q.new_zeros(2, *q.shape)
+        lses = q.new_full(outs.shape[:3], -torch.inf, dtype=accumulation_dtype(q.dtype))
+        ops = backends.functions("cached_attention", q, self.backend, scores=scores)
+        shared = self._shared.layer(layer)
+        for seen, answers, together in of_shared:
+            packed = together.pack(q[answers], shared.keys.shape[1])
+            found = ops.cached_attention(packed, None, None, *shared, together.rows, seen)
+            outs[0, answers], lses[0, answers] = (together.unpack(x, shared.keys.shape[1]) for x in found)
+        for seen, answers, rows in of_own:
+            found = ops.cached_attention(q, k, v, *self.storage.layer(layer), rows, seen)
+            outs[1, answers], lses[1, answers] = (x[answers] for x in found)
         return merge_states(outs, lses, backend=self.backend)
 
-    def _num_kv_heads(self, layer: int) -> int:
-        return self._shared.layer(layer).keys.shape[1]
+    def _shared_parts(self, scores: Scores) -> list[tuple[Scores, Tensor | slice, _Together]]:
+        """How scores are made, of which answers, and their rows, for every call over the shared traces."""
+        if not scores.local:
+            return [(scores, slice(None), self._whole)]
+        seen = []
+        for slot, row in zip(self._slots, self._rows, strict=True):
+            length = self._shared.lengths[row]
+            seen.append((length, length - scores.first_seen(length + self.storage.lengths[slot])))
+        return [
+            (part, self._index(some), _Together(self._shared, [self._rows[i] for i in some]))
+            for part, some in _alike(scores, seen)
+        ]
 
-    def _attend(self, columns: Columns, rows, q, k, v, layer: int, scale: float) -> tuple[Tensor, Tensor]:
-        keys, values = columns.layer(layer)
-        return self._ops.cached_attention(q, k, v, keys, values, rows, scale)
+    def _own_parts(self, scores: Scores) -> list[tuple[Scores, Tensor | slice, RowRanges]]:
+        """The same over the answers' own traces; where there are no chunks, a window moves along with them."""
+        if scores.chunk is None:
+            return [(scores, slice(None), self.rows)]
+        seen = []
+        for slot, row in zip(self._slots, self._rows, strict=True):
+            before, own = self._shared.lengths[row], self.storage.lengths[slot]
+            seen.append((own + 1, min(own + 1, before + own + 1 - scores.first_seen(before + own))))
+        return [
+            (
+                part,
+                self._index(some),
+                _Ranges(self.storage, {self._slots[i]: i for i in some}, self.storage.lengths).rows,
+            )
+            for part, some in _alike(scores, seen)
+        ]
 
-    def _pack(self, q: Tensor, layer: int) -> Tensor:
+    def _index(self, answers: Sequence[int]) -> Tensor | slice:
+        whole = len(answers) == self.total
+        return slice(None) if whole else torch.tensor(answers).to(self.storage.device)
+
+
+class _Together:
+    """Answers that see the same of their rows' shared traces: a row's answers are further query heads of its keys'
+    heads, so that one pass over the keys and values serves all of them. `rows`: the operator's, a token each.
+    """
+
+    def __init__(self, shared: Columns, rows: Sequence[int]):
+        token_of = {row: i for i, row in enumerate(dict.fromkeys(rows))}
+        self.rows = _Ranges(shared, token_of, [n - 1 for n in shared.lengths]).rows
+        # Which of its row's blocks of heads each answer is.
+        taken, blocks = dict.fromkeys(token_of, 0), []
+        for row in rows:
+            blocks.append(taken[row])
+            taken[row] += 1
+        self._grid = len(token_of), max(taken.values())
+        at = [token_of[row] * self._grid[1] + block for row, block in zip(rows, blocks, strict=True)]
+        whole = at == list(range(self._grid[0] * self._grid[1]))
+        self._at = None if whole else torch.tensor(at).to(shared.device)
+
+    def pack(self, q: Tensor, kv_heads: int) -> Tensor:
         """`[answers, heads, D]` to `[rows, kv_heads · samples · group, D]`."""
         rows, samples = self._grid
         if self._at is not None:
             q = q.new_zeros(rows * samples, *q.shape[1:]).index_copy_(0, self._at, q)
-        q = q.unflatten(0, (rows, samples)).unflatten(2, (self._num_kv_heads(layer), -1))
-        return q.transpose(1, 2).flatten(1, 3)
+        return q.unflatten(0, (rows, samples)).unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(1, 3)
 
-    def _unpack(self, x: Tensor, layer: int) -> Tensor:
+    def unpack(self, x: Tensor, kv_heads: int) -> Tensor:
         """`[rows, kv_heads · samples · group, …]` to `[answers, heads, …]`."""
-        x = x.unflatten(1, (self._num_kv_heads(layer), self._grid[1], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        x = x.unflatten(1, (kv_heads, self._grid[1], -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
         return x if self._at is None else x[self._at]
+
+
+def _alike(scores: Scores, seen: Sequence[tuple[int, int]]) -> list[tuple[Scores, list[int]]]:
+    """Of `(columns, how many of the last of them an answer sees)`: the answers that see as many, those that see nothing
+    left out, and scores that let them.
+    """
+    groups: dict[int | None, list[int]] = {}
+    for answer, (columns, last) in enumerate(seen):
+        if last > 0:
+            groups.setdefault(None if last >= columns else last, []).append(answer)
+    return [(scores._replace(window=last, chunk=None), some) for last, some in groups.items()]
 
 
 def _take(columns: Columns, prompts: Sequence[Prompt]) -> list[int]:

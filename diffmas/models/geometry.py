@@ -205,7 +205,7 @@ def _probing(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_scales(model: PreTrainedModel) -> Iterator[None]:
-    """With other values in the vectors of attention modules: a norm's weights of one would hide that they do not turn."""
+    """With other values in the vectors of attention modules: weights of one would hide a norm behind the rotation."""
     vectors = [
         p
         for module in model.modules()
@@ -328,19 +328,13 @@ def _turn(one: _Sighting, other: _Sighting, apart: int, candidates: Sequence[_Ca
     best = min(range(len(placed)), key=errors.__getitem__)
     tolerance = 1e-3 if one.key.dtype in (torch.float32, torch.float64) else 30 * torch.finfo(one.key.dtype).eps
     if not errors[best] <= tolerance:
-        return {
-            "immovable": f"no rotation explains how its keys change with their positions (error {errors[best]:.1g})"
-        }
+        return {"immovable": f"no rotation explains how keys change with their positions (error {errors[best]:.1g})"}
     chosen = placed[best]
+    turn: dict[str, Any] = {"rotary": chosen.rotary, "offset": chosen.offset}
     if chosen.limit is not None:
-        why = f"its frequencies change with the length (rope_type {chosen.kind!r})"
-        return {
-            "rotary": chosen.rotary,
-            "offset": chosen.offset,
-            "immovable": why,
-            "changes": (chosen.kind, chosen.limit),
-        }
-    return {"rotary": chosen.rotary, "offset": chosen.offset}
+        turn["immovable"] = f"frequencies change with the length (rope_type {chosen.kind!r})"
+        turn["changes"] = (chosen.kind, chosen.limit)
+    return turn
 
 
 def _offsets(candidate: _Candidate, dim: int) -> list[int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.cached_attention.reference import cached_attention
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.decoder_layer import checks
 from diffmas_ops.decoder_layer.checks import DOWN, GATE, UP, K, O, Q, V
 from diffmas_ops.kv_append.reference import kv_append
@@ -103,7 +104,8 @@ def decoder_layer(
         h, x, cos, sin = (t[outputs] for t in (h, x, cos, sin))
     q, low_q = p.linear(Q, x)
     rows = RowRanges(*queries, query_max_seqlen_q, max_seqlen_k)
-    out, lse = cached_attention(p.rotated(norms[2], q, cos, sin), None, None, keys, values, rows, softmax_scale)
+    scores = Scores(softmax_scale)
+    out, lse = cached_attention(p.rotated(norms[2], q, cos, sin), None, None, keys, values, rows, scores)
     attended, low_o = p.linear(O, out.flatten(1))
     middle = h + attended
     x = p.norm(norms[1], middle)

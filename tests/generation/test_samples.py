@@ -52,8 +52,16 @@ def test_prompts_are_read_and_kept_once(system, tokenizer, max_rows):
     assert [row[:1] for row in shared] == decode(system, rows, tokenizer, samples=1)
 
 
-def test_attention_over_both_parts(system):
-    """Values of one step against the operator on whole traces, samples unevenly spread over their rows."""
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {}, dict(softcap=0.7), *(dict(window=n) for n in (1, 4, 19, 100)), *(dict(chunk=n) for n in (1, 7, 20, 42, 100)),
+        dict(window=9, chunk=20), dict(window=3, chunk=5, softcap=0.7, sinks=torch.arange(4.0)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_attention_over_both_parts(scores):
+    """Values of steps against the operator on whole traces, samples unevenly spread over their rows, one come late."""
     shape = dict(num_layers=1, num_kv_heads=2, head_dim=8, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
 
@@ -69,18 +77,25 @@ def test_attention_over_both_parts(system):
     def tokens(traces):
         logits = torch.empty(0)
         found = [Prompt(trace, row, logits, order.count(row)) for row in range(3)]
-        traces.plan(traces.admit([found[row] for row in order]))
+        slots = traces.admit([found[row] for row in order[:-1]])
         outs = []
         again = torch.Generator().manual_seed(1)
-        for _ in range(5):
-            q, k, v = (torch.randn(5, n, 8, dtype=torch.float64, generator=again) for n in (4, 2, 2))
+        for step in range(8):
+            if step in (0, 3):
+                slots += traces.admit([found[order[-1]]]) if step else []
+                traces.plan(slots)
+            q, k, v = (torch.randn(len(slots), n, 8, dtype=torch.float64, generator=again) for n in (4, 2, 2))
             traces.open()
-            outs.append(diffmas_ops.cached_attention(q, k, v, traces, layer=0))
+            outs.append(diffmas_ops.cached_attention(q, k, v, traces, layer=0, **scores))
             traces.close()
-        return torch.stack(outs), traces.position_ids
+        return torch.cat(outs), traces.position_ids
 
     (own, positions), (shared, shared_positions) = tokens(OwnTraces(trace)), tokens(SharedTraces(trace))
-    assert positions.tolist() == shared_positions.tolist() == [[lengths[row] + 5 for row in order]]
+    assert (
+        positions.tolist()
+        == shared_positions.tolist()
+        == [[lengths[row] + n for row, n in zip(order, (8, 8, 8, 8, 5), strict=True)]]
+    )
     assert torch.allclose(own, shared, rtol=0, atol=1e-12)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import ColumnRanges, RowRanges
 
@@ -31,6 +32,8 @@ class Case:
     head_dim: int = 16
     scale: float = 0.3
     window: int | None = None
+    softcap: float | None = None
+    chunk: int | None = None
 
     @property
     def max_seqlen_q(self) -> int:
@@ -59,6 +62,22 @@ WINDOWED = {
     "longer than all": Case((2, 3, 0), (131, 0, 9), window=1000),
     "single": Case((1, 0, 1), (0, 7, 200), heads=8, kv_heads=2, window=50),
 }
+CHUNKED = {
+    "shorter than the new tokens": Case((5, 0, 37), (3, 7, 50), chunk=4),
+    "one column": Case((13, 1, 41), (0, 97, 11), heads=3, kv_heads=1, head_dim=24, chunk=1),
+    "across tiles": Case((64, 33), (0, 90), heads=2, kv_heads=2, chunk=50),
+    "longer than all": Case((2, 3, 0), (131, 0, 9), chunk=1000),
+    "single": Case((1, 1, 1), (0, 96, 200), heads=8, kv_heads=2, chunk=96),
+    "with a shorter window": Case((30, 9), (129, 0), heads=5, kv_heads=1, chunk=40, window=11),
+    "with a longer window": Case((30, 9), (129, 0), heads=5, kv_heads=1, chunk=20, window=31),
+}
+CAPPED = {
+    "all columns": Case((5, 0, 37), (3, 7, 50), softcap=0.8),
+    "cap that scores hardly feel": Case((13, 1, 41), (0, 97, 11), heads=3, kv_heads=1, head_dim=24, softcap=50.0),
+    "single": Case((1, 1, 1), (0, 96, 200), heads=8, kv_heads=2, softcap=1.5),
+    "with window and chunk": Case((30, 9), (129, 0), heads=5, kv_heads=1, chunk=40, window=31, softcap=0.5),
+}
+KINDS = {"window": WINDOWED, "chunk": CHUNKED, "cap": CAPPED}
 SINGLE = {name: case for name, case in RAGGED.items() if case.max_seqlen_q == 1}
 
 
@@ -91,7 +110,7 @@ class Problem:
     """Packed queries, keys, values and output gradients of a case over a trace that is NaN where nothing was written.
 
     There are unclaimed NaN tokens between the rows; `claimed` is the mask of the tokens that belong to a row. `scores`
-    are the operators' scale and window, `columns` all of them.
+    are the operators', `columns` all of them.
     """
 
     def __init__(self, case: Case, dtype: torch.dtype, seed: int = 0):
@@ -118,7 +137,7 @@ class Problem:
         self.rows = RowRanges(*tables, case.max_seqlen_q, case.max_seqlen_k)
         column_end = self.rows.starts + self.rows.q_end - self.rows.q_begin
         self.columns = ColumnRanges(torch.zeros_like(column_end), column_end)
-        self.scores = (case.scale, case.window)
+        self.scores = Scores(case.scale, case.window, case.softcap, case.chunk)
 
     def double(self) -> Problem:
         """The same numbers in float64."""
@@ -133,7 +152,7 @@ class Problem:
 def plain_forward(problem: Problem) -> torch.Tensor:
     """Attention as one writes it in PyTorch: products and probabilities in the dtype, softmax in float32."""
     out = torch.zeros_like(problem.q)
-    for begin, end, p, _, values in _rows(problem, None):
+    for begin, end, p, _, _, values in _rows(problem, None):
         out[begin:end] = _ungroup(p.to(problem.dtype) @ values.unsqueeze(1))
     return out
 
@@ -143,10 +162,10 @@ def plain_backward(problem: Problem, lse: torch.Tensor, delta: torch.Tensor):
     grad_q = torch.zeros_like(problem.q)
     grad_keys, grad_values = problem.grad_keys.clone(), problem.grad_values.clone()
     scale, dtype, groups = problem.case.scale, problem.dtype, problem.case.kv_heads
-    for row, (begin, end, p, keys, values) in enumerate(_rows(problem, lse)):
+    for row, (begin, end, p, slope, keys, values) in enumerate(_rows(problem, lse)):
         q, grad = (_group(x[begin:end], groups) for x in (problem.q, problem.grad))
         grad_p = (grad @ values.unsqueeze(1).mT).to(p.dtype)
-        grad_scores = (p * (grad_p - _group(delta[begin:end].unsqueeze(-1), groups))).to(dtype)
+        grad_scores = (p * (grad_p - _group(delta[begin:end].unsqueeze(-1), groups)) * slope).to(dtype)
         grad_q[begin:end] = _ungroup(grad_scores @ keys.unsqueeze(1)) * scale
         columns = slice(keys.shape[1])
         grad_keys[row, :, columns] += ((grad_scores.mT @ q) * scale).sum(1)
@@ -155,19 +174,27 @@ def plain_backward(problem: Problem, lse: torch.Tensor, delta: torch.Tensor):
 
 
 def _rows(problem: Problem, lse: torch.Tensor | None):
-    """Of every row: token range, probabilities `[Hkv, G, n, columns]`, and the keys and values its queries see."""
+    """Of every row: tokens, probabilities `[Hkv, G, n, columns]`, the cap's slope, keys and values up to its last."""
     case = problem.case
     for row, (begin, end, start) in enumerate(zip(*(x.tolist() for x in problem.rows[:3]), strict=True)):
         keys, values = (x[row, :, : start + end - begin] for x in (problem.keys, problem.values))
         scores = _group(problem.q[begin:end], case.kv_heads) @ keys.unsqueeze(1).mT * case.scale
+        slope = 1.0
+        if case.softcap is not None:
+            t = torch.tanh(scores / case.softcap)
+            scores, slope = case.softcap * t, 1 - t * t
         hidden = torch.ones_like(scores, dtype=torch.bool).triu(start + 1)
         if case.window is not None:
             hidden |= torch.ones_like(hidden).tril(start - case.window)
+        if case.chunk is not None:
+            at = torch.arange(keys.shape[1], device=hidden.device) // case.chunk
+            hidden |= at < at[start:, None]
         scores = scores.to(accumulation_dtype(problem.dtype)).masked_fill(hidden, -torch.inf)
         if lse is None:
-            yield begin, end, scores.softmax(-1), keys, values
+            yield begin, end, scores.softmax(-1), slope, keys, values
         else:
-            yield begin, end, torch.exp(scores - _group(lse[begin:end].unsqueeze(-1), case.kv_heads)), keys, values
+            p = torch.exp(scores - _group(lse[begin:end].unsqueeze(-1), case.kv_heads))
+            yield begin, end, p, slope, keys, values
 
 
 def _group(x: torch.Tensor, groups: int) -> torch.Tensor:

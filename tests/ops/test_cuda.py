@@ -66,7 +66,7 @@ def test_attention(case, dtype):
 def test_attention_in_float64(operators, case):
     case = sized(CASES[case], 64)
     p = Problem(case, torch.float64)
-    arguments = (p.q, None, None, p.keys, p.values, p.rows, *p.scores)
+    arguments = (p.q, None, None, p.keys, p.values, p.rows, p.scores)
     results = operators.cached_attention(*arguments), attention.cached_attention(*arguments)
     for name, got, exact in zip(("out", "lse"), *results, strict=True):
         assert got.dtype == torch.float64
@@ -101,7 +101,7 @@ def test_deferred_rows(operators, heads, head_dim, dtype):
     problem = Problem(case, dtype)
     double, acc = problem.double(), accumulation_dtype(dtype)
     out, lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
+        double.q, None, None, double.keys, double.values, problem.rows, problem.scores
     )
     delta, hole = (out * double.grad).sum(-1), int(problem.rows[0][1]) + 3
     for x, nothing in ((problem.q, 0), (problem.grad, 0), (lse, torch.inf), (delta, 0)):
@@ -110,10 +110,10 @@ def test_deferred_rows(operators, heads, head_dim, dtype):
     rows, columns, scores = problem.rows, ColumnRanges(indices(0, 5), problem.rows.starts), problem.scores
     got, exact = ([p.grad_keys.clone(), p.grad_values.clone()] for p in (problem, double))
     operators.cached_attention_backward_columns(
-        problem.grad, problem.q, lse.to(acc), delta.to(acc), problem.keys, problem.values, *got, rows, columns, *scores
+        problem.grad, problem.q, lse.to(acc), delta.to(acc), problem.keys, problem.values, *got, rows, columns, scores
     )
     attention.cached_attention_backward_columns(
-        double.grad, double.q, lse, delta, double.keys, double.values, *exact, rows, columns, *scores
+        double.grad, double.q, lse, delta, double.keys, double.values, *exact, rows, columns, scores
     )
     plain = plain_backward(problem, lse.to(acc), delta.to(acc))[1:]
     for mine, theirs, best, untouched in zip(got, plain, exact, (problem.grad_keys, problem.grad_values), strict=True):
@@ -205,22 +205,22 @@ def test_merge_states(sets, dtype):
 def everything(operators, dtype):
     """Results of all attention operators on one problem of several tiles, chunks and rows."""
     p = Problem(sized(Case((1, 1, 0, 1), (300, 2, 7, 131)), 64), dtype)
-    out, lse = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, *p.scores)
+    out, lse = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, p.scores)
     shape = (4, 3, p.q.shape[1])
     pending = [random(*shape, 64, dtype=dtype), random(*shape, 64, dtype=dtype)]
     pending += [random(*shape, dtype=torch.float32) + 5, random(*shape, dtype=torch.float32)]
     token = operators.cached_attention_backward_token(
         p.grad, p.q, out, lse, p.keys, p.values, p.grad_keys, p.grad_values, Pending(*pending, p.rows.starts - 1),
-        p.rows, *p.scores,
+        p.rows, p.scores,
     )  # fmt: skip
     p = Problem(sized(Case((40, 3), (70, 150)), 64), dtype)
-    many, many_lse = operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
+    many, many_lse = operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, p.scores)
     grad_q, delta = operators.cached_attention_backward_queries(
-        p.grad, p.q, many, many_lse, p.keys, p.values, p.rows, *p.scores
+        p.grad, p.q, many, many_lse, p.keys, p.values, p.rows, p.scores
     )
     operators.cached_attention_backward_columns(
         p.grad, p.q, many_lse, delta, p.keys, p.values, p.grad_keys, p.grad_values,
-        p.rows, p.columns, *p.scores,
+        p.rows, p.columns, p.scores,
     )  # fmt: skip
     packed = [x[p.claimed] for x in (many, many_lse, grad_q, delta)]
     single = [x[1:2] for x in (out, lse, *token)]
@@ -239,7 +239,7 @@ def test_graph_capture(operators):
     case = sized(Case((1, 1), (300, 40)), 64)
     p = Problem(case, torch.bfloat16)
     starts = p.rows[2].clone()
-    arguments = (p.q, None, None, p.keys, p.values, p.rows._replace(starts=starts), *p.scores)
+    arguments = (p.q, None, None, p.keys, p.values, p.rows._replace(starts=starts), p.scores)
     operators.cached_attention(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -257,15 +257,15 @@ def test_offsets_beyond_32_bits(operators):
     far = torch.empty(4 * apart + 64, dtype=torch.bfloat16, device=cases.DEVICE)
     far = far.as_strided((1, 1, 5, 64), (1, 1, apart, 1))
     far[:, :, :3] = p.keys[:, :, :3]
-    got = operators.cached_attention(p.q, p.k, p.v, far, p.values[:, :, :5], p.rows, *p.scores)
-    want = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, *p.scores)
+    got = operators.cached_attention(p.q, p.k, p.v, far, p.values[:, :, :5], p.rows, p.scores)
+    want = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, p.scores)
     assert all(torch.equal(a[p.claimed], b[p.claimed]) for a, b in zip(got, want, strict=True))
 
 
 def test_head_dim_too_large(operators):
     p = Problem(Case((2,), (3,), head_dim=320), torch.float32)
     with pytest.raises(RuntimeError, match="head dim 320; allowed on CUDA: 1 to 256"):
-        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
+        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, p.scores)
 
 
 def test_senders_of_two_dtypes(operators):

@@ -128,4 +128,4 @@ def test_order_of_threads_and_blocks(operators, monkeypatch, dtype):
 def test_a_window_is_refused_by_name(operators):
     p = cases.Problem(Case((2,), (3,), window=3), torch.float32)
     with pytest.raises(RuntimeError, match="window is 3; allowed on CUDA: None"):
-        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
+        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, p.scores)

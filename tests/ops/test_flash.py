@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from diffmas_ops import KVTrace, cached_attention, flash_engines
 from diffmas_ops.cached_attention import flash
 from diffmas_ops.cached_attention import reference as attention
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.rows import ColumnRanges, RowRanges
@@ -51,15 +52,15 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check(case, dtype, seed=0):
     problem = Problem(case, dtype, seed)
     double, mask, acc = problem.double(), problem.claimed, accumulation_dtype(dtype)
-    arguments = (double.q, None, None, double.keys, double.values, problem.rows, *problem.scores)
+    arguments = (double.q, None, None, double.keys, double.values, problem.rows, problem.scores)
     exact, exact_lse = attention.cached_attention(*arguments)
     keys, values = (x.clone() for x in (problem.keys, problem.values))
     for row, start in enumerate(case.starts):
         keys[row, :, start:] = values[row, :, start:] = torch.nan
-    out, lse = flash.cached_attention(problem.q, problem.k, problem.v, keys, values, problem.rows, *problem.scores)
+    out, lse = flash.cached_attention(problem.q, problem.k, problem.v, keys, values, problem.rows, problem.scores)
     assert out.dtype == dtype and lse.dtype == acc
     plain_lse = attention.cached_attention(
-        problem.q, None, None, problem.keys, problem.values, problem.rows, *problem.scores
+        problem.q, None, None, problem.keys, problem.values, problem.rows, problem.scores
     )[1]
     assert_within("out", out[mask], plain_forward(problem)[mask], exact[mask], FORWARD)
     assert_within("lse", lse[mask], plain_lse[mask], exact_lse[mask], FORWARD, logarithm_terms(exact_lse[mask]))
@@ -68,16 +69,16 @@ def check(case, dtype, seed=0):
     best_q, delta = attention.cached_attention_backward_queries(double.grad, double.q, exact, exact_lse, *arguments[3:])
     best = [double.grad_keys.clone(), double.grad_values.clone()]
     attention.cached_attention_backward_columns(
-        double.grad, double.q, exact_lse, delta, double.keys, double.values, *best, *rows, *problem.scores,
+        double.grad, double.q, exact_lse, delta, double.keys, double.values, *best, *rows, problem.scores,
     )  # fmt: skip
     inputs = (problem.grad, problem.q, low, low_lse, problem.keys, problem.values)
-    got_q, got_delta = flash.cached_attention_backward_queries(*inputs, problem.rows, *problem.scores)
+    got_q, got_delta = flash.cached_attention_backward_queries(*inputs, problem.rows, problem.scores)
     apart, together = ([problem.grad_keys.clone(), problem.grad_values.clone()] for _ in range(2))
     flash.cached_attention_backward_columns(
         problem.grad, problem.q, low_lse, delta.to(acc), problem.keys, problem.values, *apart, *rows,
-        *problem.scores,
+        problem.scores,
     )  # fmt: skip
-    fused_q = flash.cached_attention_backward(*inputs, *together, *rows, *problem.scores)
+    fused_q = flash.cached_attention_backward(*inputs, *together, *rows, problem.scores)
     terms = score_terms(problem, exact)
     plain_q, *plain = plain_backward(problem, low_lse, delta.to(acc))
     for name, mine in (("grad_q", got_q), ("grad_q, fused", fused_q)):
@@ -112,13 +113,13 @@ def test_deferred_rows_and_windows_of_columns(engine, monkeypatch):
     acc, case = accumulation_dtype(dtype), Case((5, 5, 5), (2**20,) * 3, head_dim=64)
     q, grad = (torch.randn(15, 4, 64, device=DEVICE).to(dtype) for _ in range(2))
     keys, values = (torch.randn(3, 2, 40, 64, device=DEVICE).to(dtype) for _ in range(2))
-    scores = attention._scores(q.double(), keys[0].double(), 2**20, 0, case.scale)
+    scores, _ = attention._scores(q.double(), keys[0].double(), 2**20, 0, Scores(case.scale))
     lse = scores.logsumexp(-1).flatten(0, 1).T.contiguous()
     delta = torch.randn(15, 4, dtype=torch.float64, device=DEVICE)
     q[3], grad[3], lse[3], delta[3] = 0, 0, torch.inf, 0
     begin = torch.tensor([0, 5, 10], dtype=torch.int32, device=DEVICE)
     low, high = (torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([0, 3, 0], [40, 29, 0]))
-    rows = RowRanges(begin, begin + 5, torch.full_like(begin, 40), 5, 40), ColumnRanges(low, high), case.scale
+    rows = RowRanges(begin, begin + 5, torch.full_like(begin, 40), 5, 40), ColumnRanges(low, high), Scores(case.scale)
     start = torch.randn(2, 3, 2, 40, 64, dtype=torch.float64, device=DEVICE)
     got, best = start.to(acc), start.clone()
     flash.cached_attention_backward_columns(grad, q, lse.to(acc), delta.to(acc), keys, values, *got, *rows)

@@ -14,6 +14,7 @@ import torch
 from diffmas_ops import library
 from diffmas_ops import native as native_module
 from diffmas_ops.cached_attention import reference as attention
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import SUPPORTED, accumulation_dtype
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_concat import reference as concat
@@ -120,7 +121,7 @@ def ranges(case, gap=2):
     return indices(*begin), indices(*[b + n for b, n in zip(begin, new, strict=True)]), indices(*starts), at
 
 
-def problem(case, heads, dim, dtype, window=None):
+def problem(case, heads, dim, dtype, **scores):
     """Queries, new keys and values, and a trace whose columns are random up to each row's end and poison beyond."""
     torch.manual_seed(0)
     q_begin, q_end, starts, total = ranges(case)
@@ -134,7 +135,7 @@ def problem(case, heads, dim, dtype, window=None):
         for x in (keys, values):
             x[row, :, : ends[row]] = torch.randn(hkv, ends[row], dim)
     rows = RowRanges(q_begin, q_end, starts, int((q_end - q_begin).max()), max(ends))
-    return q, k, v, keys, values, rows, (dim**-0.5, window)
+    return q, k, v, keys, values, rows, Scores(dim**-0.5, **scores)
 
 
 def claimed(plan, total):
@@ -159,7 +160,7 @@ def attend(function, *arguments):
 @pytest.mark.parametrize("case", RAGGED)
 def test_attention_forward(case, heads, dtype):
     q, k, v, keys, values, plan, scores = problem(case, heads, 64, dtype)
-    arguments = (q, k, v, keys, values, plan, *scores)
+    arguments = (q, k, v, keys, values, plan, scores)
     compare(
         lambda *a: attend(native.cached_attention, *a), lambda *a: attend(attention.cached_attention, *a),
         arguments, FORWARD, results=(3, 4),
@@ -171,7 +172,7 @@ def test_attention_forward(case, heads, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_head_dims(dim, case, dtype):
     q, _, _, keys, values, plan, scores = problem(case, "gqa", dim, dtype)
-    arguments = (q, None, None, keys, values, plan, *scores)
+    arguments = (q, None, None, keys, values, plan, scores)
     compare(
         lambda *a: attend(native.cached_attention, *a), lambda *a: attend(attention.cached_attention, *a),
         arguments, FORWARD,
@@ -182,9 +183,9 @@ def test_attention_head_dims(dim, case, dtype):
 def backward(q, keys, values, plan, scores, columns):
     acc = accumulation_dtype(q.dtype)
     mask = claimed(plan, q.shape[0])
-    out, lse = attention.cached_attention(q, None, None, keys, values, plan, *scores)
+    out, lse = attention.cached_attention(q, None, None, keys, values, plan, scores)
     grad_out = torch.where(mask[:, None, None], torch.randn(q.shape), torch.nan).to(q.dtype)
-    arguments = (grad_out, q, out, lse, keys, values, plan, *scores)
+    arguments = (grad_out, q, out, lse, keys, values, plan, scores)
 
     def queries(function):
         return lambda *a: tuple(x[mask] for x in function(*a))
@@ -194,7 +195,7 @@ def backward(q, keys, values, plan, scores, columns):
     delta = (out.to(acc) * grad_out.to(acc)).sum(-1)
     grad_keys, grad_values = (torch.randn(x.shape, dtype=acc) for x in (keys, values))
     arguments = (
-        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, plan, columns, *scores
+        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, plan, columns, scores
     )  # fmt: skip
     compare(
         native.cached_attention_backward_columns, attention.cached_attention_backward_columns,
@@ -202,7 +203,7 @@ def backward(q, keys, values, plan, scores, columns):
     )  # fmt: skip
 
     arguments = (
-        grad_out, q, out, lse, keys, values, grad_keys, grad_values, plan, columns, *scores
+        grad_out, q, out, lse, keys, values, grad_keys, grad_values, plan, columns, scores
     )  # fmt: skip
     compare(
         lambda *a: native.cached_attention_backward(*a)[mask],
@@ -221,12 +222,24 @@ def test_attention_backward(case, heads, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", [1, 7, 64, 600, 3000])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        *(dict(window=n) for n in (1, 7, 64, 600, 3000)),
+        *(dict(chunk=n) for n in (1, 50, 128, 1000)),
+        dict(chunk=90, window=20),
+        dict(chunk=90, window=130),
+        dict(softcap=0.7),
+        dict(softcap=50.0),
+        dict(softcap=1.5, window=40, chunk=64),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("heads", ["gqa", "wide"])
 @pytest.mark.parametrize("case", ["single", "few", "primes", "blocks", "several tasks"])
-def test_windows(case, heads, window, dtype):
-    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, window)
-    arguments = (q, None, None, keys, values, plan, *scores)
+def test_other_scores(case, heads, scores, dtype):
+    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, **scores)
+    arguments = (q, None, None, keys, values, plan, scores)
     compare(
         lambda *a: attend(native.cached_attention, *a), lambda *a: attend(attention.cached_attention, *a),
         arguments, FORWARD,
@@ -248,7 +261,7 @@ def test_columns_between(case):
     grad_out = torch.where(mask[:, None, None], torch.randn(q.shape), torch.nan)
     lse, delta = (torch.randn(q.shape[:2]) + 3 for _ in range(2))
     grads = [torch.randn(x.shape) for x in (keys, values)]
-    arguments = (grad_out, q, lse, delta, keys, values, *grads, plan, ColumnRanges(first, last), *scores)
+    arguments = (grad_out, q, lse, delta, keys, values, *grads, plan, ColumnRanges(first, last), scores)
     compare(
         native.cached_attention_backward_columns, attention.cached_attention_backward_columns,
         arguments, BACKWARD, results=(6, 7),
@@ -263,10 +276,12 @@ def test_all_gradients_of_long_rows(dim):
     backward(q, keys, values, plan, scores, ColumnRanges(indices(515, 1024, 0), last - indices(3, 0, 7)))
 
 
-@pytest.mark.parametrize("window", [None, 20, 170])
+@pytest.mark.parametrize(
+    "scores", [{}, dict(window=20), dict(window=170), dict(chunk=100), dict(chunk=60, softcap=0.7)], ids=str
+)
 @pytest.mark.parametrize("slots, first", [(1, 0), (7, 2), (43, 0)])
 @pytest.mark.parametrize("heads", HEADS)
-def test_deferred_rows(slots, first, heads, window):
+def test_deferred_rows(slots, first, heads, scores):
     """A flush: pending rows behind every column, with holes, and unused slots before the first."""
     hq, hkv = HEADS[heads]
     batch, dim, columns = 3, 64, 150
@@ -282,7 +297,7 @@ def test_deferred_rows(slots, first, heads, window):
     plan = RowRanges(q_begin, q_end, torch.full_like(q_begin, columns + first), slots, columns)
     arguments = (
         grad_out.reshape(-1, hq, dim), q.reshape(-1, hq, dim), lse.flatten(0, 1), delta.flatten(0, 1), keys, values,
-        *grads, plan, ColumnRanges(indices(0, 3, 0), indices(columns, 140, 0)), dim**-0.5, window,
+        *grads, plan, ColumnRanges(indices(0, 3, 0), indices(columns, 140, 0)), Scores(dim**-0.5, **scores),
     )  # fmt: skip
     compare(
         native.cached_attention_backward_columns, attention.cached_attention_backward_columns,
@@ -291,13 +306,20 @@ def test_deferred_rows(slots, first, heads, window):
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
-@pytest.mark.parametrize("slots, slot, window", [(1, 0, None), (6, 2, None), (70, 0, None), (5, 4, None), (70, 3, 9)])
+@pytest.mark.parametrize(
+    "slots, slot, scores",
+    [
+        (1, 0, {}), (6, 2, {}), (70, 0, {}), (5, 4, {}), (70, 3, dict(window=9)), (70, 3, dict(chunk=40)),
+        (41, 5, dict(softcap=0.9)), (41, 5, dict(softcap=0.9, chunk=40, window=9)),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("case, heads", [("single", "gqa"), ("some single", "mha"), ("single", "wide")])
-def test_token_backward(case, heads, slots, slot, window, dtype):
-    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, window)
+def test_token_backward(case, heads, slots, slot, scores, dtype):
+    q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, **scores)
     acc, (batch, hq) = accumulation_dtype(dtype), (keys.shape[0], q.shape[1])
     mask = claimed(plan, q.shape[0])
-    out, lse = attention.cached_attention(q, None, None, keys, values, plan, *scores)
+    out, lse = attention.cached_attention(q, None, None, keys, values, plan, scores)
     grad_out = torch.where(mask[:, None, None], torch.randn(q.shape), torch.nan).to(dtype)
     grads = [torch.full(x.shape, torch.nan, dtype=acc) for x in (keys, values)]
     for row, column in enumerate(plan.starts.tolist()):
@@ -312,7 +334,7 @@ def test_token_backward(case, heads, slots, slot, window, dtype):
         for x in pending:
             x[row, : at + 1] = torch.nan
     deferred = Pending(*pending, plan.starts - own)
-    arguments = (grad_out, q, out, lse, keys, values, *grads, deferred, plan, *scores)
+    arguments = (grad_out, q, out, lse, keys, values, *grads, deferred, plan, scores)
 
     def written(function):
         def run(*a):
@@ -330,7 +352,7 @@ def test_token_backward(case, heads, slots, slot, window, dtype):
 def test_unclaimed_tokens_are_zero():
     q, _, _, keys, values, plan, scores = problem("primes", "gqa", 64, torch.float32)
     rest = ~claimed(plan, q.shape[0])
-    for x in native.cached_attention(q, None, None, keys, values, plan, *scores):
+    for x in native.cached_attention(q, None, None, keys, values, plan, scores):
         assert not x[rest].any()
 
 
@@ -410,15 +432,15 @@ def test_merge_states(splits, dtype):
 def _everything():
     """One pass through every attention operator, as bytes."""
     q, k, v, keys, values, plan, scores = problem("primes", "gqa", 64, torch.float32)
-    out, lse = native.cached_attention(q, k, v, keys, values, plan, *scores)
-    grad_q, delta = native.cached_attention_backward_queries(out, q, out, lse, keys, values, plan, *scores)
+    out, lse = native.cached_attention(q, k, v, keys, values, plan, scores)
+    grad_q, delta = native.cached_attention_backward_queries(out, q, out, lse, keys, values, plan, scores)
     grads = [torch.zeros(x.shape) for x in (keys, values)]
     ends = plan[2] + plan[1] - plan[0]
     native.cached_attention_backward_columns(
-        out, q, lse, delta, keys, values, *grads, plan, ColumnRanges(torch.zeros_like(ends), ends), *scores
+        out, q, lse, delta, keys, values, *grads, plan, ColumnRanges(torch.zeros_like(ends), ends), scores
     )
     q, _, _, keys, values, plan, scores = problem("single", "gqa", 64, torch.float32)
-    single = native.cached_attention(q, None, None, keys, values, plan, *scores)
+    single = native.cached_attention(q, None, None, keys, values, plan, scores)
     return [x.numpy().tobytes() for x in (out, lse, grad_q, delta, *grads, *single)]
 
 
@@ -452,8 +474,8 @@ def test_other_instruction_sets(isa):
 
 
 def _bad(**changes):
-    q, k, v, keys, values, rows, (scale, window) = problem("few", "gqa", 64, torch.float32)
-    arguments = dict(q=q, k=k, v=v, keys=keys, values=values, **rows._asdict(), softmax_scale=scale, window=window)
+    q, k, v, keys, values, rows, scores = problem("few", "gqa", 64, torch.float32)
+    arguments = dict(q=q, k=k, v=v, keys=keys, values=values, **rows._asdict(), **scores._asdict())
     changed = {name: change(arguments) for name, change in changes.items()}
     return torch.ops.diffmas.cached_attention(**arguments | changed)
 
@@ -475,6 +497,9 @@ def _bad(**changes):
         ({"max_seqlen_q": lambda a: 4}, "max_seqlen_q is 4; allowed: at least the 5 tokens of row 1"),
         ({"max_seqlen_k": lambda a: 10**6}, "max_seqlen_k is 1000000; allowed: 0 to "),
         ({"window": lambda a: 0}, "window is 0; allowed: 1 and above, or None"),
+        ({"chunk": lambda a: -3}, "chunk is -3; allowed: 1 and above, or None"),
+        ({"softcap": lambda a: 0.0}, "softcap is 0; allowed: above 0 and finite, or None"),
+        ({"softcap": lambda a: float("inf")}, "softcap is inf; allowed: above 0 and finite, or None"),
     ],
 )
 def test_bad_arguments(changes, message):

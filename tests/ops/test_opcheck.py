@@ -7,6 +7,7 @@ from decoder_layers import LayerProblem
 
 from diffmas_ops import library
 from diffmas_ops.cached_attention import reference as attention
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.need import OPERATORS as OPERATORS_OF
 from diffmas_ops.rows import Pending
 
@@ -25,7 +26,7 @@ def samples():
     """Arguments of every operator, several of a kind where it takes optional ones."""
     problem, single = Problem(RAGGED["prefix"], torch.float32), Problem(RAGGED["some single"], torch.float32)
     q, k, v, keys, values = (x.contiguous() for x in (problem.q, problem.k, problem.v, problem.keys, problem.values))
-    rows, scores = problem.rows, (problem.case.scale, 7)
+    rows, scores = problem.rows, Scores(problem.case.scale, 7, 20.0, 11)
     grads = problem.grad_keys, problem.grad_values
     yield "kv_append", (k, v, keys, values, rows)
     yield "kv_gather", (*grads, rows, len(k), torch.float16)
@@ -41,26 +42,26 @@ def samples():
         yield "latent_project_backward", (hidden, hidden, w, hidden, hidden.norm(dim=-1), 1.5, need)
     for transposed in (True, False):
         yield "few_rows_matmul", (hidden, weight, transposed)
-    yield "cached_attention", (q, k, v, keys, values, rows, *scores)
-    yield "cached_attention", (q, None, None, keys, values, rows, *scores)
-    out, lse = attention.cached_attention(q, None, None, keys, values, rows, *scores)
-    yield "cached_attention_backward_queries", (problem.grad, q, out, lse, keys, values, rows, *scores)
+    yield "cached_attention", (q, k, v, keys, values, rows, scores)
+    yield "cached_attention", (q, None, None, keys, values, rows, scores)
+    out, lse = attention.cached_attention(q, None, None, keys, values, rows, scores)
+    yield "cached_attention_backward_queries", (problem.grad, q, out, lse, keys, values, rows, scores)
     yield (
         "cached_attention_backward_columns",
-        (problem.grad, q, lse, lse, keys, values, *grads, rows, problem.columns, *scores),
+        (problem.grad, q, lse, lse, keys, values, *grads, rows, problem.columns, scores),
     )
     yield (
         "cached_attention_backward",
-        (problem.grad, q, out, lse, keys, values, *grads, rows, problem.columns, *scores),
+        (problem.grad, q, out, lse, keys, values, *grads, rows, problem.columns, scores),
     )
     heads, dim, batch = single.case.heads, single.case.head_dim, len(single.case.new)
     pending = [random(batch, 4, heads, *tail, dtype=torch.float32) for tail in ((dim,), (dim,), (), ())]
-    out, lse = attention.cached_attention(single.q, None, None, single.keys, single.values, single.rows, *single.scores)
+    out, lse = attention.cached_attention(single.q, None, None, single.keys, single.values, single.rows, single.scores)
     yield (
         "cached_attention_backward_token",
         (
             single.grad, single.q, out, lse, single.keys, single.values, single.grad_keys, single.grad_values,
-            Pending(*pending, single.rows.starts - 1), single.rows, *single.scores,
+            Pending(*pending, single.rows.starts - 1), single.rows, single.scores,
         ),
     )  # fmt: skip
     for layer in (LayerProblem([2, 1], [3, 0]), LayerProblem([5, 9], [1, 4], outputs=True)):

@@ -7,6 +7,7 @@ import torch
 from compare import error
 from oracle import attend, rotate
 
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
 
 TOLERANCE = 1e-12
@@ -27,7 +28,14 @@ RANGES = RowRanges(i32(1, 4, 2, 6), i32(2, 4, 4, 13), i32(3, 5, 0, 2), 7, 11)
 TOTAL, CAPACITY, HEADS, KV_HEADS, DIM = 14, 11, 6, 2, 4
 
 
-each_window = pytest.mark.parametrize("window", [None, 1, 3, 20])
+each_kind = pytest.mark.parametrize(
+    "kind",
+    [
+        *(dict(window=n) for n in (None, 1, 3, 20)), *(dict(chunk=n) for n in (1, 3, 4)),
+        dict(softcap=0.4), dict(softcap=0.4, window=3, chunk=4),
+    ],
+    ids=str,
+)  # fmt: skip
 
 
 def rows():
@@ -58,51 +66,61 @@ def test_append_writes_the_ends_of_rows_and_gather_reads_them_back():
         assert torch.equal(read[claimed], written[claimed].float()) and not read[~claimed].any()
 
 
-@each_window
-def test_attention_is_causal_over_the_rows_own_columns(window):
+@each_kind
+def test_attention_is_causal_over_the_rows_own_columns(kind):
     ops = reference("cached_attention")
     q, k, v = (torch.randn(TOTAL, h, DIM, **F64) for h in (HEADS, KV_HEADS, KV_HEADS))
     keys, values = cache(), cache()
     for row, (begin, end, start) in enumerate(rows()):  # Columns no token sees hold NaN.
         keys[row, :, start + end - begin :] = values[row, :, start + end - begin :] = torch.nan
-    out, lse = ops.cached_attention(q, k, v, keys, values, RANGES, 0.3, window)
-    again, _ = ops.cached_attention(q, None, None, keys, values, RANGES, 0.3, window)
+    out, lse = ops.cached_attention(q, k, v, keys, values, RANGES, Scores(0.3, **kind))
+    again, _ = ops.cached_attention(q, None, None, keys, values, RANGES, Scores(0.3, **kind))
     for row, (begin, end, start) in enumerate(rows()):
         if begin < end:
             seen = [x[row, :, : start + end - begin].transpose(0, 1) for x in (keys, values)]
             assert torch.equal(seen[0][start:], k[begin:end])
-            assert error(out[begin:end], attend(q[begin:end], *seen, start, 0.3, window)) < TOLERANCE
+            assert error(out[begin:end], attend(q[begin:end], *seen, start, 0.3, **kind)) < TOLERANCE
             assert torch.equal(out[begin:end], again[begin:end])
             for i in range(end - begin):
                 scores = torch.einsum("hgd,nhd->hgn", q[begin + i].unflatten(0, (KV_HEADS, -1)), seen[0]) * 0.3
-                total = (
-                    scores[..., max(0, start + i + 1 - (window or CAPACITY)) : start + i + 1]
-                    .exp()
-                    .sum(-1)
-                    .log()
-                    .flatten()
-                )
+                if (softcap := kind.get("softcap")) is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                position, chunk = start + i, kind.get("chunk") or CAPACITY
+                lowest = max(position + 1 - (kind.get("window") or CAPACITY), position - position % chunk, 0)
+                total = scores[..., lowest : position + 1].exp().sum(-1).log().flatten()
                 assert error(lse[begin + i], total) < TOLERANCE
 
 
-@each_window
-def test_backward_of_many_tokens_is_that_of_autograd(window):
+@each_kind
+def test_backward_of_many_tokens_is_that_of_autograd(kind):
     ops = reference("cached_attention")
     q, grad_out = torch.randn(2, TOTAL, HEADS, DIM, **F64)
     keys, values = cache(), cache()
-    out, lse = ops.cached_attention(q, None, None, keys, values, RANGES, 0.3, window)
-    grad_q, delta = ops.cached_attention_backward_queries(grad_out, q, out, lse, keys, values, RANGES, 0.3, window)
+    out, lse = ops.cached_attention(q, None, None, keys, values, RANGES, Scores(0.3, **kind))
+    grad_q, delta = ops.cached_attention_backward_queries(
+        grad_out, q, out, lse, keys, values, RANGES, Scores(0.3, **kind)
+    )
     first, last = i32(1, 0, 0, 3), i32(4, 5, 2, 7)
     before = cache(), cache()
     grad_keys, grad_values = (x.clone() for x in before)
     ops.cached_attention_backward_columns(
-        grad_out, q, lse, delta, keys, values, grad_keys, grad_values, RANGES, ColumnRanges(first, last), 0.3, window
+        grad_out,
+        q,
+        lse,
+        delta,
+        keys,
+        values,
+        grad_keys,
+        grad_values,
+        RANGES,
+        ColumnRanges(first, last),
+        Scores(0.3, **kind),
     )
     for row, (begin, end, start) in enumerate(rows()):
         leaves = [x.detach().requires_grad_() for x in (q[begin:end], keys[row], values[row])]
         seen = [x.transpose(0, 1)[: start + end - begin] for x in leaves[1:]]
         loss = (
-            (attend(leaves[0], *seen, start, 0.3, window) * grad_out[begin:end]).sum() if begin < end else 0 * q.sum()
+            (attend(leaves[0], *seen, start, 0.3, **kind) * grad_out[begin:end]).sum() if begin < end else 0 * q.sum()
         )
         wanted = torch.autograd.grad(loss, leaves) if begin < end else [torch.zeros_like(x) for x in leaves]
         assert error(grad_q[begin:end], wanted[0]) < TOLERANCE
@@ -113,8 +131,8 @@ def test_backward_of_many_tokens_is_that_of_autograd(window):
             assert error(grad[row], expected) < TOLERANCE
 
 
-@each_window
-def test_backward_of_single_tokens_defers_exactly_what_it_owes(window):
+@each_kind
+def test_backward_of_single_tokens_defers_exactly_what_it_owes(kind):
     """Three single-token calls, one row absent from the middle one: deferred and then flushed, against autograd."""
     ops = reference("cached_attention")
     batch, calls = 2, 3
@@ -132,14 +150,14 @@ def test_backward_of_single_tokens_defers_exactly_what_it_owes(window):
         ends = i32(*(sum(r <= b for r in rows_in) for b in range(batch)))
         begins = ends - i32(*(int(b in rows_in) for b in range(batch)))
         ranges = RowRanges(begins, ends, starts.clone(), 1, CAPACITY)
-        out, lse = ops.cached_attention(q, None, None, keys, values, ranges, 0.3, window)
+        out, lse = ops.cached_attention(q, None, None, keys, values, ranges, Scores(0.3, **kind))
         forwards.append((grad_out, q, out, lse, ranges))
         starts += ends - begins
     own = []
     for grad_out, q, out, lse, ranges in reversed(forwards):
         own.append(
             ops.cached_attention_backward_token(
-                grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, ranges, 0.3, window
+                grad_out, q, out, lse, keys, values, grad_keys, grad_values, pending, ranges, Scores(0.3, **kind)
             )
         )
     own.reverse()
@@ -149,7 +167,7 @@ def test_backward_of_single_tokens_defers_exactly_what_it_owes(window):
     flat = [x.flatten(0, 1) for x in (pending.grad, pending.q, pending.lse, pending.delta)]
     ops.cached_attention_backward_columns(
         *flat, keys, values, grad_keys, grad_values, RowRanges(i32(0, 3), i32(3, 6), old, calls, CAPACITY),
-        ColumnRanges(i32(0, 0), old), 0.3, window,
+        ColumnRanges(i32(0, 0), old), Scores(0.3, **kind),
     )  # fmt: skip
     for row in range(batch):
         leaves = [x[row].transpose(0, 1).detach().requires_grad_() for x in (keys, values)]
@@ -159,7 +177,7 @@ def test_backward_of_single_tokens_defers_exactly_what_it_owes(window):
                 at = rows_in.index(row)
                 queries.append(q[at : at + 1].detach().requires_grad_())
                 length += 1
-                result = attend(queries[-1], *(x[:length] for x in leaves), length - 1, 0.3, window)
+                result = attend(queries[-1], *(x[:length] for x in leaves), length - 1, 0.3, **kind)
                 loss = loss + (result * grad_out[at : at + 1]).sum()
         want_k, want_v, *want_q = torch.autograd.grad(loss, leaves + queries)
         column = int(old[row])
@@ -265,7 +283,7 @@ def test_low_precision_accumulates_in_float32(dtype):
     q, k, v = (torch.randn(TOTAL, h, DIM).to(dtype) for h in (HEADS, KV_HEADS, KV_HEADS))
     keys, values = cache().to(dtype), cache().to(dtype)
     wide = [x.double() for x in (q, k, v, keys, values)]
-    out, lse = ops.cached_attention(q, k, v, keys, values, RANGES, 0.3)
-    exact, exact_lse = ops.cached_attention(*wide, RANGES, 0.3)
+    out, lse = ops.cached_attention(q, k, v, keys, values, RANGES, Scores(0.3))
+    exact, exact_lse = ops.cached_attention(*wide, RANGES, Scores(0.3))
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert error(out, exact) <= torch.finfo(dtype).eps and error(lse, exact_lse) <= 1e-6

@@ -14,9 +14,9 @@ from cases import (
     DEVICE,
     DTYPES,
     FORWARD,
+    KINDS,
     RAGGED,
     SINGLE,
-    WINDOWED,
     Case,
     Problem,
     assert_within,
@@ -37,6 +37,7 @@ from diffmas_ops import triton_device
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.cached_attention import tiles
 from diffmas_ops.cached_attention import triton as attention_triton
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_append import triton as append_triton
@@ -56,6 +57,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning:triton.runtime.interpreter"),
 ]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+SCORED = {f"{kind}, {name}": c for kind, group in KINDS.items() for name, c in group.items()}
+each_scores = pytest.mark.parametrize("case", SCORED.values(), ids=SCORED)
 each_case = pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
 
 
@@ -68,17 +71,17 @@ def check_forward(case, dtype, seed=0):
     problem = Problem(case, dtype, seed)
     double = problem.double()
     exact, exact_lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
+        double.q, None, None, double.keys, double.values, problem.rows, problem.scores
     )
     _, plain_lse = attention.cached_attention(
-        problem.q, None, None, problem.keys, problem.values, problem.rows, *problem.scores
+        problem.q, None, None, problem.keys, problem.values, problem.rows, problem.scores
     )
     # The trace as the call finds it: nothing at the new columns.
     keys, values = (x.clone() for x in (problem.keys, problem.values))
     for row, start in enumerate(case.starts):
         keys[row, :, start:] = values[row, :, start:] = torch.nan
     out, lse = attention_triton.cached_attention(
-        problem.q, problem.k, problem.v, keys, values, problem.rows, *problem.scores
+        problem.q, problem.k, problem.v, keys, values, problem.rows, problem.scores
     )
     assert same(keys, problem.keys) and same(values, problem.values)
     assert out.dtype == dtype and lse.dtype == torch.float32 and out.is_contiguous()
@@ -91,20 +94,20 @@ def check_backward(case, dtype, seed=0):
     problem = Problem(case, dtype, seed)
     double = problem.double()
     out, lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
+        double.q, None, None, double.keys, double.values, problem.rows, problem.scores
     )
     exact = [double.grad_keys.clone(), double.grad_values.clone()]
     exact_q, exact_delta = attention.cached_attention_backward_queries(
-        double.grad, double.q, out, lse, double.keys, double.values, problem.rows, *problem.scores
+        double.grad, double.q, out, lse, double.keys, double.values, problem.rows, problem.scores
     )
     attention.cached_attention_backward_columns(
         double.grad, double.q, lse, exact_delta, double.keys, double.values, *exact,
-        problem.rows, problem.columns, *problem.scores,
+        problem.rows, problem.columns, problem.scores,
     )  # fmt: skip
     acc, mask = accumulation_dtype(dtype), problem.claimed
     low_out, low_lse, low_delta = out.to(dtype), lse.to(acc), exact_delta.to(acc)
     grad_q, delta = attention_triton.cached_attention_backward_queries(
-        problem.grad, problem.q, low_out, low_lse, problem.keys, problem.values, problem.rows, *problem.scores
+        problem.grad, problem.q, low_out, low_lse, problem.keys, problem.values, problem.rows, problem.scores
     )
     plain_q, *plain = plain_backward(problem, low_lse, (low_out.to(acc) * problem.grad.to(acc)).sum(-1))
     assert grad_q.dtype == dtype and delta.dtype == acc and grad_q.is_contiguous()
@@ -114,7 +117,7 @@ def check_backward(case, dtype, seed=0):
     got = [problem.grad_keys.clone(), problem.grad_values.clone()]
     attention_triton.cached_attention_backward_columns(
         problem.grad, problem.q, low_lse, low_delta, problem.keys, problem.values, *got,
-        problem.rows, problem.columns, *problem.scores,
+        problem.rows, problem.columns, problem.scores,
     )  # fmt: skip
     for name, mine, theirs, best in zip(("grad_keys", "grad_values"), got, plain, exact, strict=True):
         assert_within(name, mine, theirs, best, BACKWARD, terms)
@@ -133,8 +136,8 @@ def test_attention_backward(case, dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("case", WINDOWED.values(), ids=WINDOWED)
-def test_attention_with_a_window(case, dtype):
+@each_scores
+def test_attention_with_other_scores(case, dtype):
     check_forward(case, dtype)
     check_backward(case, dtype)
 
@@ -175,7 +178,7 @@ def test_head_dim_too_large():
     problem = Problem(Case((2,), (3,), head_dim=320), torch.float32)
     with pytest.raises(ValueError, match="head_dim is 320; allowed: at most 256"):
         attention_triton.cached_attention(
-            problem.q, problem.k, problem.v, problem.keys, problem.values, problem.rows, *problem.scores
+            problem.q, problem.k, problem.v, problem.keys, problem.values, problem.rows, problem.scores
         )
 
 
@@ -198,7 +201,7 @@ def test_columns_between(case):
         grads = [p.grad_keys.clone(), p.grad_values.clone()]
         function.cached_attention_backward_columns(
             p.grad, p.q, lse.to(dtype), delta.to(dtype), p.keys, p.values, *grads,
-            p.rows, ColumnRanges(first, last), *p.scores,
+            p.rows, ColumnRanges(first, last), p.scores,
         )  # fmt: skip
         results.append(grads)
     for name, got, plain, exact in zip(("grad_keys", "grad_values"), *results, strict=True):
@@ -228,7 +231,8 @@ def deferred(slots, first, heads, kv_heads, dtype):
         x.view(batch, slots, -1)[:, :first] = torch.nan
     acc = accumulation_dtype(dtype)
     return (
-        grad.to(dtype), q.to(dtype), lse.to(acc), delta.to(acc), keys.to(dtype), values.to(dtype), rows, case.scale,
+        grad.to(dtype), q.to(dtype), lse.to(acc), delta.to(acc), keys.to(dtype), values.to(dtype), rows,
+        Scores(case.scale),
     )  # fmt: skip
 
 
@@ -251,15 +255,15 @@ def plain_deferred(grad, q, lse, delta, keys, values, grad_keys, grad_values, fi
 def test_deferred_rows(slots, first, heads, kv_heads, dtype):
     """A flush: queries behind every column, a hole, slots before the first that were never written."""
     torch.manual_seed(1)
-    *tensors, rows, scale = deferred(slots, first, heads, kv_heads, dtype)
+    *tensors, rows, scores = deferred(slots, first, heads, kv_heads, dtype)
     columns = ColumnRanges(indices(0, 3), indices(150, 141))
     shape, acc = tensors[4].shape, accumulation_dtype(dtype)
     start = [random(*shape, dtype=acc) for _ in range(2)]
     got, plain = ([x.clone() for x in start] for _ in range(2))
     best = [x.double() for x in start]
-    attention_triton.cached_attention_backward_columns(*tensors, *got, rows, columns, scale)
-    attention.cached_attention_backward_columns(*(x.double() for x in tensors), *best, rows, columns, scale)
-    plain_deferred(*tensors, *plain, first, scale)
+    attention_triton.cached_attention_backward_columns(*tensors, *got, rows, columns, scores)
+    attention.cached_attention_backward_columns(*(x.double() for x in tensors), *best, rows, columns, scores)
+    plain_deferred(*tensors, *plain, first, scores.softmax_scale)
     for mine, theirs, exact, untouched in zip(got, plain, best, start, strict=True):
         theirs[1, :, :3], theirs[1, :, 141:] = untouched[1, :, :3], untouched[1, :, 141:]
         assert_within("accumulator", mine, theirs, exact, BACKWARD)
@@ -267,7 +271,9 @@ def test_deferred_rows(slots, first, heads, kv_heads, dtype):
 
 @each_dtype
 @pytest.mark.parametrize("slots, slot", [(1, 0), (6, 2), (41, 0), (5, 4)])
-@pytest.mark.parametrize("case", [*SINGLE.values(), WINDOWED["single"]], ids=[*SINGLE, "windowed"])
+@pytest.mark.parametrize(
+    "case", [*SINGLE.values(), *(group["single"] for group in KINDS.values())], ids=[*SINGLE, *KINDS]
+)
 def test_token_backward(case, slots, slot, dtype):
     check_token_backward(case, slots, slot, dtype)
 
@@ -277,7 +283,7 @@ def check_token_backward(case, slots, slot, dtype):
     problem = Problem(case, dtype)
     double, acc, mask = problem.double(), accumulation_dtype(dtype), problem.claimed
     out, lse = attention.cached_attention(
-        double.q, None, None, double.keys, double.values, problem.rows, *problem.scores
+        double.q, None, None, double.keys, double.values, problem.rows, problem.scores
     )
     batch, shape = len(case.new), (len(case.new), slots, case.heads)
     own = torch.full((batch,), slot, dtype=torch.int32, device=DEVICE)
@@ -301,7 +307,7 @@ def check_token_backward(case, slots, slot, dtype):
         copies = [x.clone().to(dtype if i < 2 else acc) for i, x in enumerate(pending)]
         results = function.cached_attention_backward_token(
             p.grad, p.q, out.to(problem.dtype).to(dtype), lse.to(acc), p.keys, p.values, *(g.to(acc) for g in grads),
-            Pending(*copies, starts), problem.rows, *problem.scores,
+            Pending(*copies, starts), problem.rows, problem.scores,
         )  # fmt: skip
         return [x[mask] for x in results] + [x[:, slot:] for x in copies]
 
@@ -431,14 +437,14 @@ def test_offsets_beyond_32_bits():
     keys[:, :, :3] = problem.keys[:, :, :3]
     values = problem.values
     out, lse = attention_triton.cached_attention(
-        problem.q, problem.k, problem.v, keys, values, problem.rows, *problem.scores
+        problem.q, problem.k, problem.v, keys, values, problem.rows, problem.scores
     )
     want, want_lse = attention_triton.cached_attention(
-        problem.q, None, None, problem.keys, values, problem.rows, *problem.scores
+        problem.q, None, None, problem.keys, values, problem.rows, problem.scores
     )
     mask = problem.claimed
     assert same(out[mask], want[mask]) and same(lse[mask], want_lse[mask])
-    arguments = (want, want_lse), values, problem.rows, *problem.scores
+    arguments = (want, want_lse), values, problem.rows, problem.scores
     grads = [
         attention_triton.cached_attention_backward_queries(problem.grad, problem.q, *arguments[0], k, *arguments[1:])
         for k in (keys, problem.keys)
@@ -449,13 +455,13 @@ def test_offsets_beyond_32_bits():
 def test_bit_repeatable():
     def everything():
         p = Problem(RAGGED["primes"], DTYPES[-1])
-        out, lse = attention_triton.cached_attention(p.q, None, None, p.keys, p.values, p.rows, *p.scores)
+        out, lse = attention_triton.cached_attention(p.q, None, None, p.keys, p.values, p.rows, p.scores)
         grad_q, delta = attention_triton.cached_attention_backward_queries(
-            p.grad, p.q, out, lse, p.keys, p.values, p.rows, *p.scores
+            p.grad, p.q, out, lse, p.keys, p.values, p.rows, p.scores
         )
         attention_triton.cached_attention_backward_columns(
             p.grad, p.q, lse, delta, p.keys, p.values, p.grad_keys, p.grad_values,
-            p.rows, p.columns, *p.scores,
+            p.rows, p.columns, p.scores,
         )  # fmt: skip
         return [x[p.claimed] for x in (out, lse, grad_q, delta)] + [p.grad_keys, p.grad_values]
 

@@ -8,6 +8,7 @@ Unlike the interpreter, the compiler checks types. Fails where a kernel needs mo
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffmas_ops import triton_device
 from diffmas_ops.cached_attention import tiles
 from diffmas_ops.cached_attention import triton as attention
+from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.kv_append import triton as append
 from diffmas_ops.kv_concat import triton as concat
 from diffmas_ops.latent_project import triton as latent
@@ -71,19 +73,19 @@ def launch_everything(head_dim: int, dtype: torch.dtype) -> None:
     """Every kernel, on tensors whose contents do not matter."""
     keys, gradients = torch.empty(1, 8, 4096, head_dim, dtype=dtype), torch.empty(1, 8, 4096, head_dim)
     column = torch.zeros(1, dtype=torch.int32)
-    for tokens in (1024, 1):
+    for tokens, scores in itertools.product((1024, 1), (Scores(0.1), Scores(0.1, 256, 30.0, 512))):
         q, k = (torch.empty(tokens, heads, head_dim, dtype=dtype) for heads in (32, 8))
         lse, rows = torch.empty(tokens, 32), RowRanges(column, column, column, tokens, 2048 + tokens)
-        attention.cached_attention(q, k, k, keys, keys, rows, 0.1)
+        attention.cached_attention(q, k, k, keys, keys, rows, scores)
         inputs = (q, q, q, lse, keys, keys)
         if tokens == 1:
             pending = [torch.empty(1, 32, 32, head_dim, dtype=dtype)] * 2 + [torch.empty(1, 32, 32)] * 2
             pending = Pending(*pending, column)
-            attention.cached_attention_backward_token(*inputs, gradients, gradients, pending, rows, 0.1)
+            attention.cached_attention_backward_token(*inputs, gradients, gradients, pending, rows, scores)
         else:
-            attention.cached_attention_backward_queries(*inputs, rows, 0.1)
+            attention.cached_attention_backward_queries(*inputs, rows, scores)
             attention.cached_attention_backward_columns(
-                q, q, lse, lse, keys, keys, gradients, gradients, rows, ColumnRanges(column, column), 0.1
+                q, q, lse, lse, keys, keys, gradients, gradients, rows, ColumnRanges(column, column), scores
             )
     append.kv_gather(gradients, gradients, RowRanges(column, column, column, 1024, 1024), 1024, dtype)
     plan, angle = [column.unsqueeze(0)] * 3, torch.empty(1, 1, head_dim // 2)

@@ -25,6 +25,8 @@ class Script:
             heads=heads, kv_heads=kv_heads, interleaved=self.draw(st.booleans()),
             rotary_dim=self.draw(st.sampled_from([2, 4])), seed=self.draw(st.integers(0, 9)),
             window=self.draw(st.sampled_from([None, None, 1, 3, 8])),
+            chunk=self.draw(st.sampled_from([None, None, 1, 4, 7])),
+            softcap=self.draw(st.sampled_from([None, 0.7])), sinks=self.draw(st.booleans()),
         )  # fmt: skip
         self.batch = self.draw(st.integers(1, 3))
         self.generator = torch.Generator().manual_seed(0)

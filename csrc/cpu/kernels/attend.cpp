@@ -47,6 +47,7 @@ void attend_narrow(const Attend<S>& p, const QueryTile& tile, Acc<S>* scratch) {
       dots(rows, count, scores + c, NARROW_COLUMNS, q, stride, key_rows, key_stride, stride);
     });
   }
+  for (int64_t r = 0; r < rows; ++r) cap_scores(scores + r * NARROW_COLUMNS, columns, p.softcap);
 
   T maxima[NARROW], totals[NARROW];
   for (int64_t r = 0; r < rows; ++r) {
@@ -87,12 +88,14 @@ struct Panel {
   T *q, *out;  // [dim, NV * W]
   LanePositions<NV, T> positions;
   Mask mask;
+  T softcap;
   Vec<T> top[NV], total[NV];
 
   void begin(const Attend<S>& p, const QueryTile& tile, int64_t first, T* row) {
     constexpr int64_t width = NV * W<T>;
     fill(out, p.dim * width, T(0));
     mask = p.mask;
+    softcap = p.softcap;
     const int64_t count = smaller(width, tile.last - first);
     for (int64_t lane = 0; lane < width; ++lane) {
       // Lanes beyond the tile repeat its last position and have a zero query.
@@ -117,6 +120,7 @@ struct Panel {
     count = smaller(count, mask.end_seen(positions.highest) - column);
     if (count <= 0 || column + count <= mask.first_seen(positions.lowest)) return;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, keys.data, keys.stride, q, width, dim);
+    cap_scores(scores, count * width, softcap);
     const int64_t seen_by_all =
         column < mask.first_seen(positions.highest) ? 0 : mask.end_seen(positions.lowest) - column;
     if (seen_by_all < count)

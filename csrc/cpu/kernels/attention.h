@@ -79,16 +79,64 @@ struct LanePositions {
 
   void set(int64_t lane, int64_t position) { vectors[lane / W<T>][lane % W<T>] = static_cast<Integer>(position); }
 
-  /// Mask::sees, of all lanes at once.
+  /// Which lanes' queries see `column`, and which lanes' columns a query at `position` sees.
   auto see(const Mask& mask, int j, int64_t column) const {
-    const auto at = static_cast<Integer>(column), window = static_cast<Integer>(mask.window);
-    return (vectors[j] >= at) & (vectors[j] - at < window);
+    return within(j, mask.first_seeing(column), mask.end_seeing(column));
   }
   auto seen(const Mask& mask, int j, int64_t position) const {
-    const auto at = static_cast<Integer>(position), window = static_cast<Integer>(mask.window);
-    return (vectors[j] <= at) & (at - vectors[j] < window);
+    return within(j, mask.first_seen(position), mask.end_seen(position));
+  }
+
+ private:
+  auto within(int j, int64_t begin, int64_t end) const {
+    return (vectors[j] >= static_cast<Integer>(begin)) & (vectors[j] < static_cast<Integer>(end));
   }
 };
+
+/// What stands between a scaled product and the softmax: nothing.
+struct Uncapped {
+  template <class V>
+  V score(V s) const {
+    return s;
+  }
+  /// The gradient of the scaled product, given that of its `score`.
+  template <class V>
+  V gradient(V, V grad) const {
+    return grad;
+  }
+};
+
+/// cap tanh(s / cap).
+template <class T>
+struct SoftCap {
+  T cap, inverse;
+
+  explicit SoftCap(T cap) : cap(cap), inverse(1 / cap) {}
+
+  Vec<T> score(Vec<T> s) const { return hyperbolic_tangent(s * inverse) * cap; }
+  Vec<T> gradient(Vec<T> score, Vec<T> grad) const {
+    const Vec<T> t = score * inverse, square = t * t;
+    // A masked score is infinite; times its probability, 0, it must not become NaN.
+    return grad * (T(1) - (square > T(1) ? splat(T(1)) : square));
+  }
+};
+
+/// f(Uncapped()) or f(SoftCap(softcap)), so that a loop that has no cap does not ask for it.
+template <class T, class F>
+inline void with_cap(T softcap, const F& f) {
+  if (softcap > 0)
+    f(SoftCap<T>(softcap));
+  else
+    f(Uncapped());
+}
+
+/// Caps `count` scores in place; there is room up to padded(count).
+template <class T>
+inline void cap_scores(T* scores, int64_t count, T softcap) {
+  if (softcap <= 0) return;
+  const SoftCap<T> cap(softcap);
+  for (int64_t i = 0; i < count; i += W<T>) store(scores + i, cap.score(load(scores + i)));
+}
 
 }  // namespace DIFFMAS_ISA
 }  // namespace diffmas

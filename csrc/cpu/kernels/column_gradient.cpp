@@ -28,12 +28,14 @@ struct Panel {
   Tile<T> key_rows;                        // of the columns, readable in whole vectors; for the queries' gradients
   LanePositions<NV, T> columns;
   Mask mask;
+  T softcap;
 
   void begin(const ColumnGradient<S>& p, const ColumnTile& tile, int64_t first, T* row, T* spare) {
     constexpr int64_t width = NV * W<T>;
     fill(grad_key, p.dim * width, T(0));
     fill(grad_value, p.dim * width, T(0));
     mask = p.mask;
+    softcap = p.softcap;
     columns.lowest = first;
     columns.highest = smaller(first + width, tile.end) - 1;
     for (int64_t lane = 0; lane < width; ++lane) {
@@ -54,26 +56,31 @@ struct Panel {
 
   void step(const QueryStep<T>& queries, int64_t dim, bool owed, T* scores, T* grads) {
     constexpr int64_t width = NV * W<T>;
+    const int64_t first_seeing = mask.first_seeing(columns.lowest), end_seeing = mask.end_seeing(columns.highest);
     int64_t hidden = 0;  // leading query rows that see no column of this panel
-    while (hidden < queries.count && queries.positions[hidden] < mask.first_seeing(columns.lowest)) ++hidden;
+    while (hidden < queries.count && queries.positions[hidden] < first_seeing) ++hidden;
     int64_t end = queries.count;  // those behind see none any more
-    while (end > hidden && queries.positions[end - 1] >= mask.end_seeing(columns.highest)) --end;
+    while (end > hidden && queries.positions[end - 1] >= end_seeing) --end;
     const int64_t count = end - hidden, stride = padded<T>(dim);
     if (count == 0) return;
     const T *q = queries.q + hidden * stride, *grad_out = queries.grad_out + hidden * stride;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, q, stride, key, width, dim);
     panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, grad_out, stride, value, width, dim);
-    for (int64_t m = 0; m < count; ++m) {
-      const int64_t row = hidden + m, position = queries.positions[row];
-      const bool masked = !mask.sees(position, columns.highest) || !mask.sees(position, columns.lowest);
-      for (int j = 0; j < NV; ++j) {
-        const int64_t at = m * width + j * W<T>;
-        Vec<T> weight = exponential(load(scores + at) - queries.lse[row]);
-        if (masked) weight = columns.seen(mask, j, position) ? weight : Vec<T>{};
-        store(scores + at, weight);
-        store(grads + at, weight * (load(grads + at) - queries.delta[row]));
+    const int64_t first_seeing_all = mask.first_seeing(columns.highest), end_seeing_all = mask.end_seeing(columns.lowest);
+    with_cap(softcap, [&](const auto& cap) {
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t row = hidden + m, position = queries.positions[row];
+        const bool masked = position < first_seeing_all || position >= end_seeing_all;
+        for (int j = 0; j < NV; ++j) {
+          const int64_t at = m * width + j * W<T>;
+          const Vec<T> score = cap.score(load(scores + at));
+          Vec<T> weight = exponential(score - queries.lse[row]);
+          if (masked) weight = columns.seen(mask, j, position) ? weight : Vec<T>{};
+          store(scores + at, weight);
+          store(grads + at, weight * cap.gradient(score, load(grads + at) - queries.delta[row]));
+        }
       }
-    }
+    });
     if (queries.grad_q != nullptr)
       product<Into::Add, Left::RowMajor>(
           count, stride, queries.grad_q + hidden * stride, stride, grads, width, key_rows.data, key_rows.stride,
@@ -228,11 +235,14 @@ void own_column(const OwnColumn<S>& p, Acc<S>* scratch) {
     }
     dots(1, count, scores, STEP, key, stride, q, stride, stride);
     dots(1, count, grads, STEP, value, stride, grad_out, stride, stride);
-    for (int64_t m = 0; m < count; ++m) {
-      const int64_t slot = (r + m) / p.group, head = (r + m) % p.group;
-      scores[m] = exponential(splat(scores[m] - *p.lse.at(slot, head)))[0];
-      grads[m] = scores[m] * (grads[m] - *p.delta.at(slot, head));
-    }
+    with_cap(p.softcap, [&](const auto& cap) {
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t slot = (r + m) / p.group, head = (r + m) % p.group;
+        const Vec<T> score = cap.score(splat(scores[m]));
+        scores[m] = exponential(score - *p.lse.at(slot, head))[0];
+        grads[m] = scores[m] * cap.gradient(score, splat(grads[m] - *p.delta.at(slot, head)))[0];
+      }
+    });
     product<Into::Add, Left::RowMajor>(1, stride, grad_value, stride, scores, STEP, grad_out, stride, count);
     product<Into::Add, Left::RowMajor>(1, stride, grad_key, stride, grads, STEP, q, stride, count);
   }

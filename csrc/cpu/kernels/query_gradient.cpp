@@ -57,11 +57,14 @@ void narrow(const QueryGradient<S>& p, const QueryTile& tile, Acc<S>* scratch) {
     });
     for (int64_t r = 0; r < rows; ++r) {
       T *s = scores + r * STEP, *g = grads + r * STEP;
+      cap_scores(s, count, p.softcap);
       const int64_t begin = p.mask.first_seen(positions[r]) - c, end = p.mask.end_seen(positions[r]) - c;
       for (int64_t n = 0; n < smaller(count, begin); ++n) s[n] = -infinity<T>();
       for (int64_t n = larger(0, smaller(count, end)); n < count; ++n) s[n] = -infinity<T>();
-      for (int64_t n = 0; n < count; n += W<T>)
-        store(g + n, exponential(load(s + n) - lse[r]) * (load(g + n) - delta[r]));
+      with_cap(p.softcap, [&](const auto& cap) {
+        for (int64_t n = 0; n < count; n += W<T>)
+          store(g + n, exponential(load(s + n) - lse[r]) * cap.gradient(load(s + n), load(g + n) - delta[r]));
+      });
     }
     in_vectors(keys, p.keys.column_stride, count, p.dim, spare, [&](const auto* key_rows, int64_t key_stride) {
       product<Into::Add, Left::RowMajor>(rows, stride, grad_q, stride, grads, STEP, key_rows, key_stride, count);
@@ -76,12 +79,14 @@ struct Panel {
   T *q, *grad_out, *grad_q;  // [dim, NV * W]
   LanePositions<NV, T> positions;
   Mask mask;
+  T softcap;
   Vec<T> lse[NV], delta[NV];
 
   void begin(const QueryGradient<S>& p, const QueryTile& tile, int64_t first, T* row, T* grad) {
     constexpr int64_t width = NV * W<T>;
     fill(grad_q, p.dim * width, T(0));
     mask = p.mask;
+    softcap = p.softcap;
     const int64_t count = smaller(width, tile.last - first);
     for (int64_t lane = 0; lane < width; ++lane) {
       // Lanes beyond the tile repeat its last row, and their result is not written.
@@ -105,13 +110,16 @@ struct Panel {
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, keys.data, keys.stride, q, width, dim);
     panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, values.data, values.stride, grad_out, width, dim);
     const bool masked = column + count > mask.end_seen(positions.lowest) || column < mask.first_seen(positions.highest);
-    for (int64_t n = 0; n < count; ++n)
-      for (int j = 0; j < NV; ++j) {
-        const int64_t at = n * width + j * W<T>;
-        Vec<T> grad = exponential(load(scores + at) - lse[j]) * (load(grads + at) - delta[j]);
-        if (masked) grad = positions.see(mask, j, column + n) ? grad : Vec<T>{};
-        store(grads + at, grad);
-      }
+    with_cap(softcap, [&](const auto& cap) {
+      for (int64_t n = 0; n < count; ++n)
+        for (int j = 0; j < NV; ++j) {
+          const int64_t at = n * width + j * W<T>;
+          const Vec<T> score = cap.score(load(scores + at));
+          Vec<T> grad = exponential(score - lse[j]) * cap.gradient(score, load(grads + at) - delta[j]);
+          if (masked) grad = positions.see(mask, j, column + n) ? grad : Vec<T>{};
+          store(grads + at, grad);
+        }
+    });
     panel<Into::Add, Left::ColumnMajor, NV>(dim, grad_q, width, keys.data, keys.stride, grads, width, count);
   }
 };

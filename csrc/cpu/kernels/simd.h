@@ -156,6 +156,27 @@ inline Vec<double> exponential(Vec<double> x) {
   return underflow ? Vec<double>{} : bit_copy<Vec<double>>(scaled);
 }
 
+/// tanh, accurate to a few units in the last place everywhere (Cephes: a fraction near zero, the exponential beyond).
+inline Vec<float> hyperbolic_tangent(Vec<float> x) {
+  const Vec<float> magnitude = x < 0.0f ? -x : x, square = x * x;
+  Vec<float> p = square * -5.70498872745e-3f + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec<float> near = p * square * x + x, far = 1.0f - 2.0f / (exponential(magnitude + magnitude) + 1.0f);
+  return magnitude < 0.625f ? near : x < 0.0f ? -far : far;
+}
+
+inline Vec<double> hyperbolic_tangent(Vec<double> x) {
+  const Vec<double> magnitude = x < 0.0 ? -x : x, square = x * x;
+  const Vec<double> p = (square * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * square -
+                        1.61468768441708447952e3;
+  const Vec<double> q = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square +
+                        4.84406305325125486048e3;
+  const Vec<double> near = p / q * square * x + x, far = 1.0 - 2.0 / (exponential(magnitude + magnitude) + 1.0);
+  return magnitude < 0.625 ? near : x < 0.0 ? -far : far;
+}
+
 /// Scalars by way of the vectors, so that every element of a row is rounded the same way.
 template <class T>
 inline T exponential_scalar(T x) {
