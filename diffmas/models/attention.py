@@ -59,18 +59,14 @@ def attach(model: PreTrainedModel) -> None:
     """Make `model` (a decoder-only language model) attend through traces.
 
     Raises:
-        UnsupportedModelError: sliding-window or chunked attention, soft-capping, attention sinks, ALiBi, scaled
-            logits, an encoder-decoder, or a class outside transformers' attention interface.
+        UnsupportedModelError: sliding-window or chunked attention, soft-capping, attention sinks, ALiBi, an
+            encoder-decoder, or a class outside transformers' attention interface.
     """
     config = model.config.get_text_config(decoder=True)
     refused = {
         "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "sliding-window attention (sliding_window)": _slides(config),
         "soft-capped attention (attn_logit_softcapping)": getattr(config, "attn_logit_softcapping", None),
-        "soft-capped logits (final_logit_softcapping)": getattr(config, "final_logit_softcapping", None),
-        "scaled logits (logit_scale)": (getattr(config, "logit_scale", None) or 1) != 1,
-        "scaled logits (logits_scaling)": (getattr(config, "logits_scaling", None) or 1) != 1,
-        "attention dropout (attention_dropout)": getattr(config, "attention_dropout", 0),
         "ALiBi positions (alibi)": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
         "attention sinks (sinks)": any(name.endswith("sinks") for name, _ in model.named_parameters()),
     }
