@@ -46,17 +46,10 @@ FULL = ["full_attention"] * 2
         ),
         (lambda: model_of("Gemma2"), r"sliding-window attention \(sliding_window\)"),
         (lambda: model_of("Gemma2", layer_types=FULL), r"soft-capped attention \(attn_logit_softcapping\)"),
-        (
-            lambda: model_of("Gemma2", layer_types=FULL, attn_logit_softcapping=None),
-            r"soft-capped logits \(final_logit_softcapping\)",
-        ),
         (lambda: model_of("GptOss", layer_types=FULL, num_local_experts=2), r"attention sinks \(sinks\)"),
         (lambda: falcon(alibi=True), r"ALiBi positions \(alibi\)"),
         (lambda: model_of("Mpt", d_model=16, n_heads=2, n_layers=1), r"ALiBi positions \(alibi\)"),
         (lambda: model_of("Bloom"), r"ALiBi positions \(alibi\)"),
-        (lambda: model_of("Cohere", logit_scale=0.5), r"scaled logits \(logit_scale\)"),
-        (lambda: model_of("Granite", logits_scaling=2.0), r"scaled logits \(logits_scaling\)"),
-        (lambda: model_of("Llama", attention_dropout=0.1), r"attention dropout \(attention_dropout\)"),
         (lambda: model_of("GPTJ", rotary_dim=4), "does not use transformers' attention interface"),
     ],
 )  # fmt: skip
