@@ -34,6 +34,16 @@ def ancestors(dag: dict[str, tuple[str, ...]], name: str) -> list[str]:
     return [n for n in dag if n in found]
 
 
+def entering(decoder, **inputs) -> Tensor:
+    """`[tokens, hidden]`: what the first layer gets."""
+    seen: list[Tensor] = []
+    hook = decoder.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0][0]))
+    with torch.no_grad():
+        decoder(**inputs, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
 def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None):
     """Logits `[answer tokens, vocab]` of one row.
 
@@ -45,8 +55,12 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
         weight: Wₐ, or None for the identity.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, embedding = causal.get_decoder(), causal.get_input_embeddings().weight
-    rho = embedding.detach().norm(dim=1).mean()
+    decoder = causal.get_decoder()
+    tokens = torch.arange(causal.config.vocab_size)[None]
+    rho = entering(decoder, input_ids=tokens).norm(dim=1).mean()
+    # What the model makes of an input's norm on its way to the layers.
+    one = torch.ones(1, 1, causal.config.hidden_size, dtype=causal.dtype)
+    rho = rho / (entering(decoder, inputs_embeds=one).norm() / one.norm())
     inv_freq = decoder.rotary_emb.inv_freq
     layers = range(causal.config.num_hidden_layers)
     written: dict[str, tuple[int, int, list[tuple[Tensor, Tensor]]]] = {}
@@ -66,8 +80,8 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
 
         if name == list(dag)[-1]:
             prompt = prompts[name]
-            hidden = read(input_ids=torch.cat((prompt, answer))[None])
-            return causal.get_output_embeddings()(hidden[len(prompt) - 1 : -1])
+            ids = torch.cat((prompt, answer))[None]
+            return causal(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, len(prompt) - 1 : -1]
         hidden = read(input_ids=prompts[name][None])[-1]
         for _ in range(latent_steps):
             y = hidden if weight is None else hidden @ weight

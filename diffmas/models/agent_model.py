@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,10 @@ from diffmas.models.activation_checkpointing import ActivationCheckpointing
 from diffmas.models.alignment import Alignment
 from diffmas.models.attention import attach
 from diffmas.models.decoder_layer import fuse_layers
+from diffmas.models.dropout import silence, warn
+from diffmas.models.embedding import input_vectors, proportional
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.head import Head, head_of
 from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
@@ -62,17 +66,23 @@ class AgentModel(nn.Module):
         base = self.language_model
         self.layers = attach(base)
         self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
+        self._silenced = silence(base)
+        self._head = head_of(base)
+        vectors = input_vectors(base)
         fuse_lora(base)
         fuse_norms(base)
         fuse_layers(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
-        self.alignment = Alignment(
-            base.get_input_embeddings().weight,
-            self.head.weight,
-            alignment,
-            initial=alignment_initial,
-            backend=backend,
-        )
+        weight, out = base.get_input_embeddings().weight, self.head.linear.weight
+        tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
+        self.alignment = Alignment(vectors, out, alignment, initial=alignment_initial, tied=tied, backend=backend)
+
+    def train(self, mode: bool = True) -> AgentModel:
+        """As for any module; training says once what dropout of the model it goes without."""
+        if mode and self._silenced:
+            warn(self._silenced)
+            self._silenced = {}
+        return super().train(mode)
 
     @property
     def language_model(self) -> PreTrainedModel:
@@ -80,9 +90,9 @@ class AgentModel(nn.Module):
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Head:
         """From hidden states after the final norm to logits."""
-        return self.language_model.get_output_embeddings()
+        return replace(self._head, linear=self.language_model.get_output_embeddings())
 
     @property
     def device(self) -> torch.device:

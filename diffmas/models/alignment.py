@@ -13,13 +13,14 @@ ALIGNMENTS = ("identity", "ridge", "learned")
 class Alignment(nn.Module):
     """Maps the last hidden state to the next input embedding: `ρ · (h Wₐ) / ‖h Wₐ‖`.
 
-    ρ is the mean row norm of the input embedding. Wₐ is the identity ("identity"), the ridge solution
+    ρ is the mean row norm of tokens as the model's input. Wₐ is the identity ("identity"), the ridge solution
     `(WₒᵀWₒ + λI)⁻¹ WₒᵀWᵢ` of LatentMAS (arXiv 2511.20639; "ridge"), or trained from one of the two ("learned").
     With tied embeddings the ridge solution is the identity up to λ, and no product is taken. A learned Wₐ is kept in
     float32, whatever the model's dtype.
 
     Args:
-        input_embedding, output_embedding: weights `[vocab, hidden]`.
+        input_embedding: tokens as the model's input, `[vocab, hidden]`. output_embedding: the head's weight, alike.
+        tied: they are one weight, up to a factor.
         kind: "identity", "ridge" or "learned".
         initial: what a learned Wₐ starts at, "identity" or "ridge".
         ridge: λ.
@@ -32,6 +33,7 @@ class Alignment(nn.Module):
         kind: str = "identity",
         *,
         initial: str = "identity",
+        tied: bool = False,
         ridge: float = 1e-5,
         backend: str = "auto",
     ):
@@ -45,7 +47,6 @@ class Alignment(nn.Module):
         self.kind, self.backend = kind, backend
         wide = input_embedding.detach().to(torch.promote_types(input_embedding.dtype, torch.float32))
         self.target_norm = float(wide.norm(dim=-1).mean())
-        tied = input_embedding.data_ptr() == output_embedding.data_ptr()
         weight = None
         if self.initial == "ridge" and not tied:
             weight = ridge_alignment(input_embedding, output_embedding, ridge)

@@ -144,7 +144,8 @@ class _LoraLinear(torch.autograd.Function):
         _add_product(y, low, b.T, scaling)
         ctx.save_for_backward(rows, low, weight, a, b)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], -1)
+        # No view in autograd's eyes: a model may change its projections in place (clip_qkv).
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable

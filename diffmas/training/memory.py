@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffmas.agents.costs import Call, Lengths, Plan, Shape
-from diffmas.models.loss import chunk_tokens
+from diffmas.models.loss import chunk_tokens, token_bytes
 from diffmas.support.quiet import quiet_profiler
 from diffmas.system import MultiAgentSystem
 
@@ -114,11 +114,12 @@ def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> Me
     """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
     model = system.agent_model.language_model
     shape, dtype = Shape.of(model, autocast), autocast or model.dtype
+    capped = system.agent_model.head.cap is not None
     return MemoryModel(
         column=shape.column * shape.item,
         accumulator=shape.column * shape.accumulator,
-        logit=shape.vocab * (dtype.itemsize + torch.promote_types(dtype, torch.float32).itemsize),
-        logit_chunk=chunk_tokens(shape.vocab, dtype),
+        logit=token_bytes(shape.vocab, dtype, capped),
+        logit_chunk=chunk_tokens(shape.vocab, dtype, capped),
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 from diffmas import train
 from diffmas.agents.positions import check_positions, position_limit, row_positions
 from diffmas.agents.topology import TOPOLOGIES
-from diffmas.models.attention import UnsupportedModelError
+from diffmas.models.errors import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
 

@@ -1,0 +1,95 @@
+"""From hidden states to logits: a model's head, and what the model makes of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.outline import replaced_forward
+
+#: How configurations call a factor of logits, a divisor of logits, and a cap.
+_FACTORS, _DIVISORS, _CAPS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",), ("final_logit_softcapping",)
+#: The largest logits that a model's own are compared at: within any cap, around it, far beyond.
+_PEAKS = (1.0, 30.0, 1000.0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """`z = scale · linear(hidden)`, and `cap · tanh(z / cap)` where there is a cap: `[…, hidden]` to `[…, vocab]`.
+
+    The one place where logits are made; :class:`~diffmas.models.loss.AnswerLoss` does the same a few tokens at a time.
+    """
+
+    linear: nn.Module
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+@torch.no_grad()
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of `model`, whose scale and cap are those in its configuration that give the model's own logits.
+
+    Raises:
+        UnsupportedModelError: no head, or one whose logits the model changes in another way.
+    """
+    linear = model.get_output_embeddings()
+    if linear is None:
+        raise UnsupportedModelError(f"model {type(model).__name__} has no head (get_output_embeddings)")
+    width = model.config.get_text_config(decoder=True).hidden_size
+    directions = torch.randn(len(_PEAKS), width, generator=torch.Generator().manual_seed(0))
+    directions = directions.to(model.device, model.dtype)
+    highest = linear(directions).abs().amax(-1, keepdim=True).clamp_min(torch.finfo(model.dtype).tiny)
+    hidden = directions * (highest.new_tensor(_PEAKS)[:, None] / highest).to(directions.dtype)
+    own = _own_logits(model, hidden)
+    for scale, cap in _described(model):
+        if _same(Head(linear, scale, cap)(hidden), own):
+            return Head(linear, scale, cap)
+    names = ", ".join((*_FACTORS, *_DIVISORS, *_CAPS))
+    raise UnsupportedModelError(
+        f"model {type(model).__name__} changes its head's logits in a way that is not supported; "
+        f"allowed: a scale and a cap that its configuration names ({names})"
+    )
+
+
+def _described(model: PreTrainedModel) -> Iterator[tuple[float, float | None]]:
+    """Scales and caps that the configuration speaks of, then none, since not every model uses what it has."""
+    config = model.config.get_text_config(decoder=True)
+    factors = [value for name in _FACTORS if (value := getattr(config, name, None))]
+    divisors = [1 / value for name in _DIVISORS if (value := getattr(config, name, None))]
+    caps = [value for name in _CAPS if (value := getattr(config, name, None))]
+    return product([*factors, *divisors, 1.0], [*caps, None])
+
+
+def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """What the model's own forward makes of `hidden [tokens, hidden]`, had its decoder ended with it."""
+    output = MoeModelOutputWithPast(last_hidden_state=hidden[None])
+    ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+    with replaced_forward(model.get_decoder(), lambda *args, **kwargs: output):
+        try:
+            return model(input_ids=ids, use_cache=False).logits[0]
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"model {type(model).__name__} cannot be seen making logits of hidden states: {error}"
+            ) from error
+
+
+def _same(ours: Tensor, own: Tensor) -> bool:
+    """Whether they are the same up to rounding, at every size of logits."""
+    if ours.shape != own.shape:
+        return False
+    tolerance = max(2 * torch.finfo(ours.dtype).eps, 1e-3)
+    ours, own = ours.double(), own.double()
+    return bool(((ours - own).norm(dim=-1) <= tolerance * own.norm(dim=-1)).all())

@@ -1,0 +1,30 @@
+"""Looking at a transformers model from outside: its decoder's first layer, and a forward in another's place."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@contextlib.contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """With `forward` in the place of the module's own."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def first_layer(model: PreTrainedModel) -> nn.Module | None:
+    """The first of the decoder's layers: of its list of modules, whatever that is called."""
+    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList) and len(child)]
+    return lists[0][0] if lists else None
