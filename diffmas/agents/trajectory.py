@@ -18,6 +18,7 @@ from torch import Tensor
 from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
 from diffmas.models.agent_model import AgentModel, Lengths
+from diffmas.models.attention import UnsupportedModelError
 from diffmas_ops import KVTrace, Segment, kv_concat
 
 
@@ -47,6 +48,7 @@ class Trajectory:
 
     Raises:
         ValueError: `latent_steps` below 0.
+        UnsupportedModelError: a model with recurrent layers in a topology that does more than continue their states.
     """
 
     model: AgentModel
@@ -59,6 +61,21 @@ class Trajectory:
     def __post_init__(self):
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
+        if self.model.recurrent:
+            self._check_recurrent()
+
+    def _check_recurrent(self) -> None:
+        """Raise where the states of recurrent layers would have to be anything but continued."""
+        merging = [agent.name for agent in self.topology.agents[1:] if self.topology.continues(agent) is None]
+        if not merging:
+            return
+        latent = self.topology.handover == "latent"
+        task = "leave out the prompts (handover 'latent')" if latent else f"merge those agent {merging[-1]} receives"
+        raise UnsupportedModelError(
+            f"model {type(self.model.language_model).__name__} has recurrent layers ({self.model.recurrent}): their "
+            f"state can only be continued; topology {self.topology.name!r} would have to {task}; allowed: a chain of "
+            "agents with handover 'full'"
+        )
 
     def communicate(
         self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from diffmas.models.activation_checkpointing import ActivationCheckpointing
 from diffmas.models.alignment import Alignment
-from diffmas.models.attention import attach, rotary_of
+from diffmas.models.attention import UnsupportedModelError, attach, rotary_of
 from diffmas.models.decoder_layer import fuse_layers
 from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
+from diffmas.models.recurrent import continue_states
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace
 
@@ -36,11 +37,13 @@ class AgentModel(nn.Module):
         loss: as in :class:`~diffmas.models.loss.AnswerLoss`.
 
     Attributes:
-        rotary: how its keys turn with their positions. observers: told of every call, see :data:`Observer`.
+        rotary: how its keys turn with their positions; None with recurrent layers, whose traces are never moved.
+        recurrent: what recurrent layers it has, by name; empty where it has none.
+        observers: told of every call, see :data:`Observer`.
 
     Raises:
         ValueError: an argument outside its range, named.
-        UnsupportedModelError: a model whose attention a trace cannot express.
+        UnsupportedModelError: a model whose attention or recurrent layers a trace cannot express.
     """
 
     def __init__(
@@ -59,10 +62,11 @@ class AgentModel(nn.Module):
         self.observers: list[Observer] = []
         base = self.language_model
         attach(base)
+        self.recurrent = continue_states(base)
         fuse_lora(base)
         fuse_norms(base)
         fuse_layers(base)
-        self.rotary = rotary_of(base)
+        self.rotary = None if self.recurrent else rotary_of(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         self.alignment = Alignment(
             base.get_input_embeddings().weight,
@@ -123,6 +127,10 @@ class AgentModel(nn.Module):
             raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
         call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
         hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if self.recurrent and self._sharded:
+            raise UnsupportedModelError(
+                f"the model has recurrent layers ({self.recurrent}) and is sharded (FSDP); this is not supported"
+            )
         if self._sharded and hidden.requires_grad:
             trace.order.token = reach(trace.order.token, hidden)
         return hidden

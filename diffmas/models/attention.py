@@ -7,6 +7,7 @@ PEFT and through its own (non-reentrant) activation checkpointing. `past_key_val
 from __future__ import annotations
 
 import sys
+from inspect import unwrap
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ NAME = "diffmas"
 
 # Frequencies that do not depend on the sequence length: a key can be re-phased after it was written.
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+
+#: Kinds of layers that remember (:mod:`diffmas.models.recurrent`), some of them beside attention.
+RECURRENT = ("linear_attention", "mamba", "conv", "hybrid")
+_FEED_FORWARD = ("mlp", "moe")
 
 
 class UnsupportedModelError(ValueError):
@@ -60,7 +65,7 @@ def attach(model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: sliding-window or chunked attention, soft-capping, attention sinks, ALiBi, scaled
-            logits, an encoder-decoder, or a class outside transformers' attention interface.
+            logits, attention shared between layers, an encoder-decoder, or a class outside transformers' attention interface.
     """
     config = model.config.get_text_config(decoder=True)
     refused = {
@@ -70,14 +75,17 @@ def attach(model: PreTrainedModel) -> None:
         "soft-capped logits (final_logit_softcapping)": getattr(config, "final_logit_softcapping", None),
         "scaled logits (logit_scale)": (getattr(config, "logit_scale", None) or 1) != 1,
         "scaled logits (logits_scaling)": (getattr(config, "logits_scaling", None) or 1) != 1,
+        "scaled logits (lm_head_multiplier)": (getattr(config, "lm_head_multiplier", None) or 1) != 1,
         "attention dropout (attention_dropout)": getattr(config, "attention_dropout", 0),
         "ALiBi positions (alibi)": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
+        "an attention module in several layers": _shares_attention(model),
         "attention sinks (sinks)": any(name.endswith("sinks") for name, _ in model.named_parameters()),
     }
     for what, present in refused.items():
         if present:
             raise UnsupportedModelError(f"model {type(model).__name__} has {what}; this is not supported")
-    if not model._supports_attention_backend:
+    # Models with recurrent layers do not say so: it would mean that they can be served, too.
+    if not model._supports_attention_backend and not (model._is_stateful and _calls_interface(model)):
         raise UnsupportedModelError(f"model {type(model).__name__} does not use transformers' attention interface")
     model.set_attn_implementation(NAME)
 
@@ -107,8 +115,18 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
 def _slides(config) -> bool:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
-        return any(kind != "full_attention" for kind in kinds)
+        return any(kind not in ("full_attention", *RECURRENT, *_FEED_FORWARD) for kind in kinds)
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+
+
+def _calls_interface(model: PreTrainedModel) -> bool:
+    kinds = {type(m) for m in model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")}
+    return bool(kinds) and all("ALL_ATTENTION_FUNCTIONS" in unwrap(k.forward).__code__.co_names for k in kinds)
+
+
+def _shares_attention(model: PreTrainedModel) -> bool:
+    found = [id(m) for _, m in model.named_modules(remove_duplicate=False) if hasattr(m, "k_proj")]
+    return len(found) > len(set(found))
 
 
 @torch.no_grad()
