@@ -41,5 +41,6 @@ class RecurrentStates:
     @classmethod
     def joined(cls, parts: Sequence[RecurrentStates]) -> RecurrentStates:
         """The rows of all `parts`, one after the other."""
-        names = {i: list(state) for i, state in parts[0].layers.items()} if parts else {}
-        return cls({i: {k: torch.cat([p.layers[i][k] for p in parts]) for k in keys} for i, keys in names.items()})
+        parts = [part.layers for part in parts if part]
+        first = parts[0] if parts else {}
+        return cls({i: {k: torch.cat([part[i][k] for part in parts]) for k in state} for i, state in first.items()})

@@ -250,8 +250,9 @@ class _Replay(torch.autograd.Function):
 class CapturedRollouts:
     """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, step by step with a warning.
 
-    Not captured: steps that are profiled, models with recurrent layers or under autocast, with latent steps that are checkpointed, with sharded
-    parameters; traces that grow (decoding), or whose gradient was cut in between; devices other than `devices`.
+    Not captured: steps that are profiled, models with recurrent layers, under autocast, with latent steps that are
+    checkpointed, with sharded parameters; traces that grow (decoding), or whose gradient was cut in between; devices
+    other than `devices`.
 
     Args:
         executor: makes what records a rollout.

@@ -61,7 +61,8 @@ def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
 @torch.no_grad()
 def _check_code(model: PreTrainedModel, limit: int, positions: int, what: str) -> None:
     """Raise where the rotary code is a table that ends before, or repeats its end."""
-    rotary = model.get_decoder().rotary_emb
+    if (rotary := getattr(model.get_decoder(), "rotary_emb", None)) is None:
+        return
     # The last one it was made for and the next: far out, float32 itself cannot tell neighbours apart.
     places = torch.tensor([[limit - 1, limit, positions - 1]], device=model.device)
     try:

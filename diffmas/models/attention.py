@@ -65,7 +65,8 @@ def attach(model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: sliding-window or chunked attention, soft-capping, attention sinks, ALiBi, scaled
-            logits, attention shared between layers, an encoder-decoder, or a class outside transformers' attention interface.
+            logits, attention in several layers, an encoder-decoder, or a class outside transformers' attention
+            interface.
     """
     config = model.config.get_text_config(decoder=True)
     refused = {
@@ -78,7 +79,7 @@ def attach(model: PreTrainedModel) -> None:
         "scaled logits (lm_head_multiplier)": (getattr(config, "lm_head_multiplier", None) or 1) != 1,
         "attention dropout (attention_dropout)": getattr(config, "attention_dropout", 0),
         "ALiBi positions (alibi)": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
-        "an attention module in several layers": _shares_attention(model),
+        "several attentions under one index (layer_idx)": _shares_keys(model),
         "attention sinks (sinks)": any(name.endswith("sinks") for name, _ in model.named_parameters()),
     }
     for what, present in refused.items():
@@ -119,14 +120,20 @@ def _slides(config) -> bool:
     return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
 
 
+def _attentions(model: PreTrainedModel) -> list[nn.Module]:
+    """Modules that write keys and values; one that is in several layers, several times."""
+    found = model.get_decoder().named_modules(remove_duplicate=False)
+    return [m for _, m in found if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
+
+
 def _calls_interface(model: PreTrainedModel) -> bool:
-    kinds = {type(m) for m in model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")}
-    return bool(kinds) and all("ALL_ATTENTION_FUNCTIONS" in unwrap(k.forward).__code__.co_names for k in kinds)
+    codes = [unwrap(type(m).forward).__code__ for m in _attentions(model)]
+    return bool(codes) and all("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in codes)
 
 
-def _shares_attention(model: PreTrainedModel) -> bool:
-    found = [id(m) for _, m in model.named_modules(remove_duplicate=False) if hasattr(m, "k_proj")]
-    return len(found) > len(set(found))
+def _shares_keys(model: PreTrainedModel) -> bool:
+    written = [m.layer_idx for m in _attentions(model)]
+    return len(set(written)) < len(written)
 
 
 @torch.no_grad()

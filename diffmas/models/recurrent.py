@@ -1,4 +1,4 @@
-"""How recurrent layers of a transformers decoder (linear attention, state spaces, short convolutions) go on with a trace.
+"""How a decoder's recurrent layers (linear attention, state spaces, short convolutions) go on with a trace.
 
 What such a layer remembers of a row belongs to the row's trace (:class:`diffmas_ops.states.RecurrentStates`). A call's
 packed rows are taken apart, rows of equal length run as a batch from the states they have, and the states they leave
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import sys
 import types
 from collections import defaultdict
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -77,17 +77,28 @@ def _choose_steps(module: nn.Module) -> None:
     scope = vars(sys.modules[type(module).__module__])
     for name in _SINGLE_STEPS:
         function = scope.get(name)
-        if hasattr(function, "__wrapped__") and not hasattr(function, "differentiable"):
-            scope[name] = _differentiable(function)
+        if hasattr(function, "__wrapped__") and not hasattr(function, "chosen"):
+            scope[name] = _chosen(function)
 
 
-def _differentiable(function: Callable) -> Callable:
+def _chosen(function: Callable) -> Callable:
     @functools.wraps(function)
     def chosen(*args, **kwargs):
+        limit = getattr(args[0] if args else None, "limit", None)
+        if limit is not None:
+            args, kwargs = _within(limit, *args, **kwargs)
         return (function.__wrapped__ if torch.is_grad_enabled() else function)(*args, **kwargs)
 
-    chosen.differentiable = True
+    chosen.chosen = True
     return chosen
+
+
+def _within(limit: tuple[float, float], state: Tensor, hidden: Tensor, dt: Tensor, *args, **kwargs):
+    """Arguments for an update by one token, with the limit that only the code for several tokens keeps to."""
+    bias, softplus = kwargs.pop("dt_bias", None), kwargs.pop("dt_softplus", False)
+    dt = dt if bias is None else dt + bias.to(dt.dtype)
+    dt = (F.softplus(dt) if softplus else dt).clamp(*limit)
+    return (state, hidden, dt, *args), kwargs
 
 
 @torch.no_grad()
@@ -96,11 +107,6 @@ def _try(module: nn.Module, model: PreTrainedModel) -> None:
     if model.device.type == "meta":
         return
     name = f"{type(module).__name__} of model {type(model).__name__}"
-    low, high = getattr(module, "time_step_limit", None) or (0, math.inf)
-    if low > 0 or high < math.inf:
-        raise UnsupportedModelError(
-            f"time_step_limit is {(low, high)} in {name}, which a single token does not keep to; allowed: (0, inf)"
-        )
     generator, training = torch.Generator().manual_seed(0), module.training
     width = model.config.get_text_config(decoder=True).hidden_size
     x = torch.randn(1, 3, width, generator=generator).to(model.device, model.dtype)
@@ -125,7 +131,8 @@ def _try(module: nn.Module, model: PreTrainedModel) -> None:
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:
     tolerance = 0.1 if expected.dtype.itemsize < 4 else 1e-3
-    return bool((actual - expected).float().norm() <= tolerance * expected.float().norm())
+    # What is not finite shows nothing.
+    return not (actual - expected).float().norm() > tolerance * expected.float().norm()
 
 
 @functools.cache
@@ -195,7 +202,7 @@ def _run_each(module: nn.Module, hidden: Tensor, before: State) -> tuple[Tensor,
 
 
 def _run_module(module: nn.Module, hidden: Tensor, before: State) -> tuple[Tensor, State]:
-    cache = _Cache(before)
+    cache = _Cache(before, getattr(module, "time_step_limit", None))
     out = type(module).forward(module, hidden, **{_cache_name(type(module)): cache})
     return out, cache.after()
 
@@ -206,8 +213,8 @@ class _Cache:
     #: With it, a convolution leaves the state it begins with as it is.
     record_past = True
 
-    def __init__(self, before: State):
-        self._before = before
+    def __init__(self, before: State, limit: tuple[float, float] | None):
+        self._before, self._limit = before, limit
         self._written: State = {}
         self._lent: dict[str, _Lent] = {}
 
@@ -225,11 +232,10 @@ class _Cache:
         name = f"recurrence {state_idx}"
         if name in self._before and name not in self._lent:
             self._lent[name] = self._before[name].clone().as_subclass(_Lent)
+            self._lent[name].limit = self._limit
         return self._lent.get(name)
 
-    def update_conv_state(
-        self, states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int
-    ) -> Tensor:
+    def update_conv_state(self, states: Tensor, layer_idx: int, state_idx: int = 0, *, conv_kernel_size: int) -> Tensor:
         """`states [rows, channels, n]` behind those before; the last `conv_kernel_size` of them stay."""
         past = self.get_conv_state(layer_idx, state_idx)
         past = states.new_zeros(*states.shape[:-1], conv_kernel_size) if past is None else past
@@ -260,12 +266,13 @@ class _Cache:
 
 
 class _Lent(Tensor):
-    """A copy of a state that a module may write to.
+    """A copy of a state that a module may write to; `limit`: of the time steps that the state advances by.
 
     A kernel writes in place. PyTorch's code does by `copy_`, after autograd has saved the state: that is kept apart.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    limit: tuple[float, float] | None = None
     _copied: Tensor | None = None
 
     def copy_(self, source: Tensor) -> Tensor:
