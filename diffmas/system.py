@@ -82,7 +82,8 @@ class MultiAgentSystem(nn.Module):
     Raises:
         ValueError: an argument outside its range, named.
         FileNotFoundError: a model, topology or prompts that are not there.
-        UnsupportedModelError: a model whose attention a trace cannot express.
+        UnsupportedModelError: a model whose attention or recurrent layers a trace cannot express, or the latter in a
+            topology that does more than continue their states.
     """
 
     def __init__(
@@ -125,6 +126,11 @@ class MultiAgentSystem(nn.Module):
             backend=backend,
             loss=loss,
         )
+        if self.agent_model.recurrent and latent_backward != "exact":
+            raise ValueError(
+                f"latent_backward is {latent_backward!r}, and the model has recurrent layers "
+                f"({self.agent_model.recurrent}), which cannot go back over latent steps; allowed: exact"
+            )
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
         self.trajectory = Trajectory(
             self.agent_model,

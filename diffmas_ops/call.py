@@ -11,9 +11,21 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.states import State
 
 if TYPE_CHECKING:
     from diffmas_ops.trace import KVTrace
+
+
+_GONE = "the trace of this call is gone; keep it alive until the forward is done"
+
+
+def _check_rerun(layer: int, recorded: bool) -> None:
+    if torch.is_grad_enabled() and not recorded:
+        raise RuntimeError(
+            f"layer {layer} of this call first ran without gradients and is now re-run with them; "
+            "activation checkpointing must be non-reentrant (use_reentrant=False)"
+        )
 
 
 class Streak:
@@ -104,9 +116,11 @@ class Call:
         self.outputs = None if outputs is None else Outputs(self, outputs)
         # A strong reference would close a cycle order -> token -> autograd node -> call -> order, which Python's
         # collector cannot see through.
-        self._order = weakref.ref(trace.order)
+        self._order, self._states = weakref.ref(trace.order), weakref.ref(trace.states)
         # Per layer, whether its first run recorded gradients; None where they were disabled.
         self._recorded: dict[int, bool | None] = {}
+        # Per recurrent layer, the state it began with, and whether its first run recorded gradients.
+        self._began: dict[int, tuple[State, bool]] = {}
         self._differentiated: set[int] = set()
         self.rehearsing = False
 
@@ -124,14 +138,10 @@ class Call:
         """
         if layer not in self._recorded:
             if (token := self.order_token) is None:
-                raise RuntimeError("the trace of this call is gone; keep it alive until the forward is done")
+                raise RuntimeError(_GONE)
             return token
         recorded = self._recorded[layer]
-        if torch.is_grad_enabled() and recorded is None:
-            raise RuntimeError(
-                f"layer {layer} of this call first ran without gradients and is now re-run with them; "
-                "activation checkpointing must be non-reentrant (use_reentrant=False)"
-            )
+        _check_rerun(layer, recorded is not None)
         # Checkpointing insists on a re-run that saves what the first run saved.
         return torch.zeros(0, device=self.starts.device, requires_grad=bool(recorded))
 
@@ -141,6 +151,25 @@ class Call:
             return
         recorded = self._recorded[layer] = token.requires_grad if torch.is_grad_enabled() else None
         self._order().advance(token, self.host_ends if recorded else None)
+
+    def remembered(self, layer: int) -> State:
+        """What recurrent `layer` remembers before this call; on a re-run (activation checkpointing) the same.
+
+        Raises `RuntimeError` as :meth:`enter`.
+        """
+        if layer in self._began:
+            state, recorded = self._began[layer]
+            _check_rerun(layer, recorded)
+            return state
+        if (states := self._states()) is None:
+            raise RuntimeError(_GONE)
+        return states.layers.get(layer, {})
+
+    def remember(self, layer: int, before: State, after: State) -> None:
+        """Recurrent `layer` goes on from `before` to `after`, unless this was a re-run."""
+        if layer not in self._began:
+            self._began[layer] = before, torch.is_grad_enabled()
+            self._states().layers[layer] = after
 
     @contextlib.contextmanager
     def rehearse(self) -> Iterator[None]:

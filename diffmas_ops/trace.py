@@ -13,6 +13,7 @@ from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import CapacityError
 from diffmas_ops.gradients import TraceGradients
 from diffmas_ops.order import Order
+from diffmas_ops.states import RecurrentStates
 from diffmas_ops.storage import Stack, TraceStorage
 
 
@@ -25,6 +26,7 @@ class KVTrace:
     Attributes:
         lengths: int32 `[batch]` on the device, columns in use; `host_lengths` mirrors it for planning.
         order: what makes autograd differentiate the calls last to first.
+        states: what recurrent layers remember of the rows.
     """
 
     def __init__(self, storage: TraceStorage, lengths: list[int], *, grow: bool, backend: str):
@@ -35,7 +37,7 @@ class KVTrace:
         self.lengths = torch.tensor(lengths, dtype=torch.int32, device=self.device)
         self.one_each = [1] * self.batch
         self.one_each_cu_seqlens_q = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
-        self.order = Order(self.batch, self.device)
+        self.order, self.states = Order(self.batch, self.device), RecurrentStates()
         self.detach_()
 
     @classmethod
@@ -146,10 +148,11 @@ class KVTrace:
 
         Raises:
             ValueError: a length beyond the row's, or columns that a call with recorded gradients has written or
-                attended to: its backward reads them.
+                attended to: its backward reads them; any at all where recurrent layers remember them.
         """
         lengths = [index(n) for n in lengths]
-        bounds = list(zip(self.order.differentiable, self.host_lengths, strict=True))
+        lowest = self.host_lengths if self.states else self.order.differentiable
+        bounds = list(zip(lowest, self.host_lengths, strict=True))
         if len(lengths) != self.batch or any(
             not low <= n <= high for n, (low, high) in zip(lengths, bounds, strict=True)
         ):
@@ -168,11 +171,14 @@ class KVTrace:
         stacks = [Stack(*(x.detach()[:, at] for x in stack)) for stack in self.storage.stacks]
         storage = TraceStorage(stacks)
         lengths = [self.host_lengths[row] for row in rows]
-        return KVTrace(storage, lengths, grow=self._grow, backend=self.backend)
+        selected = KVTrace(storage, lengths, grow=self._grow, backend=self.backend)
+        selected.states = self.states.select(rows)
+        return selected
 
     def detach_(self) -> KVTrace:
         """Cut the gradient: columns written so far take none from calls opened from now on."""
         self.order.cut()
+        self.states.detach_()
         self.gradients = TraceGradients(self.storage, self.lengths, self.backend)
         self._slot: int | None = None
         return self

@@ -252,8 +252,9 @@ class _Replay(torch.autograd.Function):
 class CapturedRollouts:
     """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, steps with a warning.
 
-    Not captured: steps that are profiled, models under autocast, with latent steps that are checkpointed, with sharded
-    parameters; traces that grow (decoding), or whose gradient was cut in between; devices other than `devices`.
+    Not captured: steps that are profiled, models with recurrent layers, under autocast, with latent steps that are
+    checkpointed, with sharded parameters; traces that grow (decoding), or whose gradient was cut in between; devices
+    other than `devices`.
 
     Args:
         executor: makes what records a rollout.
@@ -342,6 +343,8 @@ class CapturedRollouts:
         if model.observers:
             # Profiling marks every call; a replay makes none.
             return "calls are watched"
+        if model.recurrent:
+            return f"the model has recurrent layers ({model.recurrent})"
         if torch.is_autocast_enabled(trace.device.type):
             return "autocast is enabled"
         if model.checkpointing.mode == "all" and recording:

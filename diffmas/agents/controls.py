@@ -31,24 +31,24 @@ def _other(trace: KVTrace, row: int) -> int:
 
 def _same(trace: KVTrace, row: int, other: int) -> bool:
     length = trace.host_lengths[row]
-    return length == trace.host_lengths[other] and all(
-        torch.equal(buffer[:, row, :, :length], buffer[:, other, :, :length]) for buffer in trace.storage.buffers()
-    )
+    if length != trace.host_lengths[other] or not all(torch.equal(x[row], x[other]) for x in trace.states):
+        return False
+    return all(torch.equal(x[:, row, :, :length], x[:, other, :, :length]) for x in trace.storage.buffers())
 
 
 def zero(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """Keys and values of zero."""
-    for buffer in trace.storage.buffers():
+    """Keys, values and what recurrent layers remember, of zero."""
+    for buffer in (*trace.storage.buffers(), *trace.states):
         buffer.zero_()
     return trace
 
 
 def noise(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """Gaussian keys and values with the norms of the row's own; a row's noise depends on its seed alone."""
+    """Gaussian keys, values and recurrent states with the norms of the row's own; a row's depend on its seed alone."""
     for row, (seed, length) in enumerate(zip(seeds, trace.host_lengths, strict=True)):
         generator = torch.Generator().manual_seed(seed)
-        for buffer in trace.storage.buffers():
-            written = buffer[:, row, :, :length]
+        columns = [buffer[:, row, :, :length] for buffer in trace.storage.buffers()]
+        for written in (*columns, *(state[row] for state in trace.states)):
             written.copy_(_like_norm(written, generator))
     return trace
 

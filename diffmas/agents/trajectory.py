@@ -48,7 +48,7 @@ class Trajectory:
 
     Raises:
         ValueError: `latent_steps` below 0.
-        UnsupportedModelError: a topology that moves keys, of a model whose keys cannot be moved.
+        UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all.
     """
 
     model: AgentModel
@@ -67,6 +67,21 @@ class Trajectory:
                 f"{self.topology.name!r} with handover {self.topology.handover!r} moves them; allowed: handover 'full' "
                 "and at most one sender an agent"
             )
+        if self.model.recurrent:
+            self._check_recurrent()
+
+    def _check_recurrent(self) -> None:
+        """Raise where the states of recurrent layers would have to be anything but continued."""
+        merging = [agent.name for agent in self.topology.agents[1:] if self.topology.continues(agent) is None]
+        if not merging:
+            return
+        latent = self.topology.handover == "latent"
+        task = "leave out the prompts (handover 'latent')" if latent else f"merge those agent {merging[-1]} receives"
+        raise UnsupportedModelError(
+            f"model {type(self.model.language_model).__name__} has recurrent layers ({self.model.recurrent}): their "
+            f"state can only be continued; topology {self.topology.name!r} would have to {task}; allowed: a chain of "
+            "agents with handover 'full'"
+        )
 
     def communicate(
         self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from diffmas_ops import KVTrace, backends, merge_states
 from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.states import RecurrentStates, State
 from diffmas_ops.storage import Stack, TraceStorage
 
 
@@ -123,9 +125,20 @@ class OwnTraces:
     def __init__(self, like: KVTrace):
         self.storage, self.backend = Columns(like), like.backend
         self._order = torch.empty(0, device=like.device)
+        # What recurrent layers remember of the planned answers, and of those that wait for a plan.
+        self._slots: list[int] = []
+        self._states = RecurrentStates()
+        self._entered: list[tuple[list[int], RecurrentStates]] = []
 
     def admit(self, prompts: Sequence[Prompt]) -> list[int]:
         """Slots of answers that begin behind `prompts`."""
+        slots = self._slots_for(prompts)
+        for _, group in groupby(zip(slots, prompts, strict=True), key=lambda pair: id(pair[1].trace)):
+            taken, entered = zip(*group, strict=True)
+            self._entered.append((list(taken), entered[0].trace.states.select([p.row for p in entered])))
+        return slots
+
+    def _slots_for(self, prompts: Sequence[Prompt]) -> list[int]:
         return _take(self.storage, prompts)
 
     def release(self, slot: int) -> None:
@@ -134,7 +147,11 @@ class OwnTraces:
 
     def plan(self, slots: Sequence[int]) -> None:
         """From now on, one token of each of `slots` a step, packed in this order."""
-        self._slots, self.total = slots, len(slots)
+        places = [*self._slots, *(slot for taken, _ in self._entered for slot in taken)]
+        place = {slot: i for i, slot in enumerate(places)}
+        joined = RecurrentStates.joined([self._states, *(states for _, states in self._entered)])
+        self._states, self._entered = joined.select([place[slot] for slot in slots]), []
+        self._slots, self.total, self.lengths = slots, len(slots), [1] * len(slots)
         self._ranges = _Ranges(self.storage, {slot: i for i, slot in enumerate(slots)}, self.storage.lengths)
         self.position_ids = torch.tensor([self._positions(slots)]).to(self.storage.device)
 
@@ -160,6 +177,14 @@ class OwnTraces:
     def leave(self, layer: int, order: Tensor) -> None:
         """See :meth:`enter`."""
 
+    def remembered(self, layer: int) -> State:
+        """What recurrent `layer` remembers of the planned answers."""
+        return self._states.layers[layer]
+
+    def remember(self, layer: int, before: State, after: State) -> None:
+        """See :meth:`remembered`."""
+        self._states.layers[layer] = after
+
 
 class SharedTraces(OwnTraces):
     """The samples of a row share its trace as it was before them; each appends to a short one of its own.
@@ -174,8 +199,7 @@ class SharedTraces(OwnTraces):
         self._row_of: dict[Prompt, int] = {}
         self._prompt_of: dict[int, Prompt] = {}
 
-    def admit(self, prompts: Sequence[Prompt]) -> list[int]:
-        """See :meth:`OwnTraces.admit`."""
+    def _slots_for(self, prompts: Sequence[Prompt]) -> list[int]:
         for prompt in prompts:
             prompt.waiting -= 1
         new = [p for p in dict.fromkeys(prompts) if p not in self._row_of]

@@ -22,6 +22,7 @@ from diffmas.models.head import Head, head_of
 from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
+from diffmas.models.recurrent import continue_states
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
 
@@ -42,11 +43,12 @@ class AgentModel(nn.Module):
 
     Attributes:
         layers: its attention layers by `layer_idx`, in the order of a trace's.
+        recurrent: what recurrent layers it has, by name; empty where it has none.
         observers: told of every call, see :data:`Observer`.
 
     Raises:
         ValueError: an argument outside its range, named.
-        UnsupportedModelError: a model whose attention a trace cannot express.
+        UnsupportedModelError: a model whose attention or recurrent layers a trace cannot express.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class AgentModel(nn.Module):
         self._silenced = silence(base)
         self._head = head_of(base)
         vectors = input_vectors(base)
+        self.recurrent = continue_states(base)
         fuse_lora(base)
         fuse_norms(base)
         fuse_layers(base)
@@ -145,6 +148,10 @@ class AgentModel(nn.Module):
             raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
         call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
         hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if self.recurrent and self._sharded:
+            raise UnsupportedModelError(
+                f"the model has recurrent layers ({self.recurrent}) and is sharded (FSDP); this is not supported"
+            )
         if self._sharded and hidden.requires_grad:
             trace.order.token = reach(trace.order.token, hidden)
         return hidden

@@ -228,6 +228,8 @@ def _check(segments: Sequence[Segment], capacity: int) -> KVTrace:
                 )
         if accumulation_dtype(trace.dtype) != accumulation_dtype(first.dtype):
             raise TypeError(f"segments[{i}].trace is {trace.dtype}; allowed: one that mixes with {first.dtype}")
+        if trace.states:
+            raise ValueError(f"segments[{i}].trace has recurrent states; allowed: none, they can only be continued")
         if len(segment.begin) != trace.batch or len(segment.end) != trace.batch:
             raise ValueError(
                 f"segments[{i}] has {len(segment.begin)} begins and {len(segment.end)} ends; allowed: one per row, "
