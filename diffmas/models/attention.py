@@ -37,7 +37,7 @@ def trace_attention(
 ) -> tuple[Tensor, None]:
     """transformers attention function: `query [1, heads, total, head_dim]` to `[1, total, heads, value_dim]`."""
     if trace_call is None:
-        trace_call, trace_layers = carried().get("trace_call"), carried().get("trace_layers")
+        trace_call, trace_layers = carried("trace_call"), carried("trace_layers")
     if trace_call is None or trace_layers is None:
         raise ValueError("trace_call is None; this model attends through a trace: call it via MultiAgentSystem")
     if attention_mask is not None:

@@ -92,7 +92,8 @@ def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         try:
             near = _read(model, 0)
         except _NoKeywords:
-            carry_keywords(model)
+            lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
+            carry_keywords(layer for child in lists for layer in child)
             near = _read(model, 0)
         far = _read(model, apart)
     if not near:
@@ -144,7 +145,7 @@ class _NoKeywords(UnsupportedModelError):
 
 def _watch(module, query, key, value, attention_mask, trace_call=None, **options):
     """transformers attention function that writes down what it is given; every token gets its own value."""
-    trace_call = carried().get("trace_call") if trace_call is None else trace_call
+    trace_call = carried("trace_call") if trace_call is None else trace_call
     if not isinstance(trace_call, list):
         raise _NoKeywords(
             f"model with {type(module).__name__} does not hand its forward's keywords on to its attention"

@@ -1,34 +1,41 @@
-"""A forward's keywords, for attention in decoders whose layers keep them to themselves."""
+"""A layer's keywords, for modules inside it that are not handed them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
-#: Of the layers that are running, the innermost last.
-_RUNNING: ContextVar[tuple[dict[str, Any], ...]] = ContextVar("running", default=())
-
-
-def carry_keywords(model: PreTrainedModel) -> None:
-    """Keep what the layers of `model` are given while they run, also when checkpointing runs them again."""
-    for child in model.get_decoder().children():
-        for layer in child if isinstance(child, nn.ModuleList) else ():
-            layer.register_forward_pre_hook(_enter, with_kwargs=True)
-            layer.register_forward_hook(_leave, always_call=True)
+#: Of the layer that is running; None outside one.
+_KEYWORDS: ContextVar[dict[str, Any] | None] = ContextVar("keywords", default=None)
 
 
-def carried() -> dict[str, Any]:
-    """The keywords of the layer that is running; none outside one, or without :func:`carry_keywords`."""
-    running = _RUNNING.get()
-    return running[-1] if running else {}
+def carry_keywords(layers: Iterable[nn.Module]) -> None:
+    """Keep what `layers` are given while they run, also when checkpointing runs them again."""
+    for layer in layers:
+        layer.__class__ = _carrying(type(layer))
 
 
-def _enter(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    _RUNNING.set((*_RUNNING.get(), kwargs))
+def carried(name: str) -> Any:
+    """A keyword of the layer that is running; None without it, or outside the layers of :func:`carry_keywords`."""
+    return (_KEYWORDS.get() or {}).get(name)
 
 
-def _leave(layer: nn.Module, args: tuple, output: Any) -> None:
-    _RUNNING.set(_RUNNING.get()[:-1])
+class CarryingLayer:
+    """What :func:`carry_keywords` puts in front of a layer's class."""
+
+    def forward(self, *args, **kwargs):
+        token = _KEYWORDS.set(kwargs)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _KEYWORDS.reset(token)
+
+
+@cache
+def _carrying(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of the same name, as :func:`diffmas.models.decoder_layer._fused` makes one, for the same reasons."""
+    return kind if issubclass(kind, CarryingLayer) else type(kind.__name__, (CarryingLayer, kind), {})

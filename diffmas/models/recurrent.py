@@ -14,7 +14,6 @@ import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable
-from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas_ops import Call
+from diffmas.models.keywords import carried, carry_keywords
 from diffmas_ops.states import State
 
 #: What configurations call layers that remember, some of them beside attention.
@@ -36,8 +35,6 @@ _SINGLE_STEPS = (
 )
 #: Classes whose code for several tokens begins at zero, whatever the state.
 _ONE_BY_ONE: set[type[nn.Module]] = set()
-#: The call whose layer is running.
-_CALL: ContextVar[Call | None] = ContextVar("call", default=None)
 
 
 def continue_states(model: PreTrainedModel) -> str:
@@ -59,9 +56,7 @@ def continue_states(model: PreTrainedModel) -> str:
     for module in {type(m): m for m in found}.values():
         _choose_steps(module)
         _try(module, model)
-    for layer in model.modules():
-        if any(_keeps_states(type(child)) for child in layer.children()):
-            layer.__class__ = _announcing(type(layer))
+    carry_keywords(m for m in model.modules() if any(_keeps_states(type(child)) for child in m.children()))
     for mixer in found:
         mixer.forward = types.MethodType(_forward, mixer)
     return what
@@ -143,26 +138,9 @@ def _cache_name(kind: type[nn.Module]) -> str:
     return "cache_params" if "cache_params" in names else "past_key_values"
 
 
-class AnnouncingLayer:
-    """A decoder layer whose recurrent part knows the call; some layers do not hand `trace_call` down to it."""
-
-    def forward(self, *args, **kwargs):
-        token = _CALL.set(kwargs.get("trace_call"))
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            _CALL.reset(token)
-
-
-@functools.cache
-def _announcing(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of the same name, as :func:`diffmas.models.decoder_layer._fused` makes one, for the same reasons."""
-    return kind if issubclass(kind, AnnouncingLayer) else type(kind.__name__, (AnnouncingLayer, kind), {})
-
-
 def _forward(self: nn.Module, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
     """`hidden_states [1, total, hidden]` of the packed rows of a call, to what the module makes of every row."""
-    if (call := _CALL.get()) is None:
+    if (call := carried("trace_call")) is None:
         raise ValueError("trace_call is None; this model remembers through a trace: call it via MultiAgentSystem")
     if attention_mask is not None:
         raise ValueError("attention_mask is given; allowed: None, packed inputs need no mask")
