@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from diffmas.agents.costs import Lengths, Plan
 from diffmas.agents.trajectory import Trajectory
 from diffmas.models.attention import UnsupportedModelError
+from diffmas.models.outline import decoder_of
 
 _logger = logging.getLogger(__name__)
 _TOLD = "_told_about_positions"
@@ -61,7 +62,7 @@ def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:
 @torch.no_grad()
 def _check_code(model: PreTrainedModel, limit: int, positions: int, what: str) -> None:
     """Raise where the rotary code is a table that ends before, or repeats its end."""
-    rotary = model.get_decoder().rotary_emb
+    rotary = decoder_of(model).rotary_emb
     # The last one it was made for and the next: far out, float32 itself cannot tell neighbours apart.
     places = torch.tensor([[limit - 1, limit, positions - 1]], device=model.device)
     try:

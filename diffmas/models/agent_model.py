@@ -21,6 +21,8 @@ from diffmas.models.head import Head, head_of
 from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
+from diffmas.models.outline import decoder_of
+from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace
 
@@ -62,14 +64,15 @@ class AgentModel(nn.Module):
         self.model, self.backend = model, backend
         self.observers: list[Observer] = []
         base = self.language_model
+        check_unwrapped(base)
         attach(base)
+        self.rotary = rotary_of(base)
         self._silenced = silence(base)
         self._head = head_of(base)
         vectors = input_vectors(base)
         fuse_lora(base)
         fuse_norms(base)
         fuse_layers(base)
-        self.rotary = rotary_of(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         weight, out = base.get_input_embeddings().weight, self.head.linear.weight
         tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
@@ -112,7 +115,7 @@ class AgentModel(nn.Module):
     @property
     def _sharded(self) -> bool:
         """Whether FSDP2 shards the layers: their root is whatever holds this model."""
-        layers = getattr(self.language_model.get_decoder(), "layers", None)
+        layers = getattr(decoder_of(self.language_model), "layers", None)
         return is_sharded(self) or (bool(layers) and is_sharded(layers[0]))
 
     def read(
@@ -143,7 +146,7 @@ class AgentModel(nn.Module):
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
         watching = [observer(call, latent) for observer in self.observers]
         with self.checkpointing.for_call(latent=latent):
-            output = self.language_model.get_decoder()(
+            output = decoder_of(self.language_model)(
                 **inputs, position_ids=call.position_ids, use_cache=False, trace_call=call
             )
         hidden, wanted = output.last_hidden_state[0], call.outputs

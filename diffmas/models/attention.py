@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from diffmas.models.outline import decoder_of
 from diffmas_ops import Call, Rotary, cached_attention
 from diffmas_ops.kv_concat.reference import rotate
 
@@ -85,7 +86,7 @@ def rotary_of(model: PreTrainedModel) -> Rotary:
         UnsupportedModelError: no rotary embedding, frequencies that change with the length (dynamic NTK, longrope),
             or a rotation of neither known pairing.
     """
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
+    embedding = getattr(decoder_of(model), "rotary_emb", None)
     inv_freq = getattr(embedding, "inv_freq", None)
     if not isinstance(inv_freq, Tensor):
         raise UnsupportedModelError(f"model {type(model).__name__} has no rotary position embedding (rotary_emb)")

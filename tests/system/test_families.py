@@ -142,9 +142,7 @@ def test_logits_that_no_scale_and_cap_explain_are_refused(change, dtype, monkeyp
         return output.__class__(logits=change(output.logits))
 
     monkeypatch.setattr(kind, "forward", forward)
-    with pytest.raises(
-        UnsupportedModelError, match="LlamaForCausalLM changes its head's logits .*logit_scale, "
-    ):
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM changes its head's logits .*logit_scale, "):
         system_of(kind(transformers.LlamaConfig(**SIZES)).to(dtype))
 
 
