@@ -22,6 +22,7 @@ from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of
+from diffmas.models.reach import check_reach
 from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace
@@ -70,6 +71,8 @@ class AgentModel(nn.Module):
         self._silenced = silence(base)
         self._head = head_of(base)
         vectors = input_vectors(base)
+        sizes = self.trace_sizes
+        check_reach(base, sizes["num_kv_heads"], sizes["head_dim"])
         fuse_lora(base)
         fuse_norms(base)
         fuse_layers(base)
