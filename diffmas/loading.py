@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.room import check_adapter
 from diffmas.agents.topology import Topology, load_topology
+from diffmas.models.lora import more_than_linear
 from diffmas.models.pretrained import load_base
 from diffmas.runs.description import known, read_description
 from diffmas.runs.settings import SystemArguments
@@ -43,6 +44,7 @@ def build_system(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         target_modules=targets if targets == "all-linear" else targets.split(","),
+        exclude_modules=[name for name, module in model.named_modules() if more_than_linear(module)] or None,
         task_type="CAUSAL_LM",
         lora_dropout=0.0,
     )

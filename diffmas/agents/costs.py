@@ -14,6 +14,7 @@ from torch import nn
 
 from diffmas.agents.topology import Topology
 from diffmas.models.geometry import configured
+from diffmas.models.outline import decoder_of
 from diffmas_ops.dtypes import accumulation_dtype
 
 Lengths = Sequence[int]
@@ -64,7 +65,7 @@ class Shape:
         """Of a transformers causal language model, whose adapters are inside; `dtype`: what it computes in."""
         config, dtype = model.config.get_text_config(decoder=True), dtype or model.dtype
         adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
-        others = (p for n, p in model.get_decoder().named_parameters() if n not in adapters and p.dim() == 2)
+        others = (p for n, p in decoder_of(model).named_parameters() if n not in adapters and p.dim() == 2)
         return cls(
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,

@@ -22,7 +22,9 @@ from diffmas.models.head import Head, head_of
 from diffmas.models.lora import fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
+from diffmas.models.outline import decoder_of
 from diffmas.models.recurrent import continue_states
+from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
 
@@ -66,6 +68,7 @@ class AgentModel(nn.Module):
         self.model, self.backend = model, backend
         self.observers: list[Observer] = []
         base = self.language_model
+        check_unwrapped(base)
         self.layers = attach(base)
         self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
         self._silenced = silence(base)
@@ -127,7 +130,7 @@ class AgentModel(nn.Module):
     @property
     def _sharded(self) -> bool:
         """Whether FSDP2 shards the layers: their root is whatever holds this model."""
-        layers = getattr(self.language_model.get_decoder(), "layers", None)
+        layers = getattr(decoder_of(self.language_model), "layers", None)
         return is_sharded(self) or (bool(layers) and is_sharded(layers[0]))
 
     def read(
@@ -163,7 +166,7 @@ class AgentModel(nn.Module):
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
         watching = [observer(call, latent) for observer in self.observers]
         with self.checkpointing.for_call(latent=latent):
-            output = self.language_model.get_decoder()(
+            output = decoder_of(self.language_model)(
                 **inputs,
                 position_ids=call.position_ids,
                 use_cache=False,

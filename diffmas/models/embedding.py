@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.outline import first_layer, replaced_forward
+from diffmas.models.outline import decoder_of, first_layer, replaced_forward
 
 #: Tokens that are given to a model as ids and as embeddings.
 _TOKENS = 8
@@ -73,7 +73,7 @@ def _entered(model: PreTrainedModel, layer: nn.Module, **inputs: Tensor) -> list
 
     with replaced_forward(layer, forward):
         try:
-            model.get_decoder()(**inputs, use_cache=False)
+            decoder_of(model)(**inputs, use_cache=False)
         except _Entered:
             return seen
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:

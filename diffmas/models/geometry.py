@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.keywords import carried, carry_keywords
+from diffmas.models.outline import decoder_of
 from diffmas_ops import Rotary
 from diffmas_ops.kv_concat.reference import rotate
 
@@ -92,7 +93,7 @@ def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         try:
             near = _read(model, 0)
         except _NoKeywords:
-            lists = (child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList))
+            lists = (child for child in decoder_of(model).children() if isinstance(child, nn.ModuleList))
             carry_keywords(layer for child in lists for layer in child)
             near = _read(model, 0)
         far = _read(model, apart)
@@ -232,7 +233,7 @@ def _read(model: PreTrainedModel, begin: int) -> list[_Sighting]:
     seen: list[_Sighting] = []
     inputs = dict(input_ids=tokens[None], position_ids=positions[None], use_cache=False, trace_call=seen)
     try:
-        model.get_decoder()(**inputs)
+        decoder_of(model)(**inputs)
     except UnsupportedModelError:
         raise
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -299,7 +300,7 @@ def _candidates(model: PreTrainedModel, config) -> Iterator[_Candidate]:
 def _frequencies(model: PreTrainedModel, config) -> Iterator[tuple[Tensor, str]]:
     """Frequencies and their rope type: buffers of rotary modules, and what the configuration says of those without."""
     found: list[Tensor] = []
-    for module in model.get_decoder().modules():
+    for module in decoder_of(model).modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1:
                 continue

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.outline import replaced_forward
+from diffmas.models.outline import decoder_of, replaced_forward
 
 #: How configurations call a factor of logits, a divisor of logits, and a cap.
-_FACTORS, _DIVISORS, _CAPS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",), ("final_logit_softcapping",)
+_FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 #: The largest logits that a model's own are compared at: within any cap, around it, far beyond.
 _PEAKS = (1.0, 30.0, 1000.0)
 
@@ -55,7 +56,7 @@ def head_of(model: PreTrainedModel) -> Head:
     hidden = directions * (highest.new_tensor(_PEAKS)[:, None] / highest).to(directions.dtype)
     own = _own_logits(model, hidden)
     for scale, cap in _described(model):
-        if _same(Head(linear, scale, cap)(hidden), own):
+        if same_logits(Head(linear, scale, cap)(hidden), own):
             return Head(linear, scale, cap)
     names = ", ".join((*_FACTORS, *_DIVISORS, *_CAPS))
     raise UnsupportedModelError(
@@ -73,11 +74,19 @@ def _described(model: PreTrainedModel) -> Iterator[tuple[float, float | None]]:
     return product([*factors, *divisors, 1.0], [*caps, None])
 
 
+class _Output(MoeModelOutputWithPast):
+    """A decoder's, without anything but hidden states."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """What the model's own forward makes of `hidden [tokens, hidden]`, had its decoder ended with it."""
-    output = MoeModelOutputWithPast(last_hidden_state=hidden[None])
+    output = _Output(last_hidden_state=hidden[None])
     ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-    with replaced_forward(model.get_decoder(), lambda *args, **kwargs: output):
+    with replaced_forward(decoder_of(model), lambda *args, **kwargs: output):
         try:
             return model(input_ids=ids, use_cache=False).logits[0]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -86,8 +95,8 @@ def _own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
             ) from error
 
 
-def _same(ours: Tensor, own: Tensor) -> bool:
-    """Whether they are the same up to rounding, at every size of logits."""
+def same_logits(ours: Tensor, own: Tensor) -> bool:
+    """Whether both, `[tokens, vocab]`, are the same up to rounding, each row on its own scale."""
     if ours.shape != own.shape:
         return False
     tolerance = max(2 * torch.finfo(ours.dtype).eps, 1e-3)

@@ -1,4 +1,4 @@
-"""Looking at a transformers model from outside: its decoder's first layer, and a forward in another's place."""
+"""Looking at a transformers model from outside: its decoder, the first layer, and a forward in another's place."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
             module.forward = before
 
 
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What makes the hidden states that the head takes: not every causal language model names it to transformers."""
+    decoder = model.get_decoder()
+    return getattr(model, "model", model) if decoder is model else decoder
+
+
 def first_layer(model: PreTrainedModel) -> nn.Module | None:
     """The first of the decoder's layers: of its list of modules, whatever that is called."""
-    lists = [child for child in model.get_decoder().children() if isinstance(child, nn.ModuleList) and len(child)]
+    lists = [child for child in decoder_of(model).children() if isinstance(child, nn.ModuleList) and len(child)]
     return lists[0][0] if lists else None
