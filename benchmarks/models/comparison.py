@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -22,11 +21,12 @@ from diffmas.models.attention import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
 TOLERANCE = 1e-10
-EXACT, REFUSED, WRONG, CRASH, UNBUILT, UNJUDGED = "exact", "refused", "WRONG", "crash", "unbuilt", "no oracle"
+EXACT, REFUSED, WRONG, CRASH, UNBUILT, NO_ORACLE = "exact", "refused", "WRONG", "crash", "unbuilt", "no oracle"
 DAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "sequential": {"planner": (), "critic": ("planner",), "solver": ("critic",)},
     "hierarchical": {"math": (), "science": (), "summarizer": ("math", "science")},
-    "stitch": {"first": (), "second": ("first",), "third": (), "solver": ("second", "third")},
+    # Parts of a segment that was put together once already move again.
+    "stitch": {"other": (), "a": (), "b": (), "joined": ("a", "b"), "solver": ("other", "joined")},
     "relay": {"sender": (), "solver": ("sender",)},
 }
 LATENT_STEPS, NEW_TOKENS = 2, 4
@@ -72,6 +72,8 @@ def check(family: str, layout: str, cases: tuple[Case, ...] = CASES) -> Iterator
     except Unbuilt as error:
         yield Result("", UNBUILT, why=str(error))
         return
+    if failing := oracle_failure(model):
+        yield Result("oracle", NO_ORACLE, why=failing)
     refusal = ""
     for case in cases:
         # A model that is refused as such is refused in every case.
@@ -79,6 +81,27 @@ def check(family: str, layout: str, cases: tuple[Case, ...] = CASES) -> Iterator
         if result.verdict == REFUSED and result.where == "model":
             refusal = result.why
         yield result
+
+
+@torch.no_grad()
+def oracle_failure(model: PreTrainedModel) -> str:
+    """Why the oracle cannot serve `model`, or empty: a prefix set to what it was in its own place changes nothing."""
+    twin = copy.deepcopy(model)
+    try:
+        with widened():
+            twin.set_attn_implementation("eager")
+            recomputed = oracle.RecomputedModel(twin)
+            embeds = recomputed.embedding(torch.arange(12))
+            expected = recomputed.read([], embeds)[1][7:]
+            _, _, inputs, axis = recomputed.read([], embeds[:7])
+            segment = oracle.Segment(embeds[:7], inputs, 3, axis)
+            for detach in (False, True):
+                logits = recomputed.read([segment], embeds[7:], detach=detach)[1]
+                if (error := _relative(logits, expected, 0.0)) > TOLERANCE:
+                    return f"a prefix {'in the cache' if detach else 'set in place'} changes the logits by {error:.0e}"
+    except Exception as error:
+        return _named(error)
+    return ""
 
 
 def _judge(model: PreTrainedModel, case: Case) -> Result:
@@ -115,7 +138,7 @@ def _judge(model: PreTrainedModel, case: Case) -> Result:
         try:
             expected = run(_Oracle(twin, weight), case)
         except Exception as error:
-            return Result(str(case), UNJUDGED, why=_named(error))
+            return Result(str(case), NO_ORACLE, why=_named(error))
     where, error = _worst(actual, expected)
     return Result(str(case), EXACT if error <= TOLERANCE else WRONG, error, where)
 

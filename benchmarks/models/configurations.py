@@ -25,8 +25,8 @@ VOCAB, WINDOW = 37, 5
 _SIZES: dict[Any, str] = {
     VOCAB: "vocab_size vocab_size_per_layer_input embedding_size_vocab",
     32: "hidden_size n_embd d_model dim n_embed hidden_dim word_embed_proj_dim embedding_size",
-    48: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff decoder_ffn_dim encoder_ffn_dim dense_intermediate_size "
-    "intermediate_size_mlp lru_width block_ff_dim ffn_hidden_dim",
+    48: "intermediate_size ffn_dim n_inner ffn_hidden_size d_ff decoder_ffn_dim encoder_ffn_dim block_ff_dim "
+    "intermediate_size_mlp lru_width ffn_hidden_dim dense_intermediate_size",
     16: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size q_lora_rank kv_lora_rank o_lora_rank prefix_dense_intermediate_size",
     4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
@@ -46,7 +46,7 @@ _SIZES: dict[Any, str] = {
 }
 TINY = {name: value for value, names in _SIZES.items() for name in names.split()}
 #: Set even where the default is None.
-_ALWAYS = ("num_key_value_heads", "num_kv_heads", "vocab_size")
+_ALWAYS = ("num_key_value_heads", "num_kv_heads", "vocab_size", "head_dim")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 #: Per-layer patterns as the "full" layout has them.
@@ -157,6 +157,11 @@ def _small(kind: type[PreTrainedConfig], layout: str) -> PreTrainedConfig:
             changes[name] = TINY[name]
         elif name in _TOKENS:
             changes[name] = None
+    if "kv_lora_rank" in fields and "num_key_value_heads" in changes:
+        # Latent attention has a key head for each query head.
+        changes["num_key_value_heads"] = changes["num_attention_heads"]
+    if "is_decoder" in fields:
+        changes["is_decoder"] = True
     own = OVERRIDES.get(kind.model_type, {})
     changes |= {name: value for name, value in own.items() if name in fields}
     changes |= _layers(default, fields, layout)

@@ -56,8 +56,11 @@ class RecomputedModel:
     def read(
         self, received: Sequence[Segment], embeds: Tensor, *, detach: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor], int]:
-        """`embeds [n, hidden]` behind `received`: hidden states `[n, hidden]` after the final norm, logits `[n, vocab]`,
-        and what went into each layer, with the axis of its columns."""
+        """`embeds [n, hidden]` behind `received`.
+
+        Returns hidden states `[n, hidden]` after the final norm, logits `[n, vocab]`, and what went into each layer,
+        with the axis of its columns.
+        """
         before = sum(len(s.embeds) for s in received)
         if not before:
             return self._forward([], embeds)
