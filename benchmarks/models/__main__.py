@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from benchmarks.models.comparison import CASES, QUICK
 from benchmarks.models.configurations import families
 from benchmarks.models.page import write
 from benchmarks.models.walk import walk
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page, e.g. docs/models.md")
     parser.add_argument("--render-only", action="store_true", help="run nothing; only write the page from kept results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} of the {len(CASES)} comparisons a layout")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="families at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds a family may take")
     args = parser.parse_args()
@@ -57,17 +59,14 @@ def _run(results: dict[str, Any], chosen: list[str], args: argparse.Namespace) -
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=console) if terminal() else Lines(True) as progress:
         task = progress.add_task("model families", len(chosen))
-        for family, verdicts in walk(chosen, jobs=args.jobs, limit=args.limit):
+        for family, verdicts in walk(chosen, cases=QUICK if args.quick else CASES, jobs=args.jobs, limit=args.limit):
             results["families"][family] = {layout: asdict(verdict) for layout, verdict in verdicts.items()}
             results["families"] = dict(sorted(results["families"].items()))
             write_atomically(args.results, json.dumps(_finite(results), indent=1) + "\n")
             for layout, v in verdicts.items():
-                error = "" if v.error is None else f" {v.error:.1e}"
-                console.print(
-                    f"{family} ({layout}): {v.verdict}{error} {v.why} {v.oracle and 'oracle: ' + v.oracle}",
-                    markup=False,
-                    highlight=False,
-                )
+                told = [f"{family} ({layout}):", v.verdict, "" if v.error is None else f"{v.error:.1e}", v.why]
+                told += [f"oracle: {v.oracle}"] if v.oracle else []
+                console.print(" ".join(filter(None, told)), markup=False, highlight=False)
             progress.advance(task)
 
 

@@ -52,6 +52,14 @@ CASES = (
     *(Case("hierarchical", "full", training, True) for training in ("full", "lora")),
     *(Case(*handed) for handed in (_HANDED[0], _HANDED[2], _HANDED[3])),
 )
+#: One of each kind.
+QUICK = (
+    Case("sequential", "full", "lora"),
+    Case("stitch", "full", "full"),
+    Case("relay", "latent", "full"),
+    Case("hierarchical", "full", "lora", True),
+    Case("stitch", "full"),
+)
 
 
 @dataclass
@@ -198,8 +206,11 @@ class _NoText:
 
 def with_lora(model: PreTrainedModel) -> nn.Module:
     """LoRA on every linear layer, its B matrices not zero; input embeddings train too."""
-    adapted = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    adapted = adapted.double()
+    config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    if any("mamba" in type(module).__name__.lower() for module in model.modules()):
+        # PEFT allows no adapter there.
+        config.exclude_modules = ["out_proj", "conv1d"]
+    adapted = get_peft_model(model, config).double()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:

@@ -46,7 +46,7 @@ _SIZES: dict[Any, str] = {
 }
 TINY = {name: value for value, names in _SIZES.items() for name in names.split()}
 #: Set even where the default is None.
-_ALWAYS = ("num_key_value_heads", "num_kv_heads", "vocab_size", "head_dim")
+_ALWAYS = ("num_key_value_heads", "num_kv_heads", "vocab_size", "head_dim", "num_experts_per_tok", "n_routed_experts")
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 #: Per-layer patterns as the "full" layout has them.
@@ -74,6 +74,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_ssm": 64},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "phi3": {"pad_token_id": 0},
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    # Their positions are counted from the padding token.
+    **dict.fromkeys(
+        ("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+        {"pad_token_id": 1},
+    ),
 }  # fmt: skip
 
 
@@ -148,15 +155,18 @@ def _fields(kind: type[PreTrainedConfig]) -> list[str]:
 
 def _small(kind: type[PreTrainedConfig], layout: str) -> PreTrainedConfig:
     default, fields = kind(), _fields(kind)
+    # Some configurations refuse to be asked for what differs between their layers.
+    values = default.to_dict()
+    annotations = inspect.signature(kind.__init__).parameters
     changes: dict[str, Any] = {}
     for name in fields:
-        value = getattr(default, name, None)
+        value = values.get(name)
         if name in kind.sub_configs and value is not None:
-            changes[name] = _small(type(value), layout)
+            changes[name] = _small(type(getattr(default, name)), layout)
         elif name in TINY and (value is not None or name in _ALWAYS) and not isinstance(value, (list, dict)):
             changes[name] = TINY[name]
         elif name in _TOKENS:
-            changes[name] = None
+            changes[name] = None if "None" in str(annotations[name].annotation) else 0
     if "kv_lora_rank" in fields and "num_key_value_heads" in changes:
         # Latent attention has a key head for each query head.
         changes["num_key_value_heads"] = changes["num_attention_heads"]
@@ -164,22 +174,22 @@ def _small(kind: type[PreTrainedConfig], layout: str) -> PreTrainedConfig:
         changes["is_decoder"] = True
     own = OVERRIDES.get(kind.model_type, {})
     changes |= {name: value for name, value in own.items() if name in fields}
-    changes |= _layers(default, fields, layout)
+    changes |= _layers(values, fields, layout)
     if layout == "full" and "layer_types" not in changes and "sliding_window" in changes:
         changes["sliding_window"] = None
     return kind(**changes)
 
 
-def _layers(default: PreTrainedConfig, fields: list[str], layout: str) -> dict[str, Any]:
+def _layers(values: dict[str, Any], fields: list[str], layout: str) -> dict[str, Any]:
     """Depth and per-layer patterns: one layer of each kind, and one more of the first kind behind them."""
     depth = next((name for name in _DEPTH if name in fields), None)
     if depth is None:
         return {}
-    count = getattr(default, depth)
+    count = values[depth]
     patterns = {
         name: list(value)
         for name in fields
-        if isinstance(value := getattr(default, name, None), (list, tuple)) and len(value) == count
+        if isinstance(value := values.get(name), (list, tuple)) and len(value) == count
     }
     kinds = list(zip(*patterns.values(), strict=True)) if patterns else [()] * count
     seen: dict[str, int] = {}
@@ -188,8 +198,8 @@ def _layers(default: PreTrainedConfig, fields: list[str], layout: str) -> dict[s
     chosen = list(seen.values())[:5]
     chosen.append(chosen[0])
     changes: dict[str, Any] = {depth: len(chosen)}
-    for name, values in patterns.items():
-        kept = [values[index] for index in chosen]
+    for name, pattern in patterns.items():
+        kept = [pattern[index] for index in chosen]
         changes[name] = [_FULL[name]] * len(kept) if layout == "full" and name in _FULL else kept
     return changes
 

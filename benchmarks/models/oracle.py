@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 
 @dataclass
@@ -45,7 +46,8 @@ class RecomputedModel:
 
     def __init__(self, model: nn.Module):
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.decoder = self.causal.get_decoder()
+        decoder = self.causal.get_decoder()
+        self.decoder = self.causal.base_model if decoder is self.causal else decoder
         self.embedding = self.causal.get_input_embeddings()
         with torch.no_grad():
             vocabulary = torch.arange(self.embedding.weight.shape[0])
@@ -69,9 +71,10 @@ class RecomputedModel:
             hidden, logits, inputs, axis = self._forward(received, torch.cat((moved, embeds)))
             own = [x.narrow(axis, before, len(embeds)) for x in inputs]
             return hidden[before:], logits[before:], own, axis
-        with torch.no_grad(), self._set(received) as seen:
-            cache = self.causal(inputs_embeds=moved[None], use_cache=True).past_key_values
-        if cache is None or cache.get_seq_length() != before or not seen:
+        with torch.no_grad(), self._set(received):
+            cache = DynamicCache(config=self.causal.config.get_text_config(decoder=True))
+            kept = self.causal(inputs_embeds=moved[None], past_key_values=cache, use_cache=True).past_key_values
+        if kept is not cache:
             raise RuntimeError(f"{type(self.causal).__name__} kept no cache of what it received")
         return self._forward([], embeds, past_key_values=cache)
 

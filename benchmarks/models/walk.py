@@ -6,15 +6,16 @@ import multiprocessing
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 
 import torch
 import transformers
 
-from benchmarks.models.comparison import CRASH, EXACT, REFUSED, UNBUILT, NO_ORACLE, WRONG, Result, check
+from benchmarks.models.comparison import CRASH, EXACT, NO_ORACLE, REFUSED, UNBUILT, WRONG, Case, Result, check
 from benchmarks.models.configurations import LAYOUTS, Unbuilt, configuration
 
 #: Bytes of address space that one family may take beyond what the walk itself has.
@@ -37,12 +38,22 @@ class Verdict:
     cases: dict[str, str] = field(default_factory=dict)
 
 
-def walk(chosen: Iterable[str], *, jobs: int, limit: float) -> Iterator[tuple[str, dict[str, Verdict]]]:
+def walk(
+    chosen: Iterable[str], *, cases: tuple[Case, ...], jobs: int, limit: float
+) -> Iterator[tuple[str, dict[str, Verdict]]]:
     """Verdicts by layout of every family, as they are done; a family over `limit` seconds keeps what it had."""
-    with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(_guarded, family, limit): family for family in chosen}
-        for future in as_completed(futures):
-            yield futures[future], {layout: fold(found) for layout, found in future.result().items()}
+    waiting, running = deque(chosen), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            run = _Run.start(waiting.popleft(), cases, limit)
+            running[run.results] = run
+        patience = min(run.until for run in running.values()) - time.monotonic()
+        for connection in wait(list(running), max(0.0, patience)):
+            running[connection].take()
+        for connection, run in list(running.items()):
+            if run.over():
+                del running[connection]
+                yield run.family, {layout: fold(found) for layout, found in run.found.items()}
 
 
 def fold(results: list[Result]) -> Verdict:
@@ -60,35 +71,55 @@ def fold(results: list[Result]) -> Verdict:
     return Verdict(worst, max(errors, default=None), why, failing, {} if alike else ran)
 
 
-def _guarded(family: str, limit: float) -> dict[str, list[Result]]:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(family, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    found: dict[str, list[Result]] = {}
-    ended, until = "", time.monotonic() + limit
-    while True:
-        if not ours.poll(max(0.0, until - time.monotonic())):
-            ended = f"not done after {limit:g} seconds"
-            break
+@dataclass(eq=False)
+class _Run:
+    """A family's process and what it has told."""
+
+    family: str
+    process: BaseProcess
+    results: Connection
+    limit: float
+    until: float
+    found: dict[str, list[Result]] = field(default_factory=dict)
+    done: bool = False
+
+    @classmethod
+    def start(cls, family: str, cases: tuple[Case, ...], limit: float) -> _Run:
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(family, cases, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        return cls(family, process, ours, limit, time.monotonic() + limit)
+
+    def take(self) -> None:
+        """One more result, or the end."""
         try:
-            layout, result = ours.recv()
+            layout, result = self.results.recv()
         except EOFError:
-            process.join()
-            ended = f"the process ended with code {process.exitcode}"
-            break
+            self.process.join()
+            self._end(CRASH, f"the process ended with code {self.process.exitcode}")
+            return
         if layout is None:
-            break
-        found.setdefault(layout, []).append(result)
-    process.kill()
-    process.join()
-    if ended:
-        found.setdefault(list(found)[-1] if found else LAYOUTS[-1], []).append(Result("", CRASH, why=ended))
-    return found
+            self.done = True
+        else:
+            self.found.setdefault(layout, []).append(result)
+
+    def over(self) -> bool:
+        if not self.done and time.monotonic() >= self.until:
+            self._end(CRASH if self.found else UNBUILT, f"not done after {self.limit:g} seconds")
+        if self.done:
+            self.process.kill()
+            self.process.join()
+        return self.done
+
+    def _end(self, verdict: str, why: str) -> None:
+        self.done = True
+        layout = list(self.found)[-1] if self.found else LAYOUTS[-1]
+        self.found.setdefault(layout, []).append(Result("", verdict, why=why))
 
 
-def _run(family: str, results: Connection) -> None:
+def _run(family: str, cases: tuple[Case, ...], results: Connection) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -98,7 +129,7 @@ def _run(family: str, results: Connection) -> None:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
     for layout in layouts(family):
-        for result in check(family, layout):
+        for result in check(family, layout, cases):
             results.send((layout, result))
     results.send((None, None))
 
