@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} of the {len(CASES)} comparisons a layout")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="families at once")
-    parser.add_argument("--limit", type=float, default=300, help="seconds a family may take")
+    parser.add_argument("--limit", type=float, default=600, help="seconds a family may take")
     args = parser.parse_args()
     chosen = args.only.split(",") if args.only else families()
     if unknown := sorted(set(chosen) - set(families())):

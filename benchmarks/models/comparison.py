@@ -21,7 +21,11 @@ from diffmas.models.attention import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
 TOLERANCE = 1e-10
-EXACT, REFUSED, WRONG, CRASH, UNBUILT, NO_ORACLE = "exact", "refused", "WRONG", "crash", "unbuilt", "no oracle"
+EXACT, REFUSED, WRONG, CRASH = "exact", "refused", "WRONG", "crash"
+#: What is no verdict on the product.
+UNBUILT, NO_ORACLE, UNFINISHED = "unbuilt", "no oracle", "not done"
+#: What several are called after, from the worst.
+ORDER = (WRONG, CRASH, UNFINISHED, NO_ORACLE, UNBUILT, REFUSED, EXACT)
 DAGS: dict[str, dict[str, tuple[str, ...]]] = {
     "sequential": {"planner": (), "critic": ("planner",), "solver": ("critic",)},
     "hierarchical": {"math": (), "science": (), "summarizer": ("math", "science")},

@@ -46,7 +46,8 @@ _SIZES: dict[Any, str] = {
 }
 TINY = {name: value for value, names in _SIZES.items() for name in names.split()}
 #: Set even where the default is None.
-_ALWAYS = ("num_key_value_heads", "num_kv_heads", "vocab_size", "head_dim", "num_experts_per_tok", "n_routed_experts")
+_ALWAYS = ("num_key_value_heads", "num_kv_heads", "vocab_size", "head_dim", "num_experts_per_tok", "n_routed_experts",
+           "n_shared_experts")  # fmt: skip
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
 #: Per-layer patterns as the "full" layout has them.
@@ -57,9 +58,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 10},
     "vaultgemma": {"query_pre_attn_scalar": 10, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
     "gemma3n_text": {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0},
-    "gemma4_text": {"hidden_size_per_layer_input": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+    # Without inputs by layer, which a latent step has no token for.
+    "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_global_key_value_heads": 1,
                     "num_kv_shared_layers": 0},
-    "gemma4_unified_text": {"hidden_size_per_layer_input": 8, "global_head_dim": 16, "num_kv_shared_layers": 0},
+    "gemma4_unified_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0},
     "modernbert-decoder": {"pad_token_id": 0},
     "qwen2_moe": {"decoder_sparse_step": 1},
     "granite": {"embedding_multiplier": 1.7, "residual_multiplier": 0.6, "logits_scaling": 1.5,
@@ -70,10 +72,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "opt": {"do_layer_norm_before": True},
     "jamba": {"mamba_dt_rank": 4, "use_mamba_kernels": False, "expert_layer_period": 2, "attn_layer_period": 2,
               "attn_layer_offset": 1, "expert_layer_offset": 1},
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_ssm": 64},
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
     "phi3": {"pad_token_id": 0},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     # Their positions are counted from the padding token.
@@ -164,7 +170,7 @@ def _small(kind: type[PreTrainedConfig], layout: str) -> PreTrainedConfig:
         if name in kind.sub_configs and value is not None:
             changes[name] = _small(type(getattr(default, name)), layout)
         elif name in TINY and (value is not None or name in _ALWAYS) and not isinstance(value, (list, dict)):
-            changes[name] = TINY[name]
+            changes[name] = TINY[name] if value is None else type(value)(TINY[name])
         elif name in _TOKENS:
             changes[name] = None if "None" in str(annotations[name].annotation) else 0
     if "kv_lora_rank" in fields and "num_key_value_heads" in changes:
@@ -172,9 +178,11 @@ def _small(kind: type[PreTrainedConfig], layout: str) -> PreTrainedConfig:
         changes["num_key_value_heads"] = changes["num_attention_heads"]
     if "is_decoder" in fields:
         changes["is_decoder"] = True
+    changes |= _layers(values, fields, layout)
     own = OVERRIDES.get(kind.model_type, {})
     changes |= {name: value for name, value in own.items() if name in fields}
-    changes |= _layers(values, fields, layout)
+    if layout == "full" and "layer_types" in own:
+        changes["layer_types"] = [_FULL["layer_types"]] * len(own["layer_types"])
     if layout == "full" and "layer_types" not in changes and "sliding_window" in changes:
         changes["sliding_window"] = None
     return kind(**changes)

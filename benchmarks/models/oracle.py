@@ -47,7 +47,7 @@ class RecomputedModel:
     def __init__(self, model: nn.Module):
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = self.causal.get_decoder()
-        self.decoder = self.causal.base_model if decoder is self.causal else decoder
+        self.decoder = self.causal.model if decoder is self.causal else decoder
         self.embedding = self.causal.get_input_embeddings()
         with torch.no_grad():
             vocabulary = torch.arange(self.embedding.weight.shape[0])

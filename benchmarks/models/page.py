@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from benchmarks.models.comparison import CRASH, ORDER, WRONG
 from benchmarks.models.configurations import LAYOUTS
 from diffmas.support.atomic import write_atomically
 
@@ -42,12 +43,11 @@ def write(results: dict[str, Any], page: Path) -> None:
 
 
 def _worst(layouts: dict[str, Any]) -> dict[str, Any]:
-    order = ("WRONG", "crash", "no oracle", "unbuilt", "refused", "exact")
-    return min(layouts.values(), key=lambda v: order.index(v["verdict"]))
+    return min(layouts.values(), key=lambda v: ORDER.index(v["verdict"]))
 
 
 def _cell(verdict: dict[str, Any]) -> str:
-    word = f"**{verdict['verdict']}**" if verdict["verdict"] in ("WRONG", "crash") else verdict["verdict"]
+    word = f"**{verdict['verdict']}**" if verdict["verdict"] in (WRONG, CRASH) else verdict["verdict"]
     return word if verdict["error"] is None else f"{word} {verdict['error']:.0e}"
 
 

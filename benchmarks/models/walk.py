@@ -15,13 +15,11 @@ from multiprocessing.process import BaseProcess
 import torch
 import transformers
 
-from benchmarks.models.comparison import CRASH, EXACT, NO_ORACLE, REFUSED, UNBUILT, WRONG, Case, Result, check
+from benchmarks.models.comparison import CRASH, EXACT, ORDER, REFUSED, UNFINISHED, Case, Result, check
 from benchmarks.models.configurations import LAYOUTS, Unbuilt, configuration
 
 #: Bytes of address space that one family may take beyond what the walk itself has.
 _MEMORY = 12 << 30
-#: What a layout is called after, from the worst.
-_ORDER = (WRONG, CRASH, NO_ORACLE, UNBUILT, REFUSED, EXACT)
 
 
 @dataclass
@@ -61,7 +59,7 @@ def fold(results: list[Result]) -> Verdict:
     failing = next((r.why for r in results if r.case == "oracle"), "")
     results = [r for r in results if r.case != "oracle"]
     verdicts = {r.verdict for r in results}
-    worst = next(v for v in _ORDER if v in verdicts)
+    worst = next(v for v in ORDER if v in verdicts)
     if verdicts == {EXACT, REFUSED}:
         worst = EXACT
     errors = [r.error for r in results if r.error is not None]
@@ -107,7 +105,7 @@ class _Run:
 
     def over(self) -> bool:
         if not self.done and time.monotonic() >= self.until:
-            self._end(CRASH if self.found else UNBUILT, f"not done after {self.limit:g} seconds")
+            self._end(UNFINISHED, f"not done after {self.limit:g} seconds")
         if self.done:
             self.process.kill()
             self.process.join()

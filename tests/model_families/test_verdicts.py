@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.models import __main__ as command
 from benchmarks.models import configurations, page, walk
-from benchmarks.models.comparison import CRASH, EXACT, NO_ORACLE, REFUSED, UNBUILT, WRONG, Result
+from benchmarks.models.comparison import CRASH, EXACT, NO_ORACLE, REFUSED, UNBUILT, UNFINISHED, WRONG, Result
 from benchmarks.models.configurations import Unbuilt, causal_lm, configuration, families
 
 
@@ -50,7 +50,7 @@ def test_a_family_that_ends_its_process_does_not_end_the_walk(monkeypatch, fault
     assert set(found) == {"llama", "qwen2"}
     for layouts in found.values():
         (verdict,) = layouts.values()
-        assert verdict.verdict == (CRASH if fault is crash else UNBUILT) and why in verdict.why
+        assert verdict.verdict == (CRASH if fault is crash else UNFINISHED) and why in verdict.why
 
 
 def test_every_layer_kind_once_and_windows_short():
