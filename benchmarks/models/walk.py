@@ -63,7 +63,7 @@ def fold(results: list[Result]) -> Verdict:
     if verdicts == {EXACT, REFUSED}:
         worst = EXACT
     errors = [r.error for r in results if r.error is not None]
-    why = next((r.why for v in (worst, REFUSED) for r in results if r.verdict == v and r.why), "")
+    why = next((r.why for v in ORDER for r in results if r.verdict == v and r.why), "")
     ran = {r.case: f"{r.verdict} {r.error:.0e} {r.where}" if r.error is not None else r.verdict for r in results}
     alike = len(verdicts) == 1 and not errors
     return Verdict(worst, max(errors, default=None), why, failing, {} if alike else ran)
@@ -101,7 +101,7 @@ class _Run:
         if layout is None:
             self.done = True
         else:
-            self.found.setdefault(layout, []).append(result)
+            self.found.setdefault(layout, []).extend([result] if result else [])
 
     def over(self) -> bool:
         if not self.done and time.monotonic() >= self.until:
@@ -127,6 +127,8 @@ def _run(family: str, cases: tuple[Case, ...], results: Connection) -> None:
         taken = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + _MEMORY, taken + _MEMORY))
     for layout in layouts(family):
+        # What ends the process from here on is this layout's.
+        results.send((layout, None))
         for result in check(family, layout, cases):
             results.send((layout, result))
     results.send((None, None))
