@@ -1,0 +1,1 @@
+"""Every decoder of transformers, small and random, against itself recomputing what moved."""

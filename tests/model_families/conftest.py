@@ -1,0 +1,6 @@
+"""Makes the `benchmarks` package, which is not installed, importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
