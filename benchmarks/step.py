@@ -66,7 +66,7 @@ class Twin:
 
 
 def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
-    """Ours, with activation checkpointing, with captured latent rollouts, and the peer: one model's weights, one batch."""
+    """Ours, with activation checkpointing, with captured latent rollouts, and the peer: same weights and batch."""
     model = lora_model(case, device)
     twin = copy.deepcopy(model)
     for own, frozen in zip(twin.parameters(), model.parameters(), strict=True):

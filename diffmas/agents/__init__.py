@@ -1,1 +1,1 @@
-"""Who talks to whom, and how: topologies, the trajectory, latent rollouts, alignment, controls, and what a row costs."""
+"""Who talks to whom: topologies, the trajectory, latent rollouts, alignment, controls, and what a row costs."""

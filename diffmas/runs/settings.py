@@ -41,7 +41,9 @@ class SystemArguments:
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
     latent_backward: str = field(
         default="exact",
-        metadata={"help": "Gradient of a latent rollout: exact, or sweeps:k, k parallel backward passes (exact at k = m)."},
+        metadata={
+            "help": "Gradient of a latent rollout: exact, or sweeps:k, k parallel backward passes (exact at k = m)."
+        },
     )
     cuda_graphs: str = field(
         default="off",

@@ -21,6 +21,7 @@ from diffmas.agents.topology import Topology, load_topology
 from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
+from diffmas.evaluation.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.models.liger import check_liger, fuse_liger
@@ -56,7 +57,6 @@ from diffmas.training.preflight import (
     length_bound,
 )
 from diffmas.training.profiling import ProfileStep
-from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
 from diffmas.training.rules import check_batches
 from diffmas.training.settings import DecodingArguments, TrainArguments

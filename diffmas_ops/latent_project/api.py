@@ -10,9 +10,7 @@ from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
 
 
-def latent_project(
-    hidden: Tensor, weight: Tensor | None, target_norm: float, *, backend: str = "auto"
-) -> Tensor:
+def latent_project(hidden: Tensor, weight: Tensor | None, target_norm: float, *, backend: str = "auto") -> Tensor:
     """`target_norm · y / ‖y‖` with `y = hidden @ weight` (LatentMAS, arXiv 2511.20639, equation 3, rescaled).
 
     Args:

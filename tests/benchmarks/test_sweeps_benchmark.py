@@ -43,6 +43,6 @@ def test_measured_and_rendered(case, tmp_path):
 
 
 def test_no_time_without_the_exact_gradient(case, monkeypatch):
-    monkeypatch.setattr(sweeps, "latent_rollout", lambda name: Sweeps(2) if name == "sweeps:3" else latent_rollout(name))
+    monkeypatch.setattr(sweeps, "latent_rollout", lambda n: Sweeps(2) if n == "sweeps:3" else latent_rollout(n))
     with pytest.raises(WrongResult, match="toy: error of sweeps:3 is"):
         sweeps.measure(*case, seconds=0, clock=None)

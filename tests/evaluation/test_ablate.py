@@ -6,8 +6,9 @@ import re
 import pytest
 
 from diffmas import ablate
-from diffmas.ablate import first_agents, write_ablation_report
 from diffmas.agents.topology import TOPOLOGIES, TopologyError
+from diffmas.comparison.ablation_report import write_ablation_report
+from diffmas.comparison.axes import first_agents
 
 
 @pytest.mark.parametrize(

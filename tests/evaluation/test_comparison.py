@@ -18,10 +18,13 @@ from diffmas import train
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import load_topology
 from diffmas.command_line import parse_training
+from diffmas.comparison import session
 from diffmas.comparison.comparison import ITEMS_FILE, Comparison, Options, Settings
+from diffmas.comparison.trained import trained_otherwise
 from diffmas.evaluation.methods import METHODS, TextChannel, choose_methods
 from diffmas.evaluation.methods.text_cache import TextCache, base_fingerprint
 from diffmas.evaluation.records import read_records
+from diffmas.evaluation.session import load_held_out
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.runs.files import ADAPTER_FILE
@@ -281,7 +284,7 @@ def test_a_run_s_data_folder_is_for_its_own_task(tmp_path, monkeypatch):
         given.update({name: Settings(f, evaluate.PROGRAM).task.data_dir for name, f in flags.items()})
         raise ValueError("enough")
 
-    monkeypatch.setattr(evaluate, "Comparison", compare)
+    monkeypatch.setattr(session, "Comparison", compare)
     command = [f"--run={tmp_path}", "--methods=single", "--tasks=gsm8k,relay"]
     assert evaluate.main(command) == 2 and given == {"gsm8k": "there", "relay": None}
     assert evaluate.main([*command, "--data_dir=here"]) == 2 and given == {"gsm8k": "here", "relay": "here"}
@@ -292,7 +295,7 @@ def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
         run = Settings(flags(**(before or {})), evaluate.PROGRAM)
         description = {**run.describe(), "topology": METHODS[method].topology(run.topology).to_dict()}
         now = Settings(flags(**changes), evaluate.PROGRAM)
-        return evaluate._trained_otherwise(now, METHODS[method], json.loads(json.dumps(description)))
+        return trained_otherwise(now, METHODS[method], json.loads(json.dumps(description)))
 
     assert other() is None and other("stitch+train") is None
     assert other(eval_size=3, temperature=0, checkpointing="all") is None
@@ -310,12 +313,12 @@ def test_an_adapter_counts_for_the_settings_it_was_trained_with(flags):
 def test_no_item_that_was_trained_on_is_evaluated(tmp_path):
     path = tmp_path / "sums.jsonl"
     path.write_text("".join(json.dumps({"question": f"{i}+1", "answer": i + 1}) + "\n" for i in range(20)))
-    found = evaluate._load_held_out(TaskArguments(task=str(path), eval_size=2), 4).eval
+    found = load_held_out(TaskArguments(task=str(path), eval_size=2), 4).eval
     assert [item["question"] for item in found] == ["16+1", "17+1"]
     for size in (0, 5):
         with pytest.raises(ValueError, match=f"eval_size is {size}; allowed: 1 to 4"):
-            evaluate._load_held_out(TaskArguments(task=str(path), eval_size=size), 4)
-    assert len(evaluate._load_held_out(TaskArguments(eval_size=30), 4).eval) == 30
+            load_held_out(TaskArguments(task=str(path), eval_size=size), 4)
+    assert len(load_held_out(TaskArguments(eval_size=30), 4).eval) == 30
 
 
 def kill_when(process, condition):

@@ -49,9 +49,7 @@ def make_trace(**options):
 @pytest.mark.parametrize("weighted", [False, True])
 def test_gradcheck_latent_project(weighted, backend, poison):
     hidden, weight = leaf(3, 5), leaf(5, 5, seed=1) if weighted else None
-    assert torch.autograd.gradcheck(
-        lambda h, w: ops.latent_project(h, w, 1.3, backend=backend), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(lambda h, w: ops.latent_project(h, w, 1.3, backend=backend), (hidden, weight))
 
 
 @pytest.mark.parametrize("plan", [[(2, 1)], [(2, 0), (1, 1), (1, 1)], [(1, 1), (3, 2), (0, 1), (1, 0), (1, 2)]])

@@ -51,9 +51,7 @@ def test_random_systems(backend, data):
     model = with_lora(causal_lm("qwen3")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    system = MultiAgentSystem(
-        model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend
-    )
+    system = MultiAgentSystem(model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend)
     output = system(*arguments(prompts, answers))
     output.loss.backward()
 

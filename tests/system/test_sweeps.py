@@ -1,4 +1,4 @@
-"""Latent rollouts differentiated by sweeps: exact from k = m on; below, exactly the paths of k or more hops are missing."""
+"""Latent rollouts differentiated by sweeps: exact from k = m on; below, the paths of k or more hops are missing."""
 
 from dataclasses import replace
 from functools import cache

@@ -34,9 +34,7 @@ class Script:
 
     def new(self):
         self.traces.append(
-            self.toy.trace(
-                self.batch, self.draw(st.sampled_from([1, 64])), grow=True, backend=self.backend
-            )
+            self.toy.trace(self.batch, self.draw(st.sampled_from([1, 64])), grow=True, backend=self.backend)
         )
         self.rows.append([self.toy.dense() for _ in range(self.batch)])
 

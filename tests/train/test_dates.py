@@ -8,11 +8,14 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from diffmas import chat, train
 from diffmas import eval as evaluate
+from diffmas import train
 from diffmas.agents.topology import TOPOLOGIES
+from diffmas.conversation.chat import load
+from diffmas.conversation.settings import ChatArguments
 from diffmas.evaluation.methods import TextChannel
 from diffmas.evaluation.records import read_records
+from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.runs.settings import SystemArguments
 from diffmas.tasks import TaskArguments, load_task
@@ -71,7 +74,7 @@ def test_a_run_keeps_its_date(flags, dated, clock, tmp_path, capsys):
     clock(2031, 3, 5)
     assert evaluate.main([f"--run={run}", "--disable_tqdm=true"]) == 0
     assert [r.prompt for r in read_records(run / "eval" / "eval.jsonl")] == whole
-    loaded = chat.load(chat.ChatArguments(run=str(run)))
+    loaded = load(ChatArguments(run=str(run)))
     *_, ids = loaded._collator.encode_prompts([dict(question="q", evidence="e")])["prompt_ids"]
     assert "04 Mar 2031" in loaded.tokenizer.decode(ids)
     (run / "adapter_model.safetensors").unlink()
@@ -98,7 +101,7 @@ def test_kept_texts_are_of_their_date(dated, tmp_path):
     keys = []
     for day in ("2031-03-04", "2031-03-05", "2031-03-04"):
         dated_task = load_task(TaskArguments(date=day))
-        channel = TextChannel(system, dated_task, tokenizer, TOPOLOGIES["relay"], chat.Decoding())
+        channel = TextChannel(system, dated_task, tokenizer, TOPOLOGIES["relay"], Decoding())
         keys.append(channel.kept_in(tmp_path)._decided_by)
     assert keys[0] == keys[2] != keys[1] and task.prompts.date == "2031-03-04"
 

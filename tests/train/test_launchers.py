@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 
 from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
-from diffmas.training import launch
+from diffmas.support import launch
 from diffmas.training.settings import TrainArguments
 
 VARIABLES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

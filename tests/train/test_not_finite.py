@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from diffmas import eval as evaluate
 from diffmas import train
 from diffmas.evaluation.records import Record, RecordFile, read_records
+from diffmas.evaluation.report import write_records, write_summary
 from diffmas.runs.files import ADAPTER_FILE
 from diffmas.support.valid_json import to_json
-from diffmas.training.report import write_records, write_summary
 from diffmas.training.trainer import SystemTrainer
 
 

@@ -13,9 +13,10 @@ from diffmas import chat, train
 from diffmas import eval as evaluate
 from diffmas.command_line import parse_training
 from diffmas.evaluation.records import read_records
+from diffmas.runs.metrics import read_metrics
 from diffmas.support.lock import locked
 from diffmas.training.checkpoints import STAGING, checkpoints, damage, rotate
-from diffmas.training.trainer import StopOnInterrupt, read_metrics
+from diffmas.training.trainer import StopOnInterrupt
 
 
 def weights(folder):

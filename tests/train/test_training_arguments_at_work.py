@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from diffmas import train
 from diffmas.runs.files import ADAPTER_FILE
+from diffmas.runs.metrics import read_metrics
 from diffmas.training import session
 from diffmas.training.rules import OPTIMIZERS
-from diffmas.training.trainer import read_metrics
 
 
 def summary(folder):

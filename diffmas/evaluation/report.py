@@ -13,15 +13,13 @@ from rich.table import Table
 
 from diffmas.evaluation.evaluator import VARIANTS, variant_of
 from diffmas.evaluation.records import Record
+from diffmas.runs import profile as profiles
+from diffmas.runs.files import METRICS_FILE, PROFILE_FILE, RECORDS_FILE, REPORT_FILE, SUMMARY_FILE
+from diffmas.runs.metrics import read_metrics
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import writing
 from diffmas.support.page import heading, note, page, svg, table
 from diffmas.support.valid_json import to_json
-from diffmas.training import profiling
-from diffmas.training.profiling import PROFILE_FILE
-from diffmas.training.trainer import METRICS_FILE, read_metrics
-
-SUMMARY_FILE, RECORDS_FILE, REPORT_FILE = "summary.json", "eval.jsonl", "report.html"
 
 
 def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
@@ -75,8 +73,8 @@ def write_report(folder: str | Path) -> Path:
         body += [heading("Training"), svg(_curves, metrics)]
     if (folder / PROFILE_FILE).is_file():
         profile = json.loads((folder / PROFILE_FILE).read_text())
-        body += [heading("One step"), table(profiling.COLUMNS, profiling.rows(profile))]
-        body.append(note(profiling.caption(profile)))
+        body += [heading("One step"), table(profiles.COLUMNS, profiles.rows(profile))]
+        body.append(note(profiles.caption(profile)))
     body += [heading("Run"), table([], [(k, str(v)) for k, v in about.items() if v is not None], text=2)]
     path = folder / REPORT_FILE
     write_atomically(path, page("DiffMAS run", body))
