@@ -21,7 +21,8 @@ class TraceStorage:
     def new_accumulators(self) -> tuple[Tensor, Tensor]:
         """Zeros of the shape of `keys` and `values`, in which their gradients add up."""
         acc = accumulation_dtype(self.keys.dtype)
-        return tuple(torch.zeros(self.keys.shape, dtype=acc, device=self.keys.device) for _ in range(2))
+        keys, values = (torch.zeros(self.keys.shape, dtype=acc, device=self.keys.device) for _ in range(2))
+        return keys, values
 
     def grow(self, capacity: int) -> None:
         """Move to buffers of `capacity` columns."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,12 +38,13 @@ def fuse_layers(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         # transformers has a SiLU class of its own.
-        if type(module).__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
-            module.__class__ = _fused(type(module))
+        kind: Any = type(module)
+        if kind.__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
+            module.__class__ = _fused(kind)
 
 
 @cache
-def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+def _fused(kind: type) -> type:
     """A subclass and no patched method, since transformers wraps a layer class's `forward` for checkpointing.
 
     It bears the original's name, by which layers are chosen to be sharded.
@@ -51,7 +52,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     return kind if issubclass(kind, FusedLayer) else type(kind.__name__, (FusedLayer, kind), {})
 
 
-class FusedLayer:
+class FusedLayer(nn.Module):
     """What :func:`fuse_layers` puts in front of a layer's class."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
@@ -117,7 +118,7 @@ class _Layer:
 
 def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     """The layer's parts, or None where it has to be left alone."""
-    dtype, attention = hidden.dtype, self.self_attn
+    dtype, attention = hidden.dtype, cast(Any, self.self_attn)
     if dtype not in _DTYPES or call.storage.keys.dtype != dtype:
         return None
     # What insists on another backend of the operators gets it, from the model's own modules.

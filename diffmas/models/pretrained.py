@@ -41,7 +41,7 @@ def load_base(
         if quantization != "none":
             if random_weights:
                 raise ValueError(f"quantization is {quantization!r} with random_weights; allowed: none")
-            model = _load_quantized(source, torch.bfloat16 if dtype == "auto" else kind)
+            model = _load_quantized(source, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
         elif random_weights:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
             model = model if dtype == "auto" else model.to(kind)

@@ -84,7 +84,8 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
     def marked(call, latent: bool) -> Callable[[Tensor], None] | None:
         nonlocal reads
         if backward:
-            return mark(("latent" if latent else "prefill") + BACKWARD)
+            mark(("latent" if latent else "prefill") + BACKWARD)
+            return None
         reads += not latent
         name = "latent" if latent else "answer" if reads == len(system.topology.agents) else "prefill"
         mark(name)

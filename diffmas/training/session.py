@@ -7,10 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from torch.utils.data import Subset
@@ -111,8 +111,10 @@ def _train(
     if args.fsdp and processes() == 1:
         raise ValueError("fsdp is True in one process; allowed: False, or several processes (torchrun)")
     settle_precision(system_args, args)
+    # A text was read when the arguments were settled.
+    liger_parts = cast("Mapping[str, bool] | None", args.liger_kernel_config)
     if args.use_liger_kernel:
-        check_liger(args.device, args.liger_kernel_config)
+        check_liger(args.device, liger_parts)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
@@ -134,7 +136,7 @@ def _train(
     if process() == 0:
         print_date(tokenizer, task_args.date)
     if args.use_liger_kernel:
-        fuse_liger(system.agent_model.model, args.device, args.liger_kernel_config)
+        fuse_liger(system.agent_model.model, args.device, liger_parts)
         # Done: the Trainer would look for a transformers model and find a system.
         args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))
