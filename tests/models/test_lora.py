@@ -3,9 +3,9 @@
 import pytest
 import torch
 from compare import error
-from models import causal_lm, clone, with_lora
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
+from tiny_models import causal_lm, clone, with_lora
 
 from diffmas.models.lora import _LoraLinear, fuse_lora
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import causal_lm, with_lora
+from tiny_models import causal_lm, with_lora
 
 from diffmas.agents.costs import BACKWARD, PHASES, Plan, Shape, Work
 from diffmas.agents.topology import TOPOLOGIES, Agent, Topology

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import VOCAB, causal_lm, clone, packed, ragged
+from tiny_models import VOCAB, causal_lm, clone, packed, ragged
 from transformers import DynamicCache
 
 from diffmas.agents.topology import load_topology

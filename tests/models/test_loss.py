@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from models import arguments, causal_lm, clone, packed, ragged, with_lora
 from peft import LoraConfig, get_peft_model
+from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from models import arguments, causal_lm, clone, ragged, with_lora
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffmas.agents.topology import TOPOLOGIES

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from models import causal_lm, with_lora
+from tiny_models import causal_lm, with_lora
 
 from diffmas import train
 from diffmas.agents.costs import BACKWARD, PHASES

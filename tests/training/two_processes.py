@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from models import arguments, causal_lm, ragged, with_lora
+from tiny_models import arguments, causal_lm, ragged, with_lora
 from transformers import TrainerCallback
 
 from diffmas import eval as evaluate

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from compare import error
-from models import FAMILIES, causal_lm
+from tiny_models import FAMILIES, causal_lm
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from models import arguments, causal_lm, clone, packed, ragged, with_lora
 from oracle import batch
+from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 from transformers import GlmConfig, GlmForCausalLM
 
 from diffmas.agents.topology import TOPOLOGIES, load_topology

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from models import arguments, causal_lm, packed, ragged
+from tiny_models import arguments, causal_lm, packed, ragged
 
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.models.alignment import Alignment

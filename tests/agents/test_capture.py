@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from models import arguments, causal_lm, clone, ragged, with_lora
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.agents.captured_rollouts import CapturedRollouts, CudaGraphs, Eager
 from diffmas.agents.latent_rollouts import step_by_step

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import causal_lm, with_lora
+from tiny_models import causal_lm, with_lora
 from transformers.models.qwen3 import modeling_qwen3
 
 from diffmas import train
