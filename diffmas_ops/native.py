@@ -1,6 +1,6 @@
 """The compiled backends, one for each kind of device.
 
-The compiled operators take what belongs together flat; :class:`Functions` gives them the signatures of the others.
+The compiled operators take row and column ranges flat; :class:`Functions` gives them the signatures of the others.
 """
 
 from __future__ import annotations
@@ -28,16 +28,6 @@ class Functions:
     def kv_gather(self, keys, values, rows, total, dtype):
         return self._operators.kv_gather(keys, values, *rows, total, dtype)
 
-    def decoder_layer(self, *arguments):
-        result, *saved = self._operators.decoder_layer(*Forward(*arguments).flat())
-        return result, Saved(*saved)
-
-    def decoder_layer_backward_output(self, *arguments):
-        return self._operators.decoder_layer_backward_output(*BackwardOutput(*arguments).flat())
-
-    def decoder_layer_backward_input(self, *arguments):
-        return self._operators.decoder_layer_backward_input(*BackwardInput(*arguments).flat())
-
     def cached_attention(self, q, k, v, keys, values, rows, *scores):
         return self._operators.cached_attention(q, k, v, keys, values, *rows, *scores)
 
@@ -64,6 +54,16 @@ class Functions:
         return self._operators.cached_attention_backward_token(
             grad_out, q, out, lse, keys, values, grad_keys, grad_values, *pending, *rows, *scores
         )
+
+    def decoder_layer(self, *arguments):
+        result, *saved = self._operators.decoder_layer(*Forward(*arguments).flat())
+        return result, Saved(*saved)
+
+    def decoder_layer_backward_output(self, *arguments):
+        return self._operators.decoder_layer_backward_output(*BackwardOutput(*arguments).flat())
+
+    def decoder_layer_backward_input(self, *arguments):
+        return self._operators.decoder_layer_backward_input(*BackwardInput(*arguments).flat())
 
 
 class Compiled:
