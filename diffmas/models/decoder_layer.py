@@ -22,11 +22,13 @@ from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
 from diffmas_ops.layer import Parameters, Saved, Turns
+from diffmas_ops.native import CPU
 from diffmas_ops.need import Need
 
 #: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _DTYPES = (torch.float32, torch.float64)
+_OPERATORS = CPU.functions("decoder_layer")
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
@@ -184,14 +186,10 @@ def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor
     return like.new_empty(rows, columns) if x is None else x
 
 
-def _operators(h: Tensor) -> Any:
-    return backends.functions("decoder_layer", h, "cpu")
-
-
 def _run(h: Tensor, turns: Turns, layer: _Layer) -> tuple[Tensor, Saved]:
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
-    return _operators(h).decoder_layer(
+    return _OPERATORS.decoder_layer(
         h, turns, layer.parts.parameters, *call.storage.layer(layer.index),
         call.rows, layer.output_index, queries.rows, layer.scale,
     )  # fmt: skip
@@ -215,13 +213,13 @@ class _DecoderLayer(torch.autograd.Function):
         parameters, index = layer.parts.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.
         grad = torch.zeros_like(saved.middle) if grad is None else grad.contiguous()
-        grad_middle, grad_out, queries, *of_output = _operators(h).decoder_layer_backward_output(
+        grad_middle, grad_out, queries, *of_output = _OPERATORS.decoder_layer_backward_output(
             grad, turns, saved.of_output, parameters, index
         )
         attention = layer.call.gradients.backward(
             layer.call, layer.index, grad_out, queries, saved.out, saved.lse, layer.scale, outputs=layer.outputs
         )
-        grad_h, *of_input = _operators(h).decoder_layer_backward_input(
+        grad_h, *of_input = _OPERATORS.decoder_layer_backward_input(
             *attention, grad_middle, h, turns, saved.of_input, parameters, index
         )
         return grad_h, None, None, None, None, *of_input, *of_output
