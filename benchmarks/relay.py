@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 from diffmas.evaluation.evaluator import VARIANTS
-from diffmas.training.report import SUMMARY_FILE
-from diffmas.training.trainer import METRICS_FILE, read_metrics
+from diffmas.runs.files import METRICS_FILE, SUMMARY_FILE
+from diffmas.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "relay"

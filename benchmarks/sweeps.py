@@ -31,11 +31,11 @@ from diffmas.agents.collator import Collator
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.loading import build_system, load_run
+from diffmas.runs.files import METRICS_FILE, SUMMARY_FILE
+from diffmas.runs.metrics import read_metrics
 from diffmas.support.machine import machine
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import load_task
-from diffmas.training.report import SUMMARY_FILE
-from diffmas.training.trainer import METRICS_FILE, read_metrics
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "sweeps", ROOT / "docs" / "sweeps.md"
 RESULTS_FILE, PLOT_FILE = "results.json", "sweeps.svg"

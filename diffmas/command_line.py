@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser
 
@@ -20,6 +20,8 @@ from diffmas.training.settings import DecodingArguments, TrainArguments
 #: Flags of an evaluation that take less memory where they are smaller.
 LESS_MEMORY = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 PRESETS = Path(__file__).parent / "presets"
+
+T = TypeVar("T")
 
 
 class Parser(HfArgumentParser):
@@ -81,6 +83,22 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     return tuple(dataclasses)
+
+
+def parse_command(
+    kind: type[T],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str | None,
+    takes_flags: Callable[[T], bool] = lambda args: False,
+) -> tuple[T, list[str]]:
+    """The flags of a dataclass, and what is left for `diffmas.train` where it `takes_flags`; exits on a bad one."""
+    parser = Parser(kind, prog=prog, description=description)
+    args, others = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if others and not takes_flags(args):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    return args, others
 
 
 def parse_training(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -83,7 +83,7 @@ class Call:
             keys and values are not all in its own storage. Without gradient.
     """
 
-    attend = None
+    attend: Callable[[Tensor, Tensor | None, Tensor | None, int, float], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,

@@ -8,6 +8,19 @@ from torch import Tensor
 
 from diffmas_ops.decoder_layer import checks
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.layer import (
+    DOWN,
+    GATE,
+    UP,
+    BackwardInput,
+    BackwardOutput,
+    Forward,
+    K,
+    O,
+    Parameters,
+    Q,
+    V,
+)  # fmt: skip
 
 
 def register_fake(name: str):
@@ -48,42 +61,37 @@ def _(x: Tensor, weight: Tensor, transposed: bool):
 
 
 @register_fake("diffmas::decoder_layer")
-def _(h: Tensor, *rest):
-    # All but the scale.
-    size = checks.check_forward(h, *rest[:-1])
+def _(*flat):
+    given = Forward.of(*flat)
+    size = checks.check_forward(given)
     ranks, rows, tokens = size.ranks, size.rows, size.tokens
     heads = (rows, size.queries // size.dim)
     shapes = [
         (rows, size.hidden), (tokens, size.kv), (rows, size.queries), (*heads, size.dim), heads, (rows, size.hidden),
-        (rows, size.inner), (rows, size.inner), (rows, ranks[0]), (tokens, ranks[1] + ranks[2]), (rows, ranks[3]),
-        (rows, ranks[4] + ranks[5]), (rows, ranks[6]),
+        (rows, size.inner), (rows, size.inner), (rows, ranks[Q]), (tokens, ranks[K] + ranks[V]), (rows, ranks[O]),
+        (rows, ranks[GATE] + ranks[UP]), (rows, ranks[DOWN]),
     ]  # fmt: skip
-    return tuple(h.new_empty(shape) for shape in shapes)
+    return tuple(given.h.new_empty(shape) for shape in shapes)
 
 
-def _adapters(a, b, chosen):
+def _adapters(parameters: Parameters, chosen):
+    a, b = parameters.a, parameters.b
     return [like.new_empty(like.shape) for i in chosen if a[i].shape[0] for like in (a[i], b[i])]
 
 
 @register_fake("diffmas::decoder_layer_backward_output")
-def _(grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
-      *rest):  # fmt: skip
-    checks.check_backward_output(
-        grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
-        *rest,
-    )  # fmt: skip
-    likes = (grad, out, out)
-    return [like.new_empty(like.shape) for like in likes] + _adapters(a, b, (3, 4, 5, 6))
+def _(*flat):
+    given = BackwardOutput.of(*flat)
+    checks.check_backward_output(given)
+    likes = (given.grad, given.saved.out, given.saved.out)
+    return [like.new_empty(like.shape) for like in likes] + _adapters(given.parameters, (O, GATE, UP, DOWN))
 
 
 @register_fake("diffmas::decoder_layer_backward_input")
-def _(grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
-      *rest):  # fmt: skip
-    checks.check_backward_input(
-        grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
-        *rest,
-    )  # fmt: skip
-    return [h.new_empty(h.shape), *_adapters(a, b, (0, 1, 2))]
+def _(*flat):
+    given = BackwardInput.of(*flat)
+    checks.check_backward_input(given)
+    return [given.h.new_empty(given.h.shape), *_adapters(given.parameters, (Q, K, V))]
 
 
 @register_fake("diffmas::cached_attention")

@@ -9,6 +9,7 @@ import torch
 
 from diffmas_ops import library
 from diffmas_ops.dtypes import SUPPORTED
+from diffmas_ops.layer import BackwardInput, BackwardOutput, Forward, Saved
 from diffmas_ops.need import OPERATORS, Need
 
 
@@ -53,6 +54,16 @@ class Functions:
         return self._operators.cached_attention_backward_token(
             grad_out, q, out, lse, keys, values, grad_keys, grad_values, *pending, *rows, *scores
         )
+
+    def decoder_layer(self, *arguments):
+        result, *saved = self._operators.decoder_layer(*Forward(*arguments).flat())
+        return result, Saved(*saved)
+
+    def decoder_layer_backward_output(self, *arguments):
+        return self._operators.decoder_layer_backward_output(*BackwardOutput(*arguments).flat())
+
+    def decoder_layer_backward_input(self, *arguments):
+        return self._operators.decoder_layer_backward_input(*BackwardInput(*arguments).flat())
 
 
 class Compiled:

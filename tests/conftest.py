@@ -81,3 +81,45 @@ def base(tmp_path_factory):
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture
+def flags(base, tmp_path):
+    """`flags(**changes)`: the command line of a 6-step relay run into `tmp_path / "run"`."""
+
+    def build(**changes):
+        return _as_flags(_RUN | dict(model=base, output_dir=tmp_path / "run") | changes)
+
+    return build
+
+
+@pytest.fixture
+def team_flags(base, tmp_path):
+    """`team_flags(**changes)`: what a comparison takes; 3 agents, 2 latent steps, 4 training steps, 5 items."""
+
+    def build(**changes):
+        (tmp_path / "team.yaml").write_text(_TEAM)
+        return _as_flags(_RUN | _OF_TEAM | dict(model=base, topology=tmp_path / "team.yaml") | changes)
+
+    return build
+
+
+#: A run that ends in seconds.
+_RUN = dict(
+    task="relay", topology="relay", latent_steps=2, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=4,
+    gradient_accumulation_steps=2, per_device_eval_batch_size=4, eval_size=9, max_new_tokens=3, temperature=0,
+    save_steps=2, disable_tqdm=True, use_cpu=True,
+)  # fmt: skip
+#: Two senders and a solver, which sample.
+_OF_TEAM = dict(max_steps=4, gradient_accumulation_steps=1, eval_size=5, temperature=0.8, top_p=0.9, disable_tqdm=None)
+_TEAM = """name: team
+handover: latent
+agents:
+  - {name: first, role: sender}
+  - {name: second, role: sender, receives: [first]}
+  - {name: solver, receives: [second]}
+"""
+
+
+def _as_flags(values):
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]

@@ -7,7 +7,7 @@ import contextlib
 import torch
 import torch.nn.functional as F
 import transformers
-from models import VOCAB
+from tiny_models import VOCAB
 from torch import Tensor
 
 _SIZES = dict(

@@ -250,7 +250,7 @@ class _Replay(torch.autograd.Function):
 
 
 class CapturedRollouts:
-    """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, steps with a warning.
+    """A :data:`~diffmas.agents.latent_rollouts.LatentRollout` that replays; where it cannot, step by step, warned of.
 
     Not captured: steps that are profiled, models with recurrent layers, under autocast, with latent steps that are
     checkpointed, with sharded parameters; traces that grow (decoding), or whose gradient was cut in between; devices

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from diffmas.agents.topology import Topology
 from diffmas.models.geometry import configured
@@ -61,7 +62,7 @@ class Shape:
     trained: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> Shape:
+    def of(cls, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Shape:
         """Of a transformers causal language model, whose adapters are inside; `dtype`: what it computes in."""
         config, dtype = model.config.get_text_config(decoder=True), dtype or model.dtype
         adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
@@ -146,14 +147,14 @@ class Plan:
             last = agent is topology.last
             rows = lengths[home[agent.name]]
             new = [n + a for n, a in zip(own, answers, strict=True)] if last else list(own)
-            common = dict(trace=home[agent.name], differentiated=last or not detach_trace)
+            call = partial(Call, trace=home[agent.name], differentiated=last or not detach_trace)
             pairs = sum(n * (before + (n + 1) / 2) for before, n in zip(rows, new, strict=True))
             rows = [before + n for before, n in zip(rows, new, strict=True)]
-            calls.append(Call("answer" if last else "prefill", tokens=sum(new), steps=1, pairs=pairs,
-                              columns=sum(rows), **common))  # fmt: skip
+            phase = "answer" if last else "prefill"
+            calls.append(call(phase, tokens=sum(new), steps=1, pairs=pairs, columns=sum(rows)))
             if not last and (m := latent_steps):
-                pairs = sum(m * before + m * (m + 1) // 2 for before in rows)
-                calls.append(Call("latent", tokens=m * len(rows), steps=m, pairs=pairs, columns=pairs, **common))
+                seen = sum(m * before + m * (m + 1) // 2 for before in rows)
+                calls.append(call("latent", tokens=m * len(rows), steps=m, pairs=seen, columns=seen))
                 rows = [before + m for before in rows]
             lengths[home[agent.name]] = rows
         return cls(tuple(calls), tuple(len(row) * max(row) for row in lengths), sum(answers))

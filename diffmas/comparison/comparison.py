@@ -24,7 +24,7 @@ from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
-from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
+from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE
 from diffmas.runs.weights import load_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
@@ -33,7 +33,6 @@ from diffmas.support.valid_json import to_json
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, load_task
 from diffmas.tasks.content import fingerprints
-from diffmas.training.report import SUMMARY_FILE
 from diffmas.training.session import train, weight_settings
 
 ITEMS_FILE, SETTINGS_FILE, TRAININGS = "items.jsonl", "settings.json", "training"
@@ -327,6 +326,15 @@ class Comparison:
         with progress_bar(self.show_progress) as progress:
             bar = progress.add_task("answering", total=total, completed=done)
             yield lambda what, n: progress.update(bar, description=what, advance=n)
+
+
+def run_to_end(comparison: Comparison) -> dict[str, Any] | None:
+    """The summary; None where Ctrl-C came first, which is said in a line."""
+    try:
+        return comparison.run()
+    except (Interrupted, KeyboardInterrupt):
+        print(f"stopped; the same command goes on where {comparison.folder} ends")
+        return None
 
 
 def _file_name(name: str) -> str:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmas.evaluation.methods import METHODS
+from diffmas.runs.files import REPORT_FILE
 from diffmas.support.atomic import write_atomically
 from diffmas.support.page import heading, name, note, page, panels, svg, table
-from diffmas.training.report import REPORT_FILE
 
 Summary = dict[str, Any]
 Cells = dict[tuple[str, str, str], dict[str, Any]]

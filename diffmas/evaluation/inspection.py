@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -94,19 +95,19 @@ def inspect(
     steps = _latent_steps(trajectory, states, top)
 
     answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
-    ids = torch.cat((ids[-1], answer))
+    own_ids = torch.cat((ids[-1], answer))
     parts, at = [], 0
     for name in system.topology.ancestors(system.topology.last.name):
         _, (prompt_end,), (end,) = received.segments[name]
         parts += [(name, "prompt", at, prompt_end), (name, "latent steps", prompt_end, end)]
         at = end
     own = system.topology.last.name, at + prompt_lengths[-1][0]
-    parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(ids))]
-    call = received.trace.open([len(ids)])
-    call.attend = _Masses(call, len(answer) + 1)
+    parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(own_ids))]
+    call = received.trace.open([len(own_ids)])
+    call.attend = observed = _Masses(call, len(answer) + 1)
     with evaluating(model):
-        model.run(call, input_ids=ids)
-    masses = call.attend.mean()
+        model.run(call, input_ids=own_ids)
+    masses = observed.mean()
     found = [
         Part(
             name,
@@ -154,7 +155,8 @@ class _Masses:
 def _latent_steps(trajectory: Trajectory, states: list[Tensor], top: int) -> list[LatentStep]:
     """`states`: the hidden state `[hidden]` at the last token of every call, in order."""
     model, m = trajectory.model, trajectory.latent_steps
-    embedding = F.normalize(model.language_model.get_input_embeddings().weight.float(), dim=-1)
+    weight = cast(Tensor, model.language_model.get_input_embeddings().weight)
+    embedding = F.normalize(weight.float(), dim=-1)
     steps = []
     for i, agent in enumerate(trajectory.topology.agents[:-1]):
         # The state after the prompt, then one after every step; the last one is nobody's input.

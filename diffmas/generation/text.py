@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,7 +12,8 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     """Text without special tokens and without any tidying of spaces."""
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    # Of one row it is one text.
+    return cast(str, tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def cut(text: str, stop: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,11 +21,14 @@ from transformers import PreTrainedModel
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
+from diffmas_ops.layer import Parameters, Saved, Turns
+from diffmas_ops.native import CPU
 from diffmas_ops.need import Need
 
 #: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _DTYPES = (torch.float32, torch.float64)
+_OPERATORS = CPU.functions("decoder_layer")
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
@@ -37,12 +40,13 @@ def fuse_layers(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         # transformers has a SiLU class of its own.
-        if type(module).__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
-            module.__class__ = _fused(type(module))
+        kind: Any = type(module)
+        if kind.__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
+            module.__class__ = _fused(kind)
 
 
 @cache
-def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+def _fused(kind: type) -> type:
     """A subclass and no patched method, since transformers wraps a layer class's `forward` for checkpointing.
 
     It bears the original's name, by which layers are chosen to be sharded.
@@ -50,7 +54,7 @@ def _fused(kind: type[nn.Module]) -> type[nn.Module]:
     return kind if issubclass(kind, FusedLayer) else type(kind.__name__, (FusedLayer, kind), {})
 
 
-class FusedLayer:
+class FusedLayer(nn.Module):
     """What :func:`fuse_layers` puts in front of a layer's class."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
@@ -78,19 +82,19 @@ def _fused_forward(self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Ten
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.parts.adapters)):
         hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos[0], sin[0], layer, *layer.parts.adapters)
     else:
-        hidden = _run(hidden_states[0], cos[0], sin[0], layer)[0]
+        hidden = _run(hidden_states[0], Turns(cos[0], sin[0]), layer)[0]
     call.leave(layer.index, order)
     return hidden.unsqueeze(0)
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """A layer's operands: the operators' arguments from `norms` to `scalings`, and the A and B among them.
+    """A layer's operands, and the A and B among them.
 
     They stand while `entries`, of dictionaries, hold the objects they held, and the collections `empty` are.
     """
 
-    parameters: tuple[Any, ...]
+    parameters: Parameters
     adapters: list[Tensor]
     own: list[Tensor]
     entries: list[tuple[dict, str, Any]]
@@ -122,7 +126,7 @@ class _Layer:
 
 def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
     """The layer's parts, or None where it has to be left alone."""
-    dtype, attention = hidden.dtype, self.self_attn
+    dtype, attention = hidden.dtype, cast(Any, self.self_attn)
     if dtype not in _DTYPES or call.storage.dtype != dtype:
         return None
     # What insists on another backend of the operators gets it, from the model's own modules.
@@ -170,7 +174,7 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Parts | None:
         empty += collections
     none = norms[0].weight.new_empty(0)
     weights = [norm.weight for norm in norms]
-    parameters = (
+    parameters = Parameters(
         weights if len(weights) == 4 else [*weights, none, none],
         epsilon,
         [p.weight for p in parts],
@@ -188,19 +192,19 @@ def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor
     return like.new_empty(rows, columns) if x is None else x
 
 
-def _run(h: Tensor, cos: Tensor, sin: Tensor, layer: _Layer) -> tuple[Tensor, ...]:
+def _run(h: Tensor, turns: Turns, layer: _Layer) -> tuple[Tensor, Saved]:
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
-    return torch.ops.diffmas.decoder_layer(
-        h, cos, sin, *layer.parts.parameters, *call.storage.layer(layer.index),
-        *call.rows[:4], layer.output_index, *queries.rows, layer.scale,
+    return _OPERATORS.decoder_layer(
+        h, turns, layer.parts.parameters, *call.storage.layer(layer.index),
+        call.rows, layer.output_index, queries.rows, layer.scale,
     )  # fmt: skip
 
 
 class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, order, cos, sin, layer, *adapters):
-        result, *saved = _run(h, cos, sin, layer)
+        result, saved = _run(h, Turns(cos, sin), layer)
         # The adapters are saved for the check that nobody has changed them since.
         ctx.save_for_backward(h, cos, sin, *saved, *adapters)
         ctx.layer = layer
@@ -210,20 +214,18 @@ class _DecoderLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        h, cos, sin, k, q, out, lse, middle, gate, up, low_q, low_kv, low_o, low_gate_up, low_down, *_ = (
-            ctx.saved_tensors
-        )
-        layer = ctx.layer
+        h, cos, sin, *rest = ctx.saved_tensors
+        layer, turns, saved = ctx.layer, Turns(cos, sin), Saved(*rest[: len(Saved._fields)])
         parameters, index = layer.parts.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.
-        grad = torch.zeros_like(middle) if grad is None else grad.contiguous()
-        grad_middle, grad_out, queries, *of_output = torch.ops.diffmas.decoder_layer_backward_output(
-            grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, *parameters, index
+        grad = torch.zeros_like(saved.middle) if grad is None else grad.contiguous()
+        grad_middle, grad_out, queries, *of_output = _OPERATORS.decoder_layer_backward_output(
+            grad, turns, saved.of_output, parameters, index
         )
         attention = layer.call.gradients.backward(
-            layer.call, layer.index, grad_out, queries, out, lse, layer.scale, outputs=layer.outputs
+            layer.call, layer.index, grad_out, queries, saved.out, saved.lse, layer.scale, outputs=layer.outputs
         )
-        grad_h, *of_input = torch.ops.diffmas.decoder_layer_backward_input(
-            *attention, grad_middle, h, cos, sin, k, q, low_q, low_kv, *parameters, index
+        grad_h, *of_input = _OPERATORS.decoder_layer_backward_input(
+            *attention, grad_middle, h, turns, saved.of_input, parameters, index
         )
         return grad_h, None, None, None, None, *of_input, *of_output

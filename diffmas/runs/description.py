@@ -51,7 +51,7 @@ def describe(
 def anchored(task: TaskArguments) -> TaskArguments:
     """The same arguments with paths that hold in any working folder."""
     source = _anchored(task.task) if task.task.endswith(JSONL) else task.task
-    files = {name: _anchored(getattr(task, name)) for name in ("data_dir", "eval_file", "prompts")}
+    files: dict[str, Any] = {name: _anchored(getattr(task, name)) for name in ("data_dir", "eval_file", "prompts")}
     return replace(task, task=source, **files)
 
 

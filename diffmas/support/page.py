@@ -5,36 +5,41 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup, escape
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #d0d7de;text-align:left}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}td.n{white-space:nowrap}td:first-child{min-width:8rem}.wide{overflow-x:auto}svg{max-width:100%;height:auto}
-.small{color:#57606a;font-size:.85rem}"""
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+    keep_trailing_newline=True, trim_blocks=True,
+)  # fmt: skip
+_PARTS: Any = _TEMPLATES.get_template("parts.html").module
 
 
 def page(title: str, body: Iterable[str]) -> str:
     """The HTML of a whole page."""
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{escape(title)}</title><style>{_STYLE}</style>" + "\n".join(map(escape, body)) + "</html>\n"
-    )
+    return _TEMPLATES.get_template("page.html").render(title=title, body=body)
 
 
 def heading(text: str, level: int = 2) -> Markup:
-    return Markup("<h{0}>{1}</h{0}>").format(level, text)
+    return _PARTS.heading(text, level)
 
 
 def note(text: str) -> Markup:
     """A paragraph in small type."""
-    return Markup("<p class=small>{}</p>").format(text)
+    return _PARTS.note(text)
+
+
+def listing(text: str) -> Markup:
+    """Text whose lines stay as they are."""
+    return _PARTS.listing(text)
 
 
 def name(text: str) -> Markup:
     """A long name without spaces, such as a task with its options, that may be broken between its parts."""
-    return Markup(re.sub("[:,/]", r"\g<0><wbr>", str(escape(text))))
+    return Markup("<wbr>").join(re.split("(?<=[:,/])", text))
 
 
 def panels(plt, count: int, width: float, height: float):
@@ -51,13 +56,7 @@ def panels(plt, count: int, width: float, height: float):
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> Markup:
     """The first `text` columns are aligned to the left, numbers to the right; no header where `head` is empty."""
-
-    def row(values: Sequence[str], tag: str) -> str:
-        kinds = ("" if i < text else " class=n" for i in range(len(values)))
-        return "<tr>" + "".join(f"<{tag}{k}>{escape(v)}</{tag}>" for k, v in zip(kinds, values, strict=True)) + "</tr>"
-
-    top = f"<thead>{row(head, 'th')}</thead>" if head else ""
-    return Markup(f"<div class=wide><table>{top}{''.join(row(r, 'td') for r in rows)}</table></div>")
+    return _PARTS.table(head, rows, text)
 
 
 def svg(draw, data) -> Markup:

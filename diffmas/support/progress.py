@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
+from rich.progress import TaskID
 
 T = TypeVar("T")
 #: Seconds after which something has taken long, and between two lines about it.
@@ -61,17 +62,17 @@ class Lines:
             print(f"{self._description}: {self._done:g} of {self._total:g}", flush=True)
             wait = APART
 
-    def add_task(self, description: str, total: float, completed: float = 0) -> int:
+    def add_task(self, description: str, total: float, completed: float = 0) -> TaskID:
         self._description, self._total, self._done = description, total, completed
         if self._show:
             threading.Thread(target=self._tell, daemon=True).start()
-        return 0
+        return TaskID(0)
 
-    def update(self, task: int, *, description: str | None = None, advance: float = 0) -> None:
+    def update(self, task: TaskID, *, description: str | None = None, advance: float = 0) -> None:
         self._description = description or self._description
         self.advance(task, advance)
 
-    def advance(self, task: int, advance: float = 1) -> None:
+    def advance(self, task: TaskID, advance: float = 1) -> None:
         self._done += advance
 
 

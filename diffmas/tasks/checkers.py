@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,7 @@ def verify(checker: Checker, items: Sequence[Item], path: str, first: int = 1, *
 
     Programs pass where they can be run; without `run`, or on a machine that confines none, they only have to be there.
     """
+    verdicts: Iterable[bool]
     if checker.name == "code":
         verdicts = _programs(items, run)
     else:

@@ -88,10 +88,13 @@ def task_of(
     Raises:
         ValueError: an item that its checker cannot use, or whose right answer counts as wrong.
     """
-    made = ([_with_gold(dict(item), name, i) for i, item in enumerate(found, 1)]
-            for name, found in (("train_dataset", train), ("eval_dataset", evaluation)))  # fmt: skip
     if not (train or evaluation):
         raise ValueError("train_dataset and eval_dataset are empty; allowed: at least one item")
+
+    def with_gold(name: str, found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [_with_gold(dict(item), name, i) for i, item in enumerate(found, 1)]
+
+    made = with_gold("train_dataset", train), with_gold("eval_dataset", evaluation)
     return _task(*made, prompts, checker, ("train_dataset", 1), ("eval_dataset", 1))
 
 

@@ -6,24 +6,24 @@ import contextlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
 from diffmas.agents.costs import BACKWARD, PHASES, Shape, Work, floor_seconds
+from diffmas.runs.files import PROFILE_FILE
+from diffmas.runs.profile import print_profile
 from diffmas.support.quiet import quiet_profiler
 from diffmas.support.valid_json import to_json
 from diffmas.system import MultiAgentSystem
 from diffmas.training.ceilings import measure_ceilings
 from diffmas.training.memory import plan_of
 
-PROFILE_FILE, TRACE_FILE = "profile.json", "trace.json"
+TRACE_FILE = "trace.json"
 OTHER, OPTIMIZER = "other", "optimizer"
 #: Steps before the one that is timed; the one after it is traced.
 WARM_UP = 1
@@ -84,7 +84,8 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
     def marked(call, latent: bool) -> Callable[[Tensor], None] | None:
         nonlocal reads
         if backward:
-            return mark(("latent" if latent else "prefill") + BACKWARD)
+            mark(("latent" if latent else "prefill") + BACKWARD)
+            return None
         reads += not latent
         name = "latent" if latent else "answer" if reads == len(system.topology.agents) else "prefill"
         mark(name)
@@ -207,40 +208,6 @@ class ProfileStep(TrainerCallback):
                 for name in (*work, OPTIMIZER, OTHER)
             },
         }
-
-
-def rows(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
-    """Phase, milliseconds, share of the step, floor in milliseconds, floor over time."""
-    phases = result["phases"] | {"step": {k: result[k] for k in ("seconds", "floor_seconds")}}
-    for name, phase in phases.items():
-        spent, floor = phase["seconds"], phase.get("floor_seconds")
-        yield (
-            name,
-            f"{1e3 * spent:.2f}",
-            f"{100 * spent / result['seconds']:.1f} %",
-            "" if floor is None else f"{1e3 * floor:.2f}",
-            f"{100 * floor / spent:.0f} %" if floor and spent else "",
-        )
-
-
-COLUMNS = ("phase", "ms", "share", "floor, ms", "of floor")
-
-
-def caption(result: Mapping[str, Any]) -> str:
-    return (
-        f"{result['tokens']} tokens in {result['micro_batches']} micro-batches, {result['tokens_per_second']:.4g} "
-        f"tokens/s, {100 * result['model_flops_utilisation']:.1f} % of the {result['dtype']} matmul rate of "
-        f"{result['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s, copy {result['copy_bytes_per_second'] / 1e9:.3g} GB/s"
-    )
-
-
-def print_profile(result: Mapping[str, Any]) -> None:
-    table = Table(title="one training step", caption=caption(result))
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i == 0 else "right")
-    for row in rows(result):
-        table.add_row(*row)
-    Console().print(table)
 
 
 def write_trace(profiler: torch.profiler.profile, spans: list[tuple[str, int, int]], path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 from diffmas.runs.description import read_description
 from diffmas.runs.files import SYSTEM_FILE
+from diffmas.support.launch import launched
 from diffmas.tasks.base import JSONL
 from diffmas.training.checkpoints import ONLY_MODEL, STATE_FILE, damage, latest, step_of
-from diffmas.training.launch import launched
 from diffmas.training.rules import BY_METRIC
 
 #: Training arguments that say where and from what a run goes on, and so are none of its settings.

@@ -150,8 +150,8 @@ def settle(args: TrainingArguments) -> None:
     best = args.load_best_model_at_end or args.save_strategy == "best" or args.lr_scheduler_type in BY_METRIC
     if best and args.metric_for_best_model is None:
         args.metric_for_best_model = "accuracy"
-    for name, right, allowed in _rules(args):
-        if not right:
+    for name, holds, allowed in _rules(args):
+        if not holds:
             _refuse(args, name, allowed)
     # Every loss is looked at: see diffmas.support.not_finite.
     args.logging_nan_inf_filter = False
@@ -168,7 +168,8 @@ def settle_updates(args: TrainingArguments) -> None:
 
     if ignored := sorted(k for k, v in (args.fsdp_config or {}).items() if v and k not in _SHARDING):
         raise ValueError(f"fsdp_config has {ignored}; allowed: {', '.join(_SHARDING)}")
-    kwargs = args.lr_scheduler_kwargs or {}
+    # A text where it is no mapping: then no schedule can be built with it.
+    kwargs: Any = args.lr_scheduler_kwargs or {}
     if args.lr_scheduler_type in BY_METRIC and isinstance(kwargs, dict):
         args.lr_scheduler_kwargs = kwargs = {"mode": "max", **kwargs}
         if kwargs["mode"] != "max":

@@ -7,10 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from torch.utils.data import Subset
@@ -21,6 +21,7 @@ from diffmas.agents.topology import Topology, load_topology
 from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
+from diffmas.evaluation.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.models.liger import check_liger, fuse_liger
@@ -56,7 +57,6 @@ from diffmas.training.preflight import (
     length_bound,
 )
 from diffmas.training.profiling import ProfileStep
-from diffmas.training.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
 from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
 from diffmas.training.rules import check_batches
 from diffmas.training.settings import DecodingArguments, TrainArguments
@@ -111,8 +111,10 @@ def _train(
     if args.fsdp and processes() == 1:
         raise ValueError("fsdp is True in one process; allowed: False, or several processes (torchrun)")
     settle_precision(system_args, args)
+    # A text was read when the arguments were settled.
+    liger_parts = cast("Mapping[str, bool] | None", args.liger_kernel_config)
     if args.use_liger_kernel:
-        check_liger(args.device, args.liger_kernel_config)
+        check_liger(args.device, liger_parts)
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
@@ -134,7 +136,7 @@ def _train(
     if process() == 0:
         print_date(tokenizer, task_args.date)
     if args.use_liger_kernel:
-        fuse_liger(system.agent_model.model, args.device, args.liger_kernel_config)
+        fuse_liger(system.agent_model.model, args.device, liger_parts)
         # Done: the Trainer would look for a transformers model and find a system.
         args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))

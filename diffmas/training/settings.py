@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
-from diffmas.training.launch import check_processes, settle_processes
+from diffmas.support.launch import check_processes, settle_processes
 from diffmas.training.rules import settle, settle_updates
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from diffmas.agents.collator import Collator
 from diffmas.evaluation.evaluator import Evaluator
 from diffmas.evaluation.needs import check_prompts, roles_of
+from diffmas.runs.files import METRICS_FILE
+from diffmas.runs.metrics import read_metrics
 from diffmas.runs.weights import load_weights, save_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.distributed import any_process, process, processes
@@ -42,7 +43,6 @@ from diffmas.training.checkpoints import (
 )
 from diffmas.training.settings import TrainArguments
 
-METRICS_FILE = "metrics.jsonl"
 #: Of an optimizer's options, those that the schedule sets, and its parameters.
 _BY_SCHEDULE = ("params", "lr", "initial_lr")
 
@@ -315,22 +315,6 @@ class MetricsFile(TrainerCallback):
             path = Path(args.output_dir, METRICS_FILE)
             with writing(path), path.open("a") as file:
                 file.write(to_json({"step": state.global_step, **logs}) + "\n")
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a `metrics.jsonl` without a torn last line; none where there is no such file.
-
-    Raises:
-        ValueError: a line that is no entry, named.
-    """
-    path, entries = Path(path), []
-    content = path.read_bytes() if path.is_file() else b""
-    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
-        try:
-            entries.append({"step": json.loads(line)["step"], **json.loads(line)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is no entry of metrics ({type(error).__name__}: {error})") from None
-    return entries
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -11,7 +11,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
+from diffmas_ops.layer import (
+    DOWN,
+    GATE,
+    UP,
+    BackwardInput,
+    BackwardOutput,
+    Forward,
+    K,
+    O,
+    Parameters,
+    Q,
+    Turns,
+    V,
+)  # fmt: skip
+from diffmas_ops.rows import RowRanges
+
+#: What the compiled operators call the two ranges.
+_ROWS = ("q_begin", "q_end", "starts", "max_seqlen_q")
+_QUERIES = ("query_begin", "query_end", "query_starts", "query_max_seqlen_q")
 _LENGTHS = {"norms": 4, "weights": 7, "a": 7, "b": 7, "scalings": 7}
 
 
@@ -42,14 +60,13 @@ def check_tensor(
 
 
 def check_layer(
-    tokens: int | None, like: Tensor, cos: Tensor, sin: Tensor, norms, epsilon, weights, biases, a, b, scalings,
-    outputs: Tensor | None,
-) -> Sizes:  # fmt: skip
+    tokens: int | None, like: Tensor, turns: Turns, parameters: Parameters, outputs: Tensor | None
+) -> Sizes:
     """What all three operators share; `tokens` None: as many as there are angles."""
-    given = dict(norms=norms, weights=weights, a=a, b=b, scalings=scalings)
+    (cos, sin), (norms, epsilon, weights, biases, a, b, _) = turns, parameters
     for name, count in _LENGTHS.items():
-        if len(given[name]) != count:
-            raise ValueError(f"there are {len(given[name])} {name}; allowed: {count}")
+        if (found := len(getattr(parameters, name))) != count:
+            raise ValueError(f"there are {found} {name}; allowed: {count}")
     if len(biases) not in (0, 7):
         raise ValueError(f"there are {len(biases)} biases; allowed: 7, or none")
     if not epsilon >= 0:
@@ -81,59 +98,50 @@ def check_layer(
     return Sizes(tokens, rows, hidden, queries, kv, inner, dim, [each.shape[0] for each in a])
 
 
-def check_forward(
-    h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, keys, values, q_begin, q_end, starts, max_seqlen_q,
-    outputs, query_begin, query_end, query_starts, query_max_seqlen_q, max_seqlen_k,
-) -> Sizes:  # fmt: skip
+def check_forward(given: Forward) -> Sizes:
+    h, keys, rows, queries = given.h, given.keys, given.rows, given.queries
     check_tensor("h", h, (None, None), h)
-    size = check_layer(h.shape[0], h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, outputs)
+    size = check_layer(h.shape[0], h, given.turns, given.parameters, given.outputs)
     check_tensor("h", h, (size.tokens, size.hidden), h)
     check_tensor("keys", keys, (None, size.kv // size.dim, None, size.dim), h)
-    check_tensor("values", values, keys.shape, h)
-    index = dict(
-        q_begin=q_begin, q_end=q_end, starts=starts, query_begin=query_begin, query_end=query_end,
-        query_starts=query_starts,
-    )  # fmt: skip
-    for name, tensor in index.items():
-        check_tensor(name, tensor, (keys.shape[0],), h, torch.int32)
-    for name, number in (("max_seqlen_q", max_seqlen_q), ("query_max_seqlen_q", query_max_seqlen_q)):
+    check_tensor("values", given.values, keys.shape, h)
+    for ranges, names in ((rows, _ROWS), (queries, _QUERIES)):
+        for name, tensor in zip(names[:3], ranges[:3], strict=True):
+            check_tensor(name, tensor, (keys.shape[0],), h, torch.int32)
+    for name, number in ((_ROWS[3], rows.max_seqlen_q), (_QUERIES[3], queries.max_seqlen_q)):
         if number < 0:
             raise ValueError(f"{name} is {number}; allowed: 0 and above")
-    if not 0 <= max_seqlen_k <= keys.shape[2]:
-        raise ValueError(f"max_seqlen_k is {max_seqlen_k}; allowed: 0 to {keys.shape[2]}, the capacity of keys")
+    if not 0 <= queries.max_seqlen_k <= keys.shape[2]:
+        raise ValueError(f"max_seqlen_k is {queries.max_seqlen_k}; allowed: 0 to {keys.shape[2]}, the capacity of keys")
     return size
 
 
-def check_backward_output(
-    grad, cos, sin, q, out, middle, gate, up, low_o, low_gate_up, low_down, norms, epsilon, weights, biases, a, b,
-    scalings, outputs,
-) -> Sizes:  # fmt: skip
-    size = check_layer(None, grad, cos, sin, norms, epsilon, weights, biases, a, b, scalings, outputs)
+def check_backward_output(given: BackwardOutput) -> Sizes:
+    grad, saved = given.grad, given.saved
+    size = check_layer(None, grad, given.turns, given.parameters, given.outputs)
     of_o, of_gate, of_up, of_down = (size.ranks[i] for i in (O, GATE, UP, DOWN))
-    check_tensor("out", out, (size.rows, size.queries // size.dim, size.dim), grad)
+    check_tensor("out", saved.out, (size.rows, size.queries // size.dim, size.dim), grad)
     for name, tensor, columns in (
-        ("grad", grad, size.hidden), ("q", q, size.queries), ("middle", middle, size.hidden),
-        ("gate", gate, size.inner), ("up", up, size.inner), ("low_o", low_o, of_o),
-        ("low_gate_up", low_gate_up, of_gate + of_up), ("low_down", low_down, of_down),
+        ("grad", grad, size.hidden), ("q", saved.q, size.queries), ("middle", saved.middle, size.hidden),
+        ("gate", saved.gate, size.inner), ("up", saved.up, size.inner), ("low_o", saved.low_o, of_o),
+        ("low_gate_up", saved.low_gate_up, of_gate + of_up), ("low_down", saved.low_down, of_down),
     ):  # fmt: skip
         check_tensor(name, tensor, (size.rows, columns), grad)
     return size
 
 
-def check_backward_input(
-    grad_q, grad_k, grad_v, grad_middle, h, cos, sin, k, q, low_q, low_kv, norms, epsilon, weights, biases, a, b,
-    scalings, outputs,
-) -> Sizes:  # fmt: skip
+def check_backward_input(given: BackwardInput) -> Sizes:
+    h, saved = given.h, given.saved
     check_tensor("h", h, (None, None), h)
-    size = check_layer(h.shape[0], h, cos, sin, norms, epsilon, weights, biases, a, b, scalings, outputs)
+    size = check_layer(h.shape[0], h, given.turns, given.parameters, given.outputs)
     of_q, of_k, of_v = (size.ranks[i] for i in (Q, K, V))
     for name, tensor, shape in (
-        ("h", h, (size.tokens, size.hidden)), ("k", k, (size.tokens, size.kv)), ("q", q, (size.rows, size.queries)),
-        ("grad_middle", grad_middle, (size.rows, size.hidden)), ("low_q", low_q, (size.rows, of_q)),
-        ("low_kv", low_kv, (size.tokens, of_k + of_v)),
-        ("grad_q", grad_q, (size.rows, size.queries // size.dim, size.dim)),
-        ("grad_k", grad_k, (size.tokens, size.kv // size.dim, size.dim)),
-        ("grad_v", grad_v, (size.tokens, size.kv // size.dim, size.dim)),
+        ("h", h, (size.tokens, size.hidden)), ("k", saved.k, (size.tokens, size.kv)),
+        ("q", saved.q, (size.rows, size.queries)), ("grad_middle", given.grad_middle, (size.rows, size.hidden)),
+        ("low_q", saved.low_q, (size.rows, of_q)), ("low_kv", saved.low_kv, (size.tokens, of_k + of_v)),
+        ("grad_q", given.grad_q, (size.rows, size.queries // size.dim, size.dim)),
+        ("grad_k", given.grad_k, (size.tokens, size.kv // size.dim, size.dim)),
+        ("grad_v", given.grad_v, (size.tokens, size.kv // size.dim, size.dim)),
     ):  # fmt: skip
         check_tensor(name, tensor, shape, h)
     return size
@@ -146,20 +154,25 @@ def check_outputs(outputs: Tensor | None, tokens: int) -> None:
             raise ValueError(f"outputs has {token}; allowed: 0 to {tokens - 1}")
 
 
-def check_ranges(
-    prefix: str, begin: Tensor, end: Tensor, starts: Tensor, tokens: int, max_seqlen_q: int, max_seqlen_k: int
-):
-    """Contents: a row's range is among the `tokens`, at most `max_seqlen_q` long, and within `max_seqlen_k` columns."""
-    starts_name = "starts" if prefix == "q" else f"{prefix}_starts"
-    of_max = "max_seqlen_q" if prefix == "q" else f"{prefix}_max_seqlen_q"
-    for row, (first, last, start) in enumerate(zip(begin.tolist(), end.tolist(), starts.tolist(), strict=True)):
+def check_contents(given: Forward, size: Sizes) -> None:
+    """What fake tensors do not have: the tokens wanted, and every row's ranges of tokens and columns."""
+    check_outputs(given.outputs, size.tokens)
+    # What is appended may stand anywhere in the trace; a query sees no column behind `max_seqlen_k`.
+    _check_ranges(_ROWS, given.rows, size.tokens, given.keys.shape[2])
+    _check_ranges(_QUERIES, given.queries, size.rows, given.queries.max_seqlen_k)
+
+
+def _check_ranges(names: tuple[str, ...], ranges: RowRanges, tokens: int, columns: int) -> None:
+    """A row's range is among the `tokens`, as long as is said at most, and within the `columns`."""
+    begins, ends, starts = (tensor.tolist() for tensor in ranges[:3])
+    for row, (first, last, start) in enumerate(zip(begins, ends, starts, strict=True)):
         if not 0 <= first <= last <= tokens:
             raise ValueError(
-                f"{prefix}_begin[{row}], {prefix}_end[{row}] are {first}, {last}; "
-                f"allowed: 0 <= {prefix}_begin <= {prefix}_end <= {tokens}"
+                f"{names[0]}[{row}], {names[1]}[{row}] are {first}, {last}; "
+                f"allowed: 0 <= {names[0]} <= {names[1]} <= {tokens}"
             )
         count = last - first
-        if count > max_seqlen_q:
-            raise ValueError(f"{of_max} is {max_seqlen_q}; allowed: at least the {count} tokens of row {row}")
-        if count and not 0 <= start <= max_seqlen_k - count:
-            raise ValueError(f"{starts_name}[{row}] is {start}; allowed: 0 to {max_seqlen_k - count}")
+        if count > ranges.max_seqlen_q:
+            raise ValueError(f"{names[3]} is {ranges.max_seqlen_q}; allowed: at least the {count} tokens of row {row}")
+        if count and not 0 <= start <= columns - count:
+            raise ValueError(f"{names[2]}[{row}] is {start}; allowed: 0 to {columns - count}")

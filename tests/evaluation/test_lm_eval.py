@@ -42,10 +42,10 @@ def model_class(monkeypatch):
 
 
 @pytest.fixture
-def model(model_class, flags, tmp_path):
+def model(model_class, team_flags, tmp_path):
     (tmp_path / "prompts.yaml").write_text('roles: {default: {user: "Facts: {question}"}}\n')
     given = [
-        *flags(model=None, max_steps=4, learning_rate=1e-3),
+        *team_flags(model=None, max_steps=4, learning_rate=1e-3),
         f"--output_dir={tmp_path / 'run'}",
         "--disable_final_eval=true",
     ]

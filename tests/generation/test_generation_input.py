@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import causal_lm
+from tiny_models import causal_lm
 
 from diffmas.agents.controls import mismatched
 from diffmas.agents.topology import TOPOLOGIES

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import causal_lm, clone, packed
 from stock import greedy, prompts
+from tiny_models import causal_lm, clone, packed
 
 from diffmas.agents.collator import Collator
 from diffmas.agents.topology import TOPOLOGIES

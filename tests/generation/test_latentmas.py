@@ -9,7 +9,7 @@ ours, is taken behind the model's final norm: there is nothing in which the defi
 
 import pytest
 import torch
-from models import VOCAB, causal_lm, clone, packed
+from tiny_models import VOCAB, causal_lm, clone, packed
 from transformers import DynamicCache
 
 from diffmas.agents.topology import load_topology

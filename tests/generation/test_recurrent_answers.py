@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from hybrids import chain, hybrid, read
-from models import packed, ragged
+from tiny_models import packed, ragged
 
 from diffmas.agents.controls import mismatched
 from diffmas.agents.topology import load_topology

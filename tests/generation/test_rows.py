@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import causal_lm, packed, ragged
+from tiny_models import causal_lm, packed, ragged
 
 from diffmas.agents.controls import matched, noise
 from diffmas.agents.topology import load_topology

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import causal_lm, packed
 from stock import prompts
+from tiny_models import causal_lm, packed
 
 import diffmas_ops
 from diffmas.agents.topology import TOPOLOGIES

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from models import causal_lm
+from tiny_models import causal_lm
 
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding, sampling

@@ -1,8 +1,8 @@
 """Text as it comes: characters and stop strings that span tokens."""
 
 import pytest
-from models import causal_lm, packed
 from stock import prompts
+from tiny_models import causal_lm, packed
 
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.generation import Decoding

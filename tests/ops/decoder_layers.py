@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.decoder_layer import reference
+from diffmas_ops.layer import BackwardInput, BackwardOutput, Forward, Parameters, Turns
+from diffmas_ops.rows import RowRanges
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM = 24, 40, 4, 2, 12
 
@@ -50,7 +52,7 @@ class LayerProblem:
         ]
         norms = [1 + draw(n, scale=0.3) for n in (HIDDEN, HIDDEN, DIM, DIM)]
         ranks = [rank if i in adapted else 0 for i in range(7)]
-        self.parameters = (
+        self.parameters = Parameters(
             norms if head_norms else [*norms[:2], none, none],
             1e-6,
             [draw(*shape, scale=0.2) for shape in shapes],
@@ -61,37 +63,31 @@ class LayerProblem:
         )
         self.h = draw(tokens, HIDDEN)
         angles = draw(tokens, DIM // 2).repeat(1, 2)
-        self.turns = angles.cos(), angles.sin()
+        self.turns = Turns(angles.cos(), angles.sin())
         columns = max(n + s for n, s in zip(new, starts, strict=True)) + 2
         self.trace = [draw(len(new), KV_HEADS, columns, DIM) for _ in range(2)]
         ends = torch.tensor(new).cumsum(0).tolist()
         begins = [end - n for end, n in zip(ends, new, strict=True)]
-        self.rows = indices(begins), indices(ends), indices(starts)
-        wanted = [min(n, 2) for n in new] if outputs else list(new)
-        self.index = None
-        self.queries = (*self.rows, max(new))
+        longest, seen = max(new), columns - 2
+        self.rows = RowRanges(indices(begins), indices(ends), indices(starts), longest, seen)
+        self.index, self.queries = None, self.rows
         if outputs:
+            wanted = [min(n, 2) for n in new]
             self.index = torch.tensor([i for end, n in zip(ends, wanted, strict=True) for i in range(end - n, end)])
             bounds = [0, *torch.tensor(wanted).cumsum(0).tolist()]
             first = [s + n - w for s, n, w in zip(starts, new, wanted, strict=True)]
-            self.queries = indices(bounds[:-1]), indices(bounds[1:]), indices(first), max(wanted)
-        self.max_seqlen_q, self.max_seqlen_k = max(new), columns - 2
-        self.states = reference.decoder_layer(*self.forward_arguments())
-        count = len(self.states[0])
+            self.queries = RowRanges(indices(bounds[:-1]), indices(bounds[1:]), indices(first), max(wanted), seen)
+        self.result, self.saved = reference.decoder_layer(*self.forward_arguments())
+        count = len(self.result)
         self.grads = [draw(count, HIDDEN), draw(count, HEADS, DIM), *(draw(tokens, KV_HEADS, DIM) for _ in range(2))]
 
-    def forward_arguments(self) -> tuple:
-        trace = [x.clone() for x in self.trace]
-        return (
-            self.h, *self.turns, *self.parameters, *trace, *self.rows, self.max_seqlen_q, self.index, *self.queries,
-            self.max_seqlen_k, 0.3,
-        )  # fmt: skip
+    def forward_arguments(self) -> Forward:
+        keys, values = (x.clone() for x in self.trace)
+        return Forward(self.h, self.turns, self.parameters, keys, values, self.rows, self.index, self.queries, 0.3)
 
-    def output_arguments(self) -> tuple:
-        _, _, q, out, _, middle, gate, up, _, _, *lows = self.states
-        return self.grads[0], *self.turns, q, out, middle, gate, up, *lows, *self.parameters, self.index
+    def output_arguments(self) -> BackwardOutput:
+        return BackwardOutput(self.grads[0], self.turns, self.saved.of_output, self.parameters, self.index)
 
-    def input_arguments(self) -> tuple:
-        _, k, q, *_, low_q, low_kv, _, _, _ = self.states
+    def input_arguments(self) -> BackwardInput:
         grad_middle, *grads = self.grads
-        return *grads, grad_middle, self.h, *self.turns, k, q, low_q, low_kv, *self.parameters, self.index
+        return BackwardInput(*grads, grad_middle, self.h, self.turns, self.saved.of_input, self.parameters, self.index)

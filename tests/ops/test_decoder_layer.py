@@ -1,6 +1,7 @@
 """The compiled decoder layer against its specification: ragged rows, few and many, biases, adapters, wanted outputs."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch.utils._pytree import tree_map_only
 
 from diffmas_ops import library
 from diffmas_ops.decoder_layer import reference
+from diffmas_ops.layer import DOWN, GATE, UP, BackwardInput, BackwardOutput, Forward, K, O, Q, V
+from diffmas_ops.native import CPU
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
 
+COMPILED = CPU.functions("decoder_layer")
 ROWS = {
     "one token": ([1], [7]),
     "few": ([1, 0, 1], [0, 4, 19]),
@@ -34,7 +38,7 @@ KINDS = {
 def wide(x):
     """The same numbers in float64."""
     if isinstance(x, list | tuple):
-        return type(x)(map(wide, x))
+        return x._make(map(wide, x)) if hasattr(x, "_make") else type(x)(map(wide, x))
     return x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
@@ -63,11 +67,13 @@ def assert_equals_reference(layer, dtype):
         ("decoder_layer_backward_input", layer.input_arguments),
     ):
         results = []
-        for operators, arguments in ((torch.ops.diffmas, make()), (reference, make()), (reference, wide(make()))):
-            results.append(list(getattr(operators, name)(*arguments)))
+        for functions, arguments in ((COMPILED, make()), (reference, make()), (reference, wide(make()))):
+            found = getattr(functions, name)(*arguments)
             if name == "decoder_layer":
+                result, saved = found
                 # What was written into the trace.
-                results[-1] += arguments[10:12]
+                found = [result, *saved, arguments.keys, arguments.values]
+            results.append(found)
         actual, plain, exact = results
         assert len(actual) == len(plain)
         for i, (a, p, e) in enumerate(zip(actual, plain, exact, strict=True)):
@@ -81,18 +87,19 @@ def test_reference_is_the_derivative(rows):
     """Each backward operator against autograd through the forward's own functions, the attention cut out."""
     layer = LayerProblem(*ROWS[rows], dtype=torch.float64, biases=range(7))
     h = layer.h.clone().requires_grad_()
-    adapters = [t.requires_grad_() for pair in zip(*layer.parameters[4:6], strict=True) for t in pair]
-    parts = reference.Parameters(*layer.parameters)
-    norms = layer.parameters[0]
-    x = parts.norm(norms[0], h)
-    q = parts.rotated(norms[2], parts.linear(reference.Q, x)[0], *layer.turns)
-    k = parts.rotated(norms[3], parts.linear(reference.K, x)[0], *layer.turns)
-    v = parts.linear(reference.V, x)[0].view(k.shape)
-    out = layer.states[3].clone().requires_grad_()
-    middle = h + parts.linear(reference.O, out.flatten(1))[0]
-    x = parts.norm(norms[1], middle)
-    gate, up = (parts.linear(i, x)[0] for i in (reference.GATE, reference.UP))
-    result = middle + parts.linear(reference.DOWN, torch.nn.functional.silu(gate) * up)[0]
+    adapters = [t.requires_grad_() for pair in zip(layer.parameters.a, layer.parameters.b, strict=True) for t in pair]
+    linear, norm, rotated = (
+        partial(f, layer.parameters) for f in (reference.linear, reference.norm, reference.rotated)
+    )
+    x = norm(0, h)
+    q = rotated(2, linear(Q, x)[0], layer.turns)
+    k = rotated(3, linear(K, x)[0], layer.turns)
+    v = linear(V, x)[0].view(k.shape)
+    out = layer.saved.out.clone().requires_grad_()
+    middle = h + linear(O, out.flatten(1))[0]
+    x = norm(1, middle)
+    gate, up = (linear(i, x)[0] for i in (GATE, UP))
+    result = middle + linear(DOWN, torch.nn.functional.silu(gate) * up)[0]
 
     grad, *attention = layer.grads
     expected = torch.autograd.grad(result, [middle, out, *adapters[6:]], grad, retain_graph=True)
@@ -113,7 +120,7 @@ def test_bits_do_not_depend_on_threads():
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(torch.ops.diffmas.decoder_layer(*layer.forward_arguments()))
+            results.append(torch.ops.diffmas.decoder_layer(*layer.forward_arguments().flat()))
     finally:
         torch.set_num_threads(threads)
     for result in results[1:]:
@@ -125,12 +132,36 @@ OPERATORS = {
     "decoder_layer_backward_output": LayerProblem.output_arguments,
     "decoder_layer_backward_input": LayerProblem.input_arguments,
 }
-BACKENDS = {"cpu": torch.ops.diffmas, "reference": reference}
+BUNDLES = {
+    "decoder_layer": Forward,
+    "decoder_layer_backward_output": BackwardOutput,
+    "decoder_layer_backward_input": BackwardInput,
+}
+BACKENDS = ("cpu", "reference")
+
+
+def run(backend, operator, arguments):
+    """The compiled operator, or its specification, on flat arguments."""
+    if backend == "cpu":
+        return getattr(torch.ops.diffmas, operator)(*arguments)
+    return getattr(reference, operator)(*BUNDLES[operator].of(*arguments))
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("outputs", [False, True])
+def test_flat_arguments_are_the_bundled_ones(operator, outputs):
+    given = OPERATORS[operator](LayerProblem([2, 3], [0, 1], outputs=outputs))
+    again, flat = BUNDLES[operator].of(*given.flat()), given.flat()
+    assert len(flat) == len(named_arguments(operator, LayerProblem([1], [0])))
+    assert all(a is b for a, b in zip(again.flat(), flat, strict=True))
+    for field, value in given._asdict().items():
+        if isinstance(value, tuple):
+            assert all(a is b for a, b in zip(getattr(again, field), value, strict=True)), field
 
 
 def named_arguments(operator, problem):
     schema = getattr(torch.ops.diffmas, operator).default._schema
-    return dict(zip((a.name for a in schema.arguments), OPERATORS[operator](problem), strict=True))
+    return dict(zip((a.name for a in schema.arguments), OPERATORS[operator](problem).flat(), strict=True))
 
 
 def cut(operator, problem):
@@ -171,7 +202,7 @@ def test_a_size_that_does_not_fit_is_named(operator, backend):
                     fakes = tree_map_only(torch.Tensor, mode.from_tensor, tuple(arguments.values()))
                     getattr(torch.ops.diffmas, operator)(*fakes)
             else:
-                getattr(BACKENDS[backend], operator)(*arguments.values())
+                run(backend, operator, arguments.values())
         assert re.search(rf"(^|, ){re.escape(who)} has .*; allowed: ", str(caught.value)), who
         seen.add(who)
     assert len(seen) > 40
@@ -191,7 +222,7 @@ def test_another_dtype_is_named(operator, backend):
             other = tensor.to(torch.float16 if tensor.is_floating_point() else torch.int16)
             arguments[name] = other if i is None else [*given[:i], other, *given[i + 1 :]]
             with pytest.raises((RuntimeError, TypeError), match=re.escape(name if i is None else f"{name}[{i}]")):
-                getattr(BACKENDS[backend], operator)(*arguments.values())
+                run(backend, operator, arguments.values())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -221,7 +252,7 @@ def test_what_does_not_fit_is_named_before_anything_is_written(change, message, 
     problem = LayerProblem([2, 3], [0, 1], outputs=True)
     arguments = named_arguments("decoder_layer", problem) | change
     with pytest.raises((RuntimeError, ValueError), match=message):
-        BACKENDS[backend].decoder_layer(*arguments.values())
+        run(backend, "decoder_layer", arguments.values())
     assert torch.equal(arguments["keys"], problem.trace[0]) and torch.equal(arguments["values"], problem.trace[1])
 
 
@@ -231,7 +262,7 @@ def test_a_backward_takes_as_many_rows_as_outputs(operator, backend):
     arguments = named_arguments(operator, LayerProblem([2, 3], [0, 1], outputs=True))
     arguments["outputs"] = torch.arange(3)
     with pytest.raises((RuntimeError, ValueError), match=r" has shape \[4, .*; allowed: \[3, "):
-        getattr(BACKENDS[backend], operator)(*arguments.values())
+        run(backend, operator, arguments.values())
     arguments["outputs"] = torch.tensor([0, 1, 3, 5])
     with pytest.raises((RuntimeError, ValueError), match="outputs has 5; allowed: 0 to 4"):
-        getattr(BACKENDS[backend], operator)(*arguments.values())
+        run(backend, operator, arguments.values())

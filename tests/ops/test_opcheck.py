@@ -79,6 +79,8 @@ def mapped(function, x):
 
 def flat(arguments):
     """As the compiled operators take them."""
+    if hasattr(arguments, "flat"):
+        return arguments.flat()
     return tuple(y for x in arguments for y in (x if hasattr(x, "_fields") else (x,)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same, error, gradients
-from models import arguments, causal_lm, clone, ragged, with_lora
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.agents.topology import load_topology
 from diffmas.system import MultiAgentSystem

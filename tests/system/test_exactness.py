@@ -5,8 +5,8 @@ from functools import cache
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from models import arguments, causal_lm, clone, ragged, with_lora
 from oracle import batch
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.agents.topology import Agent, Topology
 from diffmas.system import MultiAgentSystem

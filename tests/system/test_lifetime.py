@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from models import arguments, causal_lm, clone, ragged, with_lora
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 import diffmas.system
 from diffmas.agents.topology import TOPOLOGIES

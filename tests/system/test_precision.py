@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from compare import error, gradients
-from models import arguments, causal_lm, clone, ragged, with_lora
 from oracle import batch
 from peft import LoraConfig, get_peft_model
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.agents.topology import Agent, Topology
 from diffmas.models.lora import fuse_lora

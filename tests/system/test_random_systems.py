@@ -4,8 +4,8 @@ import pytest
 from compare import assert_same, error, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCAB, arguments, causal_lm, clone, with_lora
 from oracle import batch
+from tiny_models import VOCAB, arguments, causal_lm, clone, with_lora
 from torch import tensor
 
 from diffmas.agents.topology import Agent, Topology

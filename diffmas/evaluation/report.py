@@ -1,0 +1,116 @@
+"""What a run leaves for people: summary, records, a report with plots, a table on the terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from diffmas.evaluation.evaluator import VARIANTS, variant_of
+from diffmas.evaluation.records import Record
+from diffmas.runs import profile as profiles
+from diffmas.runs.files import METRICS_FILE, PROFILE_FILE, RECORDS_FILE, REPORT_FILE, SUMMARY_FILE
+from diffmas.runs.metrics import read_metrics
+from diffmas.support.atomic import write_atomically
+from diffmas.support.failures import writing
+from diffmas.support.page import heading, note, page, svg, table
+from diffmas.support.valid_json import to_json
+
+
+def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
+    """`accuracy`, `accuracy_mismatched`, … from accuracies by variant."""
+    return {_field(variant): value for variant, value in accuracies.items()}
+
+
+def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
+    write_atomically(Path(folder, SUMMARY_FILE), to_json(summary, indent=2) + "\n")
+
+
+def write_records(folder: str | Path, records: Sequence[Record]) -> None:
+    """Per-item JSONL: the fields of a record, and the variant it belongs to."""
+    path = Path(folder, RECORDS_FILE)
+    with writing(path), path.open("w") as file:
+        file.writelines(to_json({"variant": variant_of(r), **asdict(r)}) + "\n" for r in records)
+
+
+def print_accuracies(summary: dict[str, Any]) -> None:
+    """The accuracies of a summary as a table on the terminal."""
+    rows = _accuracies(summary)
+    if rows:
+        table = Table("", "accuracy", title=f"{summary['eval_items']} held-out items")
+        for label, value in rows:
+            table.add_row(label, f"{100 * value:.1f} %")
+        Console().print(table)
+
+
+def write_report(folder: str | Path) -> Path:
+    """`report.html` from the folder's summary and metrics: one file, no network needed. Returns its path."""
+    folder = Path(folder)
+    summary = json.loads((folder / SUMMARY_FILE).read_text())
+    metrics = read_metrics(folder / METRICS_FILE)
+    topology = summary["topology"]
+    about = {
+        "agents": " → ".join(a["name"] for a in topology["agents"]) + f" ({topology['name']}, {topology['handover']})",
+        "latent steps": summary["system"]["latent_steps"],
+        "gradient": "cut at every hand-over" if summary["system"]["detach_trace"] else "exact, through every trace",
+        "task": summary["task"]["task"],
+        "model": summary["system"]["model_name_or_path"] or "embedded base",
+        "training steps": summary.get("steps"),
+        "time": f"{summary['seconds']} s, peak memory {summary['peak_memory_mb']} MB",
+        "machine": ", ".join(f"{k} {v}" for k, v in summary["machine"].items()),
+    }
+    body = [heading(f"{summary['task']['task']}: what the trace carries", 1)]
+    if rows := _accuracies(summary):
+        body += [table(["", "accuracy"], [(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
+        missing = [f"Not evaluated: {VARIANTS[v]} ({reason})." for v, reason in summary.get("left_out", {}).items()]
+        body.append(note(" ".join([f"{summary['eval_items']} held-out items.", *missing])))
+    if any("loss" in entry for entry in metrics):
+        body += [heading("Training"), svg(_curves, metrics)]
+    if (folder / PROFILE_FILE).is_file():
+        profile = json.loads((folder / PROFILE_FILE).read_text())
+        body += [heading("One step"), table(profiles.COLUMNS, profiles.rows(profile))]
+        body.append(note(profiles.caption(profile)))
+    body += [heading("Run"), table([], [(k, str(v)) for k, v in about.items() if v is not None], text=2)]
+    path = folder / REPORT_FILE
+    write_atomically(path, page("DiffMAS run", body))
+    return path
+
+
+def _field(variant: str) -> str:
+    return "accuracy" if variant == "matched" else f"accuracy_{variant}"
+
+
+def _accuracies(summary: dict[str, Any]) -> list[tuple[str, float]]:
+    return [(label, summary[_field(v)]) for v, label in VARIANTS.items() if _field(v) in summary]
+
+
+def _bars(plt, rows: Sequence[tuple[str, float]]):
+    figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)))
+    labels, values = [r[0] for r in rows][::-1], [100 * r[1] for r in rows][::-1]
+    colors = ["#1f6feb" if label == VARIANTS["matched"] else "#afb8c1" for label in labels]
+    axes.bar_label(axes.barh(labels, values, color=colors), fmt="%.1f", padding=3)
+    axes.set(xlim=(0, 108), xlabel="accuracy, %")
+    return figure
+
+
+def _curves(plt, metrics: Sequence[dict[str, Any]]):
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    losses = [(e["step"], e["loss"]) for e in metrics if "loss" in e]
+    accuracies = [(e["step"], 100 * e["eval_accuracy"]) for e in metrics if "eval_accuracy" in e]
+    axes.plot(*zip(*losses, strict=True), color="#57606a", label="training loss")
+    axes.set(xlabel="training step", ylabel="loss, nats a token", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    lines = [*axes.lines]
+    if accuracies:
+        right = axes.twinx()
+        right.spines["right"].set_visible(True)
+        right.plot(*zip(*accuracies, strict=True), "o-", color="#1f6feb", label="held-out accuracy")
+        right.set(ylabel="accuracy, %", ylim=(0, 103))
+        lines += right.lines
+    figure.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
+    return figure

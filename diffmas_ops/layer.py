@@ -1,0 +1,178 @@
+"""What the decoder layer's operators take and keep, a group each as one argument; the compiled ones take them flat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from diffmas_ops.rows import RowRanges
+
+#: Places of the seven products in lists.
+Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
+
+
+class Turns(NamedTuple):
+    """By how much every token's queries and keys are turned; `[N, D]`."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class Parameters(NamedTuple):
+    """A layer's weights. What there is none of has no element.
+
+    Args:
+        norms: input, middle `[hidden]`, queries, keys `[D]`.
+        epsilon: of all norms.
+        weights: `[out, in]` of q, k, v, o, gate, up, down, as all that follow.
+        biases: `[out]`; an empty list: nowhere.
+        a, b: the adapters, `[r, in]` and `[out, r]`; r = 0 where there is none.
+        scalings: of the adapters.
+    """
+
+    norms: Sequence[Tensor]
+    epsilon: float
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scalings: Sequence[float]
+
+
+class SavedOutput(NamedTuple):
+    """What the backward of all behind the attention takes, of the M tokens whose results are wanted.
+
+    Args:
+        q: `[M, Hq D]` before rotation.
+        out: of the attention, `[M, Hq, D]`.
+        middle: state between attention and MLP, `[M, hidden]`.
+        gate, up: `[M, inner]`.
+        low_o, low_gate_up, low_down: `x Aᵀ`, `[M, r]`.
+    """
+
+    q: Tensor
+    out: Tensor
+    middle: Tensor
+    gate: Tensor
+    up: Tensor
+    low_o: Tensor
+    low_gate_up: Tensor
+    low_down: Tensor
+
+
+class SavedInput(NamedTuple):
+    """What the backward of all before the attention takes.
+
+    Args:
+        k: `[N, Hkv D]` before rotation.
+        q: `[M, Hq D]` before rotation.
+        low_q, low_kv: `x Aᵀ`, `[M, r]` and `[N, r]`.
+    """
+
+    k: Tensor
+    q: Tensor
+    low_q: Tensor
+    low_kv: Tensor
+
+
+class Saved(NamedTuple):
+    """All that a forward keeps, as it returns it behind its result; `lse [M, Hq]`."""
+
+    k: Tensor
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    middle: Tensor
+    gate: Tensor
+    up: Tensor
+    low_q: Tensor
+    low_kv: Tensor
+    low_o: Tensor
+    low_gate_up: Tensor
+    low_down: Tensor
+
+    @property
+    def of_output(self) -> SavedOutput:
+        return SavedOutput(
+            self.q, self.out, self.middle, self.gate, self.up, self.low_o, self.low_gate_up, self.low_down
+        )
+
+    @property
+    def of_input(self) -> SavedInput:
+        return SavedInput(self.k, self.q, self.low_q, self.low_kv)
+
+
+class Forward(NamedTuple):
+    """Arguments of `decoder_layer`; see there."""
+
+    h: Tensor
+    turns: Turns
+    parameters: Parameters
+    keys: Tensor
+    values: Tensor
+    rows: RowRanges
+    outputs: Tensor | None
+    queries: RowRanges
+    softmax_scale: float
+
+    @classmethod
+    def of(cls, h, cos, sin, *rest) -> Forward:
+        """From the compiled operator's flat arguments."""
+        *parameters, keys, values, begin, end, starts, longest, outputs = rest[:14]
+        queries, scale = RowRanges(*rest[14:19]), rest[19]
+        rows = RowRanges(begin, end, starts, longest, queries.max_seqlen_k)
+        return cls(h, Turns(cos, sin), Parameters(*parameters), keys, values, rows, outputs, queries, scale)
+
+    def flat(self) -> tuple:
+        """The compiled operator's arguments: both ranges share the last column."""
+        return (
+            self.h, *self.turns, *self.parameters, self.keys, self.values, *self.rows[:4], self.outputs,
+            *self.queries, self.softmax_scale,
+        )  # fmt: skip
+
+
+class BackwardOutput(NamedTuple):
+    """Arguments of `decoder_layer_backward_output`; see there."""
+
+    grad: Tensor
+    turns: Turns
+    saved: SavedOutput
+    parameters: Parameters
+    outputs: Tensor | None
+
+    @classmethod
+    def of(cls, grad, cos, sin, *rest) -> BackwardOutput:
+        """From the compiled operator's flat arguments."""
+        return cls(grad, Turns(cos, sin), SavedOutput(*rest[:8]), Parameters(*rest[8:-1]), rest[-1])
+
+    def flat(self) -> tuple:
+        """The compiled operator's arguments."""
+        return self.grad, *self.turns, *self.saved, *self.parameters, self.outputs
+
+
+class BackwardInput(NamedTuple):
+    """Arguments of `decoder_layer_backward_input`; see there."""
+
+    grad_q: Tensor
+    grad_k: Tensor
+    grad_v: Tensor
+    grad_middle: Tensor
+    h: Tensor
+    turns: Turns
+    saved: SavedInput
+    parameters: Parameters
+    outputs: Tensor | None
+
+    @classmethod
+    def of(cls, grad_q, grad_k, grad_v, grad_middle, h, cos, sin, *rest) -> BackwardInput:
+        """From the compiled operator's flat arguments."""
+        return cls(
+            grad_q, grad_k, grad_v, grad_middle, h, Turns(cos, sin), SavedInput(*rest[:4]), Parameters(*rest[4:-1]),
+            rest[-1],
+        )  # fmt: skip
+
+    def flat(self) -> tuple:
+        """The compiled operator's arguments."""
+        return (*self[:5], *self.turns, *self.saved, *self.parameters, self.outputs)
