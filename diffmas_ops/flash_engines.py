@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -43,8 +44,8 @@ class How(NamedTuple):
 class Engine(NamedTuple):
     """`forward(q, k, v, how) -> out, lse`, `backward(grad, q, k, v, out, lse, how) -> dq, dk, dv`.
 
-    `serves`: which of `Scores.asked` it has. `module` is what the package `install` provides; `lowest` and `highest` bound the compute capability, `head_dim`
-    what it takes of one.
+    `serves`: which of `Scores.asked` it has. `module` is what the package `install` provides; `lowest` and `highest`
+    bound the compute capability, `head_dim` what it takes of one.
     """
 
     forward: Callable
@@ -159,7 +160,10 @@ def _fa3_forward(q, k, v, how):
     from flash_attn_interface import flash_attn_func
 
     with torch.no_grad():
-        out, lse = flash_attn_func(*_swap(q, k, v), softmax_scale=how.scale, causal=how.causal, return_attn_probs=True)
+        out, lse = flash_attn_func(
+            *_swap(q, k, v), softmax_scale=how.scale, causal=how.causal, window_size=how.window, softcap=how.softcap,
+            return_attn_probs=True,
+        )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
@@ -168,8 +172,13 @@ def _fa3_backward(grad, q, k, v, out, lse, how):
 
     inputs = _swap(grad, q, k, v, out)
     grads = [x.new_empty(x.shape) for x in inputs[1:4]]
+    window = dict(zip(("window_size_left", "window_size_right"), how.window, strict=True))
+    if "window_size" in inspect.signature(_flash_attn_backward).parameters:
+        window = dict(window_size=how.window)
     # By position: the name of `causal` has changed between releases. The Nones are variable-length arguments.
-    _flash_attn_backward(*inputs, lse, *[None] * 6, *grads, how.scale, how.causal, deterministic=True)
+    _flash_attn_backward(
+        *inputs, lse, *[None] * 6, *grads, how.scale, how.causal, **window, softcap=how.softcap, deterministic=True
+    )
     return _swap(*grads)
 
 
@@ -207,8 +216,8 @@ def _cudnn_forward(q, k, v, how):
 def _cudnn_backward(grad, q, k, v, out, lse, how):
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0, how.causal,
-        scale=how.scale,
+        grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0,
+        how.causal, scale=how.scale,
     )  # fmt: skip
 
 
@@ -217,16 +226,20 @@ def _cpu_forward(q, k, v, how):
 
 
 def _cpu_backward(grad, q, k, v, out, lse, how):
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, how.causal, scale=how.scale)
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, how.causal, scale=how.scale
+    )
 
 
 ENGINES = {
     "flash-attn-2": Engine(
-        _fa2_forward, _fa2_backward, True, "flash_attn.flash_attn_interface", "pip install flash-attn>=2.7"
+        _fa2_forward, _fa2_backward, True, "flash_attn.flash_attn_interface", "pip install flash-attn>=2.7",
+        serves=("window", "softcap"),
     ),
     "flash-attn-3": Engine(
         _fa3_forward, _fa3_backward, True, "flash_attn_interface",
         "build it from the folder hopper of github.com/Dao-AILab/flash-attention", (9, 0), (9, 0),
+        serves=("window", "softcap"),
     ),
     "flash-attn-4": Engine(
         _fa4_forward, _fa4_backward, True, "flash_attn.cute.interface", "pip install flash-attn-4", (9, 0),
