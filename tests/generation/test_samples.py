@@ -55,7 +55,8 @@ def test_prompts_are_read_and_kept_once(system, tokenizer, max_rows):
 @pytest.mark.parametrize(
     "scores",
     [
-        {}, dict(softcap=0.7), *(dict(window=n) for n in (1, 4, 19, 100)), *(dict(chunk=n) for n in (1, 7, 20, 42, 100)),
+        {}, dict(softcap=0.7), *(dict(window=n) for n in (1, 4, 19, 100)),
+        *(dict(chunk=n) for n in (1, 7, 20, 42, 100)),
         dict(window=9, chunk=20), dict(window=3, chunk=5, softcap=0.7, sinks=torch.arange(4.0)),
     ],
     ids=str,
