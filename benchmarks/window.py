@@ -23,8 +23,8 @@ from benchmarks.experiment import WrongResult, relative_error
 from diffmas.support.machine import machine
 from diffmas_ops import backends
 from diffmas_ops.cached_attention import reference
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "window"
 RESULTS_FILE, PLOT_FILE = "results.json", "window.svg"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import KVTrace, backends, merge_states
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 
 @dataclass(eq=False)

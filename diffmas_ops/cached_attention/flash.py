@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import backends
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.flash_engines import Engine, How, choose
 from diffmas_ops.rows import ColumnRanges, RowRanges
+from diffmas_ops.scores import Scores
 
 
 class _Batch(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.cached_attention.reference import cached_attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.decoder_layer import checks
 from diffmas_ops.decoder_layer.checks import DOWN, GATE, UP, K, O, Q, V
 from diffmas_ops.kv_append.reference import kv_append
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 from diffmas_ops import KVTrace, cached_attention, flash_engines
 from diffmas_ops.cached_attention import flash
 from diffmas_ops.cached_attention import reference as attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.rows import ColumnRanges, RowRanges
+from diffmas_ops.scores import Scores
 
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float64)
 USABLE = [

@@ -9,7 +9,7 @@ from compare import error
 from oracle import attend
 
 import diffmas_ops as ops
-from diffmas_ops.cached_attention.scores import Scores
+from diffmas_ops.scores import Scores
 
 TOLERANCE = 1e-10
 HEADS, KV_HEADS, DIM, BATCH, COLUMNS = 4, 2, 8, 3, 40

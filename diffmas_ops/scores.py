@@ -1,6 +1,6 @@
 """How scores are made, and which of them count, for the backends in PyTorch.
 
-Triton's is in triton_scores.py, C++'s in mask.h.
+Triton's is in cached_attention/triton_scores.py, C++'s in mask.h.
 """
 
 from __future__ import annotations
