@@ -14,8 +14,8 @@ from benchmarks.cases import Attention, LatentRollout
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops import KVTrace, backends, cached_attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 from diffmas_ops.storage import Stack, TraceStorage
 
 _GRADIENTS = ("grad q", "grad keys", "grad values")

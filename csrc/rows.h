@@ -29,7 +29,7 @@ struct Pending {
   const Tensor &q, &grad, &lse, &delta, &starts;
 };
 
-/// How scores are made, and which of them count; as diffmas_ops/cached_attention/scores.py.
+/// How scores are made, and which of them count; as diffmas_ops/scores.py.
 struct Scores {
   double softmax_scale;
   std::optional<int64_t> window = {};

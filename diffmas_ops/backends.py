@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from diffmas_ops import flash_engines, native, reference, triton_device
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.need import Need
+from diffmas_ops.scores import Scores
 
 #: "flash" is multi-token attention through flash-attention packages; for everything else it means `auto`.
 BACKENDS: dict[str, Any] = {

@@ -2,13 +2,14 @@
 
 Tensors are `[batch, heads, tokens, head_dim]` (keys and values with their own heads), `lse [batch, heads, tokens]` in
 natural log. With `causal`, engines marked `aligned_to_end` let the last query see the last column; the others are
-given as many columns as queries.
+given as many columns as queries. Those that serve a window are aligned, causal or not.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -26,11 +27,25 @@ VARIABLE = "DIFFMAS_FLASH_ENGINE"
 _aten = torch.ops.aten
 
 
-class Engine(NamedTuple):
-    """`forward(q, k, v, scale, causal) -> out, lse`, `backward(grad, q, k, v, out, lse, scale, causal) -> dq, dk, dv`.
+class How(NamedTuple):
+    """How an engine makes scores. `left`: the last query sees so many columns before the last column; -1: all."""
 
-    `module` is what the package `install` provides; `lowest` and `highest` bound the compute capability, `head_dim`
-    what it takes of one.
+    scale: float
+    causal: bool
+    left: int = -1
+    softcap: float = 0.0
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Columns to the left and to the right of a query's own, -1: all."""
+        return self.left, 0 if self.causal else -1
+
+
+class Engine(NamedTuple):
+    """`forward(q, k, v, how) -> out, lse`, `backward(grad, q, k, v, out, lse, how) -> dq, dk, dv`.
+
+    `serves`: which of `Scores.asked` it has. `module` is what the package `install` provides; `lowest` and `highest`
+    bound the compute capability, `head_dim` what it takes of one.
     """
 
     forward: Callable
@@ -41,9 +56,16 @@ class Engine(NamedTuple):
     lowest: tuple[int, int] = (8, 0)
     highest: tuple[int, int] = (99, 0)
     head_dim: int = 256
+    serves: tuple[str, ...] = ()
 
-    def refusal(self, like: Tensor) -> str | None:
-        """Why it cannot run on tensors like `[..., head_dim]`, or None where it can."""
+    def refusal(self, like: Tensor, asked: tuple[str, ...] = ()) -> str | None:
+        """Why it cannot run on tensors like `[..., head_dim]` with what `asked` names, or None where it can."""
+        if lacking := [name for name in asked if name not in self.serves]:
+            return f"it has no {' and no '.join(lacking)}"
+        return self.machine_refusal(like)
+
+    def machine_refusal(self, like: Tensor) -> str | None:
+        """The same of the tensors alone."""
         if not like.is_cuda:
             return f"it runs on GPUs only, not on {like.device.type} tensors"
         if self.module is not None and not _importable(self.module):
@@ -58,17 +80,20 @@ class Engine(NamedTuple):
 
 
 class _Cpu(Engine):
-    def refusal(self, like: Tensor) -> str | None:
+    def machine_refusal(self, like: Tensor) -> str | None:
         return f"it runs on CPU tensors only, not on {like.device.type}" if like.device.type != "cpu" else None
 
 
-def choose(like: Tensor) -> Engine:
-    """The engine for tensors like `[..., head_dim]`; `UnsupportedError` with every refusal where there is none."""
+def choose(like: Tensor, asked: tuple[str, ...] = ()) -> Engine:
+    """The engine for tensors like `[..., head_dim]` and `Scores.asked`.
+
+    Raises `UnsupportedError` with every refusal where there is none.
+    """
     if (name := os.environ.get(VARIABLE)) is not None and name not in ENGINES:
         raise UnsupportedError(f"{VARIABLE} is {name!r}; allowed: {', '.join(ENGINES)}")
     refusals = []
     for candidate in [name] if name is not None else _preference(like):
-        if (reason := ENGINES[candidate].refusal(like)) is None:
+        if (reason := ENGINES[candidate].refusal(like, asked)) is None:
             return ENGINES[candidate]
         refusals.append(f"{candidate}: {reason}")
     raise UnsupportedError("no flash-attention engine can serve; " + "; ".join(refusals))
@@ -76,10 +101,8 @@ def choose(like: Tensor) -> Engine:
 
 def refusal(need: Need) -> str | None:
     """Why no engine can serve, or None where one can."""
-    if need.window:
-        return "it has no window of columns"
     try:
-        choose(torch.empty(1, 64, dtype=need.dtype, device=need.device))
+        choose(torch.empty(1, 64, dtype=need.dtype, device=need.device), need.asked)
     except UnsupportedError as error:
         return str(error)
     return None
@@ -109,98 +132,114 @@ def _swap(*tensors: Tensor) -> list[Tensor]:
     return [x.transpose(1, 2) for x in tensors]
 
 
-def _fa2_forward(q, k, v, scale, causal):
+def _fa2_forward(q, k, v, how):
     from flash_attn.flash_attn_interface import flash_attn_func
 
     with torch.no_grad():
-        out, lse, _ = flash_attn_func(*_swap(q, k, v), softmax_scale=scale, causal=causal, return_attn_probs=True)
+        out, lse, _ = flash_attn_func(
+            *_swap(q, k, v), softmax_scale=how.scale, causal=how.causal, window_size=how.window, softcap=how.softcap,
+            return_attn_probs=True,
+        )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
-def _fa2_backward(grad, q, k, v, out, lse, scale, causal):
+def _fa2_backward(grad, q, k, v, out, lse, how):
     from flash_attn.flash_attn_interface import _flash_attn_backward
 
     inputs = _swap(grad, q, k, v, out)
     grads = [x.new_empty(x.shape) for x in inputs[1:4]]
     _flash_attn_backward(
-        *inputs, lse, *grads, dropout_p=0.0, softmax_scale=scale, causal=causal, window_size_left=-1,
-        window_size_right=-1, softcap=0.0, alibi_slopes=None, deterministic=True,
+        *inputs, lse, *grads, dropout_p=0.0, softmax_scale=how.scale, causal=how.causal,
+        window_size_left=how.window[0], window_size_right=how.window[1], softcap=how.softcap, alibi_slopes=None,
+        deterministic=True,
     )  # fmt: skip
     return _swap(*grads)
 
 
-def _fa3_forward(q, k, v, scale, causal):
+def _fa3_forward(q, k, v, how):
     from flash_attn_interface import flash_attn_func
 
     with torch.no_grad():
-        out, lse = flash_attn_func(*_swap(q, k, v), softmax_scale=scale, causal=causal, return_attn_probs=True)
+        out, lse = flash_attn_func(
+            *_swap(q, k, v), softmax_scale=how.scale, causal=how.causal, window_size=how.window, softcap=how.softcap,
+            return_attn_probs=True,
+        )  # fmt: skip
     return out.transpose(1, 2), lse
 
 
-def _fa3_backward(grad, q, k, v, out, lse, scale, causal):
+def _fa3_backward(grad, q, k, v, out, lse, how):
     from flash_attn_interface import _flash_attn_backward
 
     inputs = _swap(grad, q, k, v, out)
     grads = [x.new_empty(x.shape) for x in inputs[1:4]]
+    window = dict(zip(("window_size_left", "window_size_right"), how.window, strict=True))
+    if "window_size" in inspect.signature(_flash_attn_backward).parameters:
+        window = dict(window_size=how.window)
     # By position: the name of `causal` has changed between releases. The Nones are variable-length arguments.
-    _flash_attn_backward(*inputs, lse, *[None] * 6, *grads, scale, causal, deterministic=True)
+    _flash_attn_backward(
+        *inputs, lse, *[None] * 6, *grads, how.scale, how.causal, **window, softcap=how.softcap, deterministic=True
+    )
     return _swap(*grads)
 
 
-def _fa4_forward(q, k, v, scale, causal):
+def _fa4_forward(q, k, v, how):
     from flash_attn.cute.interface import flash_attn_func
 
     with torch.no_grad():
-        out, lse = flash_attn_func(*_swap(q, k, v), softmax_scale=scale, causal=causal, return_lse=True)[:2]
+        out, lse = flash_attn_func(*_swap(q, k, v), softmax_scale=how.scale, causal=how.causal, return_lse=True)[:2]
     return out.transpose(1, 2), lse
 
 
-def _fa4_backward(grad, q, k, v, out, lse, scale, causal):
+def _fa4_backward(grad, q, k, v, out, lse, how):
     from flash_attn.cute.interface import _flash_attn_bwd
 
     grad, q, k, v, out = _swap(grad, q, k, v, out)
-    return _swap(*_flash_attn_bwd(q, k, v, out, grad, lse, scale, causal, deterministic=True)[:3])
+    return _swap(*_flash_attn_bwd(q, k, v, out, grad, lse, how.scale, how.causal, deterministic=True)[:3])
 
 
-def _torch_forward(q, k, v, scale, causal):
-    return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+def _torch_forward(q, k, v, how):
+    return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, how.causal, scale=how.scale)[:2]
 
 
-def _torch_backward(grad, q, k, v, out, lse, scale, causal):
+def _torch_backward(grad, q, k, v, out, lse, how):
     unused = torch.zeros(2, dtype=torch.int64, device=q.device)  # the state of a dropout that is not there
     return _aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale
+        grad, q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, how.causal, unused, unused, scale=how.scale
     )
 
 
-def _cudnn_forward(q, k, v, scale, causal):
-    out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, scale=scale)[:2]
+def _cudnn_forward(q, k, v, how):
+    out, lse = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, how.causal, scale=how.scale)[:2]
     return out, lse.view(out.shape[:3])
 
 
-def _cudnn_backward(grad, q, k, v, out, lse, scale, causal):
+def _cudnn_backward(grad, q, k, v, out, lse, how):
     unused = torch.zeros((), dtype=torch.int64, device=q.device)
     return _aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0, causal,
-        scale=scale,
+        grad, q, k, v, out, lse.unsqueeze(-1), unused, unused, None, None, None, q.shape[2], k.shape[2], 0.0,
+        how.causal, scale=how.scale,
     )  # fmt: skip
 
 
-def _cpu_forward(q, k, v, scale, causal):
-    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+def _cpu_forward(q, k, v, how):
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, how.causal, scale=how.scale)
 
 
-def _cpu_backward(grad, q, k, v, out, lse, scale, causal):
-    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+def _cpu_backward(grad, q, k, v, out, lse, how):
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, q, k, v, out, lse, 0.0, how.causal, scale=how.scale
+    )
 
 
 ENGINES = {
     "flash-attn-2": Engine(
-        _fa2_forward, _fa2_backward, True, "flash_attn.flash_attn_interface", "pip install flash-attn>=2.7"
+        _fa2_forward, _fa2_backward, True, "flash_attn.flash_attn_interface", "pip install flash-attn>=2.7",
+        serves=("window", "softcap"),
     ),
     "flash-attn-3": Engine(
         _fa3_forward, _fa3_backward, True, "flash_attn_interface",
         "build it from the folder hopper of github.com/Dao-AILab/flash-attention", (9, 0), (9, 0),
+        serves=("window", "softcap"),
     ),
     "flash-attn-4": Engine(
         _fa4_forward, _fa4_backward, True, "flash_attn.cute.interface", "pip install flash-attn-4", (9, 0),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import backends
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 if TYPE_CHECKING:
     from diffmas_ops.call import Call, Outputs, Streak

@@ -24,7 +24,6 @@ struct AttentionCall {
   bool empty() const { return batch() * q.numel() * packed_rows() == 0; }
 
   void check() const {
-    STD_TORCH_CHECK(!scores.window, "window is ", *scores.window, "; allowed on CUDA: None");
     STD_TORCH_CHECK(dim() <= 256, "keys has head dim ", dim(), "; allowed on CUDA: 1 to 256");
     STD_TORCH_CHECK(
         packed_rows() * group() < (int64_t(1) << 32), "max_seqlen_q is ", rows.max_seqlen_q,
@@ -40,14 +39,24 @@ struct AttentionCall {
   }
 
   WorkPlan unsplit() const {
-    return {rows.ranges(), static_cast<int>(batch()), 0, Divisor(static_cast<uint32_t>(group()))};
+    return {rows.ranges(), static_cast<int>(batch()), 0, Divisor(static_cast<uint32_t>(group())), scores.mask()};
   }
 
   template <class T>
   AttentionInputs<T> inputs(const WorkPlan& plan) const {
-    return {packed<const T>(q),      trace<const T>(keys),
-            trace<const T>(values),  plan,
-            static_cast<int>(dim()), static_cast<Acc<T>>(scores.softmax_scale)};
+    return {
+        packed<const T>(q),
+        trace<const T>(keys),
+        trace<const T>(values),
+        plan,
+        static_cast<int>(dim()),
+        static_cast<Acc<T>>(scores.softmax_scale),
+        softcap<Acc<T>>()};
+  }
+
+  template <class A>
+  SoftCap<A> softcap() const {
+    return {static_cast<A>(scores.softcap.value_or(0))};
   }
 };
 
@@ -62,7 +71,8 @@ struct SplitWork {
     constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 2;
     const int64_t tiles = divide_up(call.packed_rows(), tile_rows) * call.kv_heads(), batch = call.batch();
     const int64_t wanted = scope.multiprocessors() * BLOCKS_PER_MULTIPROCESSOR;
-    const int64_t most = batch * divide_up(call.rows.max_seqlen_k, MIN_CHUNK_COLUMNS);
+    const int64_t columns = call.scores.mask().reach(call.rows.max_seqlen_q, call.rows.max_seqlen_k);
+    const int64_t most = batch * divide_up(columns, MIN_CHUNK_COLUMNS);
     if (tiles * batch < wanted && most >= 2 * batch) {
       // find_chunk sets one slot a row aside.
       const int64_t slots = std::min(batch + divide_up(wanted, tiles), most);

@@ -106,6 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     own.dim = static_cast<int>(call.dim());
     own.blocks = static_cast<int>(call.batch());
     own.scale = static_cast<A>(scores.softmax_scale);
+    own.softcap = call.softcap<A>();
+    own.mask = scores.mask();
     return own;
   });
   return {grad_q, grad_k, grad_v};

@@ -15,7 +15,7 @@ from diffmas.agents.trajectory import Trajectory
 from diffmas.models.agent_model import Lengths, evaluating
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import Call, KVTrace, backends
-from diffmas_ops.cached_attention.scores import Scores
+from diffmas_ops.scores import Scores
 
 # Queries whose probabilities are held at once.
 _BLOCK = 64

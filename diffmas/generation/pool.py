@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from diffmas_ops import KVTrace, backends, merge_states
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 from diffmas_ops.states import RecurrentStates, State
 from diffmas_ops.storage import Stack, TraceStorage
 

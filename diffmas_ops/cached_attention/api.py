@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffmas_ops import backends
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.call import Call
+from diffmas_ops.scores import Scores
 
 
 # Dynamo would specialise on the call handle and compile anew for every call.

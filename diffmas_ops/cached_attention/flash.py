@@ -21,15 +21,15 @@ from torch import Tensor
 
 from diffmas_ops import backends
 from diffmas_ops.dtypes import accumulation_dtype
-from diffmas_ops.errors import UnsupportedError
-from diffmas_ops.flash_engines import Engine, choose
+from diffmas_ops.flash_engines import Engine, How, choose
 from diffmas_ops.rows import ColumnRanges, RowRanges
+from diffmas_ops.scores import Scores
 
 
 class _Batch(NamedTuple):
-    """Rows `first … last - 1`: tokens from `begin` on, `count` each, at positions from `start` on.
+    """Rows `first … last - 1`: tokens from `begin` on, `each` of a row, at positions from `start` on.
 
-    They see columns before `end`; those from `low` on take gradients.
+    The first `count` of them see columns before `end`; those from `low` on take gradients.
     """
 
     first: int
@@ -39,23 +39,37 @@ class _Batch(NamedTuple):
     start: int
     low: int
     end: int
+    each: int
 
     def tokens(self, packed: Tensor) -> Tensor:
         """`[tokens, heads, ...]` as `[rows, heads, count, ...]`, without a copy."""
         rows = self.last - self.first
-        return packed[self.begin : self.begin + rows * self.count].unflatten(0, (rows, self.count)).transpose(1, 2)
+        together = packed[self.begin : self.begin + rows * self.each].unflatten(0, (rows, self.each))
+        return together[:, : self.count].transpose(1, 2)
 
     def columns(self, trace: Tensor, span: slice) -> Tensor:
         return trace[self.first : self.last, :, span]
 
-    def parts(self, engine: Engine) -> list[tuple[slice, bool]]:
-        """Columns the queries see, and whether causally; the last of them are the queries' own where causal."""
-        new = slice(self.start, self.start + self.count)
+    def seeing(self, scores: Scores) -> _Batch:
+        """Without the tokens that stand so far behind the columns that a window hides them all."""
+        if scores.window is None:
+            return self
+        return self._replace(count=max(0, min(self.count, self.end - 1 + scores.window - self.start)))
+
+    def parts(self, engine: Engine, scores: Scores) -> list[tuple[slice, How]]:
+        """Columns the queries see, and how; the last of them are the queries' own where causal."""
+        how = How(scores.softmax_scale, False, softcap=scores.softcap or 0.0)
+        first, new = scores.first_seen(self.start), slice(self.start, self.start + self.count)
+        if self.count == 0:
+            return []
         if self.end <= self.start:
-            return [(slice(0, self.end), False)]
+            # An engine takes the last query to stand at the last column, which it may be far behind.
+            left = -1 if scores.window is None else scores.window - 1 - (new.stop - self.end)
+            return [(slice(first, self.end), how._replace(left=left))]
         if engine.aligned_to_end or self.start == 0:
-            return [(slice(0, new.stop), True)]
-        return [(slice(0, self.start), False), (new, True)]
+            left = -1 if scores.window is None else scores.window - 1
+            return [(slice(first, new.stop), how._replace(causal=True, left=left))]
+        return [(slice(0, self.start), how), (new, how._replace(causal=True))]
 
 
 def cached_attention(
@@ -65,12 +79,10 @@ def cached_attention(
     keys: Tensor,
     values: Tensor,
     rows: RowRanges,
-    softmax_scale: float,
-    window: int | None = None,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor]:
-    """See `reference.cached_attention`; there is no window."""
-    _refuse(window)
-    engine = choose(q)
+    """See `reference.cached_attention`; what an engine lacks of the scores is refused by its name."""
+    engine = choose(q, scores.check().asked)
     if k is not None:
         append = backends.functions("kv_append", keys).kv_append
         append(k, v, keys, values, rows)
@@ -78,8 +90,8 @@ def cached_attention(
     lse = q.new_empty(q.shape[:2], dtype=accumulation_dtype(q.dtype))
     for batch in _batches(*rows[:3]):
         states = [
-            engine.forward(batch.tokens(q), *(batch.columns(x, span) for x in (keys, values)), softmax_scale, causal)
-            for span, causal in batch.parts(engine)
+            engine.forward(batch.tokens(q), *(batch.columns(x, span) for x in (keys, values)), how)
+            for span, how in batch.parts(engine, scores)
         ]
         batch_out, batch_lse = states[0] if len(states) == 1 else _merge(*states)
         batch.tokens(out).copy_(batch_out)
@@ -98,13 +110,11 @@ def cached_attention_backward(
     grad_values: Tensor,
     rows: RowRanges,
     columns: ColumnRanges,
-    softmax_scale: float,
-    window: int | None = None,
+    scores: Scores,
 ) -> Tensor:
     """`cached_attention_backward_queries` and `…_columns` in one: engines compute all gradients together."""
-    _refuse(window)
     batches = _batches(*rows[:3], *columns)
-    return _backward(grad_out, q, out, lse, keys, values, (grad_keys, grad_values), batches, softmax_scale)
+    return _backward(grad_out, q, out, lse, keys, values, (grad_keys, grad_values), batches, scores)
 
 
 def cached_attention_backward_queries(
@@ -115,14 +125,12 @@ def cached_attention_backward_queries(
     keys: Tensor,
     values: Tensor,
     rows: RowRanges,
-    softmax_scale: float,
-    window: int | None = None,
+    scores: Scores,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.cached_attention_backward_queries`; `cached_attention_backward` saves half of the work."""
-    _refuse(window)
     delta = (out.to(lse.dtype) * grad_out.to(lse.dtype)).sum(-1)
     batches = _batches(*rows[:3])
-    return _backward(grad_out, q, out, lse, keys, values, None, batches, softmax_scale), delta
+    return _backward(grad_out, q, out, lse, keys, values, None, batches, scores), delta
 
 
 def cached_attention_backward_columns(
@@ -136,22 +144,15 @@ def cached_attention_backward_columns(
     grad_values: Tensor,
     rows: RowRanges,
     columns: ColumnRanges,
-    softmax_scale: float,
-    window: int | None = None,
+    scores: Scores,
 ) -> None:
     """See `reference.cached_attention_backward_columns`."""
-    _refuse(window)
     # An engine wants the output only to form delta = out · grad_out: the part of it along grad_out does.
     grad = grad_out.to(delta.dtype)
     square = (grad * grad).sum(-1)
     along = grad * torch.where(square > 0, delta / square, 0.0).unsqueeze(-1)
     batches = _batches(*rows[:3], *columns)
-    _backward(grad_out, q, along.to(q.dtype), lse, keys, values, (grad_keys, grad_values), batches, softmax_scale)
-
-
-def _refuse(window: int | None) -> None:
-    if window is not None:
-        raise UnsupportedError(f"window is {window}; allowed for flash: None")
+    _backward(grad_out, q, along.to(q.dtype), lse, keys, values, (grad_keys, grad_values), batches, scores)
 
 
 def _backward(
@@ -163,25 +164,26 @@ def _backward(
     values: Tensor,
     accumulators: tuple[Tensor, Tensor] | None,
     batches: list[_Batch],
-    scale: float,
+    scores: Scores,
 ) -> Tensor:
     """Gradient of q; those of keys and values are added to the accumulators, where given."""
-    engine = choose(q)
+    engine = choose(q, scores.asked)
     grad_q = q.new_empty(q.shape)
-    for batch in batches:
+    for batch in (b.seeing(scores) for b in batches):
         grad, queries, output = (batch.tokens(x) for x in (grad_out, q, out))
         batch_lse = batch.tokens(lse).contiguous()
         parts = []
-        for span, causal in batch.parts(engine):
+        for span, how in batch.parts(engine, scores):
             views = [batch.columns(x, span) for x in (keys, values)]
-            part, *grads = engine.backward(grad, queries, *views, output, batch_lse, scale, causal)
+            part, *grads = engine.backward(grad, queries, *views, output, batch_lse, how)
             parts.append(part)
             low, high = max(batch.low, span.start), min(batch.end, span.stop)
             if accumulators is not None and low < high:
                 for accumulator, new in zip(accumulators, grads, strict=True):
                     new = new[:, :, low - span.start : high - span.start]
                     batch.columns(accumulator, slice(low, high)).add_(new)
-        batch.tokens(grad_q).copy_(parts[0] if len(parts) == 1 else parts[0].to(lse.dtype) + parts[1])
+        if parts:
+            batch.tokens(grad_q).copy_(parts[0] if len(parts) == 1 else parts[0].to(lse.dtype) + parts[1])
     return grad_q
 
 
@@ -208,7 +210,7 @@ def _batches(*ranges: Tensor) -> list[_Batch]:
         low, last_column = columns or (0, start + count)
         if count == 0 or low >= last_column:
             continue
-        new = _Batch(row, row + 1, begin, count, start, low, last_column)
+        new = _Batch(row, row + 1, begin, count, start, low, last_column, count)
         before = batches[-1] if batches else None
         if (
             before

@@ -6,10 +6,10 @@ The backward formulas are those of FlashAttention-2 (arXiv 2307.08691, section 2
 import torch
 from torch import Tensor
 
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.kv_append.reference import kv_append, on_host
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 
 def cached_attention(

@@ -3,7 +3,6 @@
 import triton
 from torch import Tensor
 
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.cached_attention.tiles import split, tile
 from diffmas_ops.cached_attention.triton_backward import columns_kernel, queries_kernel, token_kernel
 from diffmas_ops.cached_attention.triton_forward import forward_kernel
@@ -12,6 +11,7 @@ from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.kv_append.triton import kv_append
 from diffmas_ops.merge_states.triton import merge_into
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 from diffmas_ops.triton_device import LAUNCH_OPTIONS, launch_on
 
 _BLOCK_PENDING = 32

@@ -7,7 +7,7 @@ cap. Their sizes are ordinary arguments: a window that changes from call to call
 import triton
 import triton.language as tl
 
-from diffmas_ops.cached_attention.scores import Scores
+from diffmas_ops.scores import Scores
 
 #: More columns than a trace has; sums of two are still integers of 32 bits.
 WHOLE = 2**30

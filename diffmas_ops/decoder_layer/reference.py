@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.cached_attention.reference import cached_attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.decoder_layer import checks
 from diffmas_ops.kv_append.reference import kv_append
 from diffmas_ops.layer import (
@@ -32,6 +31,7 @@ from diffmas_ops.layer import (
     V,
 )  # fmt: skip
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 
 def linear(p: Parameters, i: int, x: Tensor) -> tuple[Tensor, Tensor]:

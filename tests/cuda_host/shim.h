@@ -49,6 +49,7 @@ using std::log;
 using std::max;
 using std::min;
 using std::sqrt;
+using std::tanh;
 
 [[noreturn]] inline void host_failure(const std::string& what) {
   std::fprintf(

@@ -6,8 +6,9 @@ from tiny_models import VOCAB, causal_lm, clone, packed, ragged
 from transformers import DynamicCache
 
 from diffmas.agents.topology import load_topology
-from diffmas.evaluation.inspection import inspect
+from diffmas.evaluation.inspection import _Masses, inspect
 from diffmas.system import MultiAgentSystem
+from diffmas_ops import KVTrace, cached_attention
 
 M = 3
 
@@ -86,3 +87,26 @@ def test_one_row_only():
     system = MultiAgentSystem(causal_lm("qwen3"), load_topology("single"))
     with pytest.raises(ValueError, match="prompt_lengths has 2 rows; allowed: 1"):
         inspect(system, [torch.arange(VOCAB)[:4]], [[2, 2]], [1])
+
+
+@pytest.mark.parametrize("scores", [dict(window=4), dict(chunk=6), dict(softcap=0.5, window=9, chunk=5)], ids=str)
+def test_masses_of_other_scores(scores):
+    """What the last queries pay, with the probabilities written out query by query."""
+    torch.manual_seed(0)
+    trace = KVTrace.allocate(num_layers=1, batch=1, num_kv_heads=2, capacity=20, head_dim=4, dtype=torch.float64)
+    k, v = torch.randn(2, 20, 2, 4, dtype=torch.float64)
+    q = torch.randn(20, 4, 4, dtype=torch.float64)
+    cached_attention(q[:8], k[:8], v[:8], trace.open(8), layer=0)
+    call = trace.open(12)
+    call.attend = _Masses(call, 3)
+    cached_attention(q[8:], k[8:], v[8:], call, layer=0, **scores)
+    paid = torch.zeros(20, dtype=torch.float64)
+    for position in (17, 18, 19):
+        first = max(position + 1 - scores.get("window", 20), position - position % scores.get("chunk", 20), 0)
+        seen = range(first, position + 1)
+        for head in range(4):
+            made = torch.stack([q[position, head] @ k[j, head // 2] / 2 for j in seen])
+            if cap := scores.get("softcap"):
+                made = cap * torch.tanh(made / cap)
+            paid[first : position + 1] += made.softmax(0) / 12
+    assert torch.allclose(call.attend.mean()[0], paid, rtol=0, atol=1e-12)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.rows import ColumnRanges, RowRanges
+from diffmas_ops.scores import Scores
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Triton's interpreter multiplies bfloat16 wrongly.

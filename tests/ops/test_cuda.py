@@ -131,6 +131,68 @@ def test_token_backward(case, slots, slot, dtype):
     suite.test_token_backward(sized(CASES[case], 64), slots, slot, dtype)
 
 
+OTHER = {
+    "window": dict(window=33),
+    "window of one": dict(window=1),
+    "window of chunks": dict(window=400),
+    "chunk": dict(chunk=50),
+    "long chunk": dict(chunk=300),
+    "cap": dict(softcap=0.8),
+    "all": dict(window=90, chunk=128, softcap=1.5),
+}
+each_other = pytest.mark.parametrize("scores", OTHER.values(), ids=OTHER)
+
+
+@each_other
+@pytest.mark.parametrize("case", ["prefix", "one row", "few", "long single", "long few"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_scores(case, dtype, scores):
+    case = replace(sized(CASES[case], 64), **scores)
+    suite.check_forward(case, dtype)
+    suite.check_backward(case, dtype)
+
+
+@each_other
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_token_backward_of_other_scores(dtype, scores):
+    suite.check_token_backward(replace(sized(CASES["long single"], 64), **scores), 41, 3, dtype)
+
+
+@each_other
+@pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 256), (torch.float16, 128), (torch.float64, 40)], ids=str)
+def test_other_scores_at_other_sizes(dtype, head_dim, scores):
+    case = replace(sized(Case((19, 1), (340, 2)), head_dim), **scores)
+    if dtype != torch.float64:
+        suite.check_forward(case, dtype)
+    suite.check_backward(case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scores", [dict(window=30), dict(chunk=64)], ids=str)
+@pytest.mark.parametrize("case", ["one row", "long single", "long rows"])
+def test_nothing_out_of_sight_is_read(operators, case, scores, dtype):
+    """Columns that no query sees are poison: in the forward and in both backwards."""
+    case = replace(sized(CASES[case], 64), **scores)
+    p = Problem(case, dtype)
+    arguments = p.q, None, None, p.keys, p.values, p.rows, p.scores
+    out, lse = attention.cached_attention(*(x.double() if i in (0, 3, 4) else x for i, x in enumerate(arguments)))
+    out, lse = out.to(dtype), lse.to(accumulation_dtype(dtype))
+    delta = (out.to(lse.dtype) * p.grad.to(lse.dtype)).sum(-1)
+    for row, start in enumerate(case.starts):
+        for x in (p.keys, p.values):
+            x[row, :, : p.scores.first_seen(start)] = torch.nan
+    first = torch.tensor([p.scores.first_seen(n) for n in case.starts], dtype=torch.int32, device=cases.DEVICE)
+    grads = [torch.zeros_like(x) for x in (p.grad_keys, p.grad_values)]
+    got, got_lse = operators.cached_attention(*arguments)
+    grad_q, _ = operators.cached_attention_backward_queries(p.grad, p.q, out, lse, *arguments[3:])
+    operators.cached_attention_backward_columns(
+        p.grad, p.q, lse, delta, p.keys, p.values, *grads, p.rows, ColumnRanges(first, p.columns.end), p.scores
+    )
+    for x in (got, got_lse, grad_q):
+        assert x[p.claimed].isfinite().all()
+    assert all(x.isfinite().all() for x in grads)
+
+
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
 @pytest.mark.parametrize("case, head_dim", [("primes", 64), ("prefix", 20), ("some single", 64)])
 def test_append_and_gather(case, head_dim, dtype):

@@ -38,8 +38,12 @@ from test_cuda import (  # noqa: F401
     test_latent_project,
     test_latent_project_in_parts,
     test_merge_states,
+    test_nothing_out_of_sight_is_read,
+    test_other_scores,
+    test_other_scores_at_other_sizes,
     test_senders_of_two_dtypes,
     test_token_backward,
+    test_token_backward_of_other_scores,
     use,
 )
 
@@ -123,9 +127,3 @@ def test_order_of_threads_and_blocks(operators, monkeypatch, dtype):
         results.append(everything(operators, dtype))
     for other in results[1:]:
         assert all(map(suite.same, other, results[0]))
-
-
-def test_a_window_is_refused_by_name(operators):
-    p = cases.Problem(Case((2,), (3,), window=3), torch.float32)
-    with pytest.raises(RuntimeError, match="window is 3; allowed on CUDA: None"):
-        operators.cached_attention(p.q, None, None, p.keys, p.values, p.rows, p.scores)

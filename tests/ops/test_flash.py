@@ -4,6 +4,8 @@ On a GPU every installed engine is tested; elsewhere PyTorch's CPU kernel, which
 mask has to be split.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import (
@@ -26,10 +28,10 @@ from hypothesis import strategies as st
 from diffmas_ops import KVTrace, cached_attention, flash_engines
 from diffmas_ops.cached_attention import flash
 from diffmas_ops.cached_attention import reference as attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.errors import UnsupportedError
 from diffmas_ops.rows import ColumnRanges, RowRanges
+from diffmas_ops.scores import Scores
 
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float64)
 USABLE = [
@@ -170,11 +172,77 @@ def test_unknown_engine(monkeypatch):
         flash_engines.choose(torch.empty(1, 64))
 
 
-def test_a_window_is_refused_by_name():
+@pytest.mark.parametrize("how", [dict(window=2), dict(softcap=3.0), dict(chunk=2)], ids=str)
+@pytest.mark.skipif(DEVICE == "cuda", reason="an installed engine may have them")
+def test_what_no_engine_has_is_refused_by_name(how):
     trace = KVTrace.allocate(
         num_layers=1, batch=1, num_kv_heads=2, capacity=4, head_dim=64, device=DEVICE, dtype=DTYPES[0],
         backend="flash",
     )  # fmt: skip
     x = torch.zeros(3, 2, 64, device=DEVICE, dtype=DTYPES[0])
-    with pytest.raises(UnsupportedError, match="'flash' cannot run cached_attention: it has no window of columns"):
-        cached_attention(x, x, x, trace.open(3), layer=0, window=2)
+    message = f"'flash' cannot run cached_attention: .*cpu: it has no {next(iter(how))}"
+    with pytest.raises(UnsupportedError, match=message):
+        cached_attention(x, x, x, trace.open(3), layer=0, **how)
+
+
+def aligned_scores(q, k, how):
+    """As flash-attn documents `window_size` and `softcap`: aligned to the last query and the last column."""
+    group = q.shape[1] // k.shape[1]
+    scores = q @ k.repeat_interleave(group, 1).mT * how.scale
+    if how.softcap:
+        scores = how.softcap * torch.tanh(scores / how.softcap)
+    left, right = how.window
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool)
+    for i in range(q.shape[2]):
+        for j in range(k.shape[2]):
+            at = i + k.shape[2] - q.shape[2]
+            hidden[i, j] = (left >= 0 and j < at - left) or (right >= 0 and j > at + right)
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def aligned_forward(q, k, v, how):
+    scores = aligned_scores(q, k, how)
+    return scores.softmax(-1) @ v.repeat_interleave(q.shape[1] // k.shape[1], 1), scores.logsumexp(-1)
+
+
+def aligned_backward(grad, q, k, v, out, lse, how):
+    """From the given log-sum-exp and output, as an engine's backward has them."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    with torch.enable_grad():
+        p = (aligned_scores(*leaves[:2], how) - lse.unsqueeze(-1)).exp()
+        delta = (grad * out).sum(-1, keepdim=True)
+        values = leaves[2].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        grad_p = (grad @ values.detach().mT - delta).detach()
+        # Probabilities are differentiated as exponentials of the scores alone.
+        loss = (p * grad_p).sum() + (p.detach() @ values * grad).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+@pytest.fixture
+def aligned(monkeypatch):
+    """In place of a package's engine, which needs a GPU: its documented behaviour in float64."""
+    engine = flash_engines._Cpu(aligned_forward, aligned_backward, True, serves=("window", "softcap"))
+    monkeypatch.setitem(flash_engines.ENGINES, "cpu", engine)
+
+
+@pytest.mark.parametrize("how", [dict(window=1), dict(window=6), dict(window=50), dict(softcap=0.6, window=9)], ids=str)
+@pytest.mark.parametrize("case", [*CASES.values()][:-1], ids=[*CASES][:-1])
+@pytest.mark.skipif(DEVICE == "cuda", reason="the engine is a CPU's")
+def test_windows_of_aligned_engines(case, how, aligned):
+    check(replace(case, head_dim=16, **how), torch.float64)
+
+
+@pytest.mark.parametrize("window", [3, 9, 30, 100])
+@pytest.mark.skipif(DEVICE == "cuda", reason="the engine is a CPU's")
+def test_deferred_rows_with_a_window(window, aligned):
+    """Queries behind every column; the last of them see none of it any more."""
+    p, scores = Problem(Case((12, 12), (20, 20), window=window), torch.float64), Scores(0.3, window)
+    out, lse = attention.cached_attention(p.q, None, None, p.keys, p.values, p.rows, scores)
+    delta, columns = (out * p.grad).sum(-1), ColumnRanges(p.rows.starts * 0 + 4, p.rows.starts)
+    got, want = ([p.grad_keys.clone(), p.grad_values.clone()] for _ in range(2))
+    for function, grads in ((flash, got), (attention, want)):
+        function.cached_attention_backward_columns(
+            p.grad, p.q, lse, delta, p.keys, p.values, *grads, p.rows, columns, scores
+        )
+    for mine, exact in zip(got, want, strict=True):
+        assert_within("accumulator", mine, exact, exact, BACKWARD)

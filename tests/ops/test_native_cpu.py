@@ -14,13 +14,13 @@ import torch
 from diffmas_ops import library
 from diffmas_ops import native as native_module
 from diffmas_ops.cached_attention import reference as attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import SUPPORTED, accumulation_dtype
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_concat import reference as concat
 from diffmas_ops.latent_project import reference as latent
 from diffmas_ops.merge_states import reference as merge
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
 native = native_module.CPU.functions("cached_attention")

@@ -7,9 +7,9 @@ from decoder_layers import LayerProblem
 
 from diffmas_ops import library
 from diffmas_ops.cached_attention import reference as attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.need import OPERATORS as OPERATORS_OF
 from diffmas_ops.rows import Pending
+from diffmas_ops.scores import Scores
 
 DEVICES = [device for device in ("cpu", "cuda") if library.failure(device) is None]
 OPERATORS = [name for functions in OPERATORS_OF.values() for name in functions]

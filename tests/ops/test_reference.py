@@ -7,8 +7,8 @@ import torch
 from compare import error
 from oracle import attend, rotate
 
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 TOLERANCE = 1e-12
 pytestmark = pytest.mark.usefixtures("poison")

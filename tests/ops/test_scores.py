@@ -9,7 +9,7 @@ from compare import error
 from oracle import attend
 
 import diffmas_ops as ops
-from diffmas_ops.cached_attention.scores import Scores
+from diffmas_ops.scores import Scores
 
 TOLERANCE = 1e-10
 HEADS, KV_HEADS, DIM, BATCH, COLUMNS = 4, 2, 8, 3, 40
@@ -134,7 +134,7 @@ def test_refuses(change, error_type, message):
         ops.cached_attention(*inputs()[0], trace("auto").open(PLAN[0]), layer=0, **change)
 
 
-@pytest.mark.parametrize("scores", [Scores(1.0, 3), Scores(1.0, None, None, 4), Scores(1.0, 6, None, 4)])
+@pytest.mark.parametrize("scores", [Scores(1.0), Scores(1.0, 3), Scores(1.0, None, None, 4), Scores(1.0, 6, None, 4)])
 def test_what_queries_see_side_by_side(scores):
     """`first_seen` and `reach`, which plans are made with, against `sees`, which is what is computed."""
     at = torch.arange(30)

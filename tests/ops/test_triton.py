@@ -37,7 +37,6 @@ from diffmas_ops import triton_device
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.cached_attention import tiles
 from diffmas_ops.cached_attention import triton as attention_triton
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_append import triton as append_triton
@@ -49,6 +48,7 @@ from diffmas_ops.merge_states import reference as merge
 from diffmas_ops.merge_states import triton as merge_triton
 from diffmas_ops.need import Need
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 REFUSAL = triton_device.refusal(Need("cached_attention", DEVICE, torch.float32))
 pytestmark = [

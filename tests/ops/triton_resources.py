@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffmas_ops import triton_device
 from diffmas_ops.cached_attention import tiles
 from diffmas_ops.cached_attention import triton as attention
-from diffmas_ops.cached_attention.scores import Scores
 from diffmas_ops.kv_append import triton as append
 from diffmas_ops.kv_concat import triton as concat
 from diffmas_ops.latent_project import triton as latent
 from diffmas_ops.rows import ColumnRanges, Pending, RowRanges
+from diffmas_ops.scores import Scores
 
 #: Bytes of shared memory a block can have.
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}

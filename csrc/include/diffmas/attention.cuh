@@ -15,6 +15,22 @@ struct WorkPlan {
   int batch;
   int slots;  // 0: unsplit
   Divisor group;
+  Mask mask;
+};
+
+/// What stands between a scaled product and the softmax: cap tanh(s / cap), or nothing where cap is 0. Any unit of
+/// logarithms will do, if it is the cap's as well.
+template <class A>
+struct SoftCap {
+  A cap;
+
+  __device__ __forceinline__ A score(A scaled) const { return cap > 0 ? cap * tanh(scaled / cap) : scaled; }
+  /// The gradient of the scaled product, given that of its score.
+  __device__ __forceinline__ A gradient(A score, A grad) const {
+    if (cap <= 0) return grad;
+    const A t = score / cap;
+    return grad * (1 - t * t);
+  }
 };
 
 template <class T>
@@ -24,6 +40,7 @@ struct AttentionInputs {
   WorkPlan plan;
   int dim;
   Acc<T> scale;
+  SoftCap<Acc<T>> softcap;
 };
 
 /// Results of the slots before they are merged: out [slots, kv heads, packed rows, dim], lse [slots, kv heads, packed
@@ -49,9 +66,17 @@ constexpr int CHUNK_COLUMNS = 64;
 /// Below this, a chunk is not worth the merge it causes.
 constexpr int MIN_CHUNK_COLUMNS = 128;
 
-DIFFMAS_HD int visible_columns(const RowRanges& rows, int row) {
-  const int64_t count = rows.count(row);
-  return count > 0 ? static_cast<int>(rows.position(row, count)) : 0;
+/// Columns begin … end - 1.
+struct Span {
+  int begin, end;
+};
+
+/// Those that some query of a batch row sees.
+DIFFMAS_HD Span seen_columns(const WorkPlan& plan, int row) {
+  const int64_t count = plan.rows.count(row);
+  if (count <= 0) return {0, 0};
+  const int64_t first = plan.mask.first_seen(plan.rows.position(row, 0));
+  return {static_cast<int>(first), static_cast<int>(plan.mask.end_seen(plan.rows.position(row, count - 1)))};
 }
 
 /// The chunk in `slot`, or, where slot < 0, the first chunk of `row`. All lanes of a warp call this together. Rows are
@@ -60,7 +85,10 @@ DIFFMAS_HD int visible_columns(const RowRanges& rows, int row) {
 __device__ __forceinline__ Chunk find_chunk(const WorkPlan& plan, int slot, int row) {
   const int lane = threadIdx.x % 32;
   int64_t total = 0;
-  for (int b = lane; b < plan.batch; b += 32) total += visible_columns(plan.rows, b);
+  for (int b = lane; b < plan.batch; b += 32) {
+    const Span seen = seen_columns(plan, b);
+    total += seen.end - seen.begin;
+  }
   total = warp_sum(total);
   // Rounding up costs every row less than one more chunk, hence the slots set aside.
   int64_t size = divide_up(total, plan.slots - plan.batch);
@@ -69,8 +97,8 @@ __device__ __forceinline__ Chunk find_chunk(const WorkPlan& plan, int slot, int 
   int before = 0;
   for (int first = 0; first < plan.batch; first += 32) {
     const int b = first + lane;
-    const int columns = b < plan.batch ? visible_columns(plan.rows, b) : 0;
-    const int count = static_cast<int>(divide_up(columns, size));
+    const Span seen = b < plan.batch ? seen_columns(plan, b) : Span{0, 0};
+    const int count = static_cast<int>(divide_up(seen.end - seen.begin, size));
     int through = count;
 #pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
@@ -86,8 +114,9 @@ __device__ __forceinline__ Chunk find_chunk(const WorkPlan& plan, int slot, int 
       chunk.row = first + source;
       chunk.first_slot = __shfl_sync(ALL_LANES, own, source);
       chunk.slots = __shfl_sync(ALL_LANES, count, source);
-      const int end = __shfl_sync(ALL_LANES, columns, source);
-      const int64_t begin = (slot < 0 ? 0 : slot - chunk.first_slot) * size;
+      const int end = __shfl_sync(ALL_LANES, seen.end, source);
+      const int64_t first = __shfl_sync(ALL_LANES, seen.begin, source);
+      const int64_t begin = first + (slot < 0 ? 0 : slot - chunk.first_slot) * size;
       chunk.begin = static_cast<int>(begin);
       chunk.end = begin + size < end ? static_cast<int>(begin + size) : end;
       return chunk;
@@ -103,6 +132,7 @@ struct QueryRows {
   int64_t token, head;
   int start, first, count;
   Divisor group;
+  Mask mask;
 
   QueryRows() = default;
   __device__ __forceinline__ QueryRows(const WorkPlan& plan, int row, int kv_head, int first)
@@ -111,12 +141,23 @@ struct QueryRows {
         start(plan.rows.starts[row]),
         first(first),
         count(static_cast<int>(plan.rows.count(row)) * static_cast<int>(plan.group.value)),
-        group(plan.group) {}
+        group(plan.group),
+        mask(plan.mask) {}
 
   DIFFMAS_HD bool valid(int r) const { return first + r < count; }
-  /// The column behind the last one that row r sees. There is no window here: every row sees column 0.
-  DIFFMAS_HD int end_seen(int r) const { return static_cast<int>(Mask().end_seen(position(r))); }
+  /// The first column that row r sees, and the one behind the last.
+  DIFFMAS_HD int first_seen(int r) const { return static_cast<int>(mask.first_seen(position(r))); }
+  DIFFMAS_HD int end_seen(int r) const { return static_cast<int>(mask.end_seen(position(r))); }
+  DIFFMAS_HD bool sees(int r, int column) const { return first_seen(r) <= column && column < end_seen(r); }
   DIFFMAS_HD int position(int r) const { return start + static_cast<int>(group.quotient(first + r)); }
+
+  /// Leaves out the rows behind the last one that sees some of `columns`; returns how many before the first do not.
+  DIFFMAS_HD int keep_seeing(Span columns) {
+    const int64_t group_size = group.value, skipped = (mask.first_seeing(columns.begin) - start) * group_size;
+    const int64_t end = (mask.end_seeing(columns.end - 1) - start) * group_size;
+    count = end < count ? static_cast<int>(end) : count;
+    return skipped < 0 ? 0 : skipped < count ? static_cast<int>(skipped) : count;
+  }
 
   template <class T>
   DIFFMAS_HD T* at(const Packed<T>& data, int r) const {
@@ -130,7 +171,7 @@ struct Work {
   QueryRows rows;
   int row, kv_head, begin, end;
   int slot;    // of the partial result, or -1: the result is final
-  bool first;  // sees column 0
+  bool first;  // of the blocks that share the tile
 
   /// False where there is nothing to do. All lanes of a warp call this together; `z` is the batch row or the slot.
   __device__ __forceinline__ bool find(const WorkPlan& plan, int z, int tile_rows) {
@@ -140,20 +181,20 @@ struct Work {
     if (plan.slots > 0) {
       chunk = find_chunk(plan, z, -1);
     } else {
-      chunk.end = visible_columns(plan.rows, z);
+      const Span seen = seen_columns(plan, z);
+      chunk.begin = seen.begin;
+      chunk.end = seen.end;
     }
     if (chunk.row < 0) return false;
     row = chunk.row;
     rows = QueryRows(plan, row, kv_head, tile);
     if (!rows.valid(0)) return false;
-    begin = chunk.begin;
-    end = chunk.end;
-    first = begin == 0;
+    first = plan.slots == 0 || z == chunk.first_slot;
     slot = chunk.slots > 1 ? z : -1;
-    // No row of the tile sees a column behind those of its last one.
+    // No row of the tile sees a column before those of its first one, or behind those of its last one.
     const int last = rows.first + tile_rows < rows.count ? tile_rows - 1 : rows.count - 1 - rows.first;
-    end = min(end, rows.end_seen(last));
-    end = max(end, begin);
+    begin = max(chunk.begin, rows.first_seen(0));
+    end = max(begin, min(chunk.end, rows.end_seen(last)));
     return true;
   }
 };

@@ -50,10 +50,9 @@ __global__ void __launch_bounds__(128) attention_backward_columns_kernel(const C
   const int begin = a.column_begin[row] + static_cast<int>(blockIdx.x) * Tiles::COLUMNS, end = a.column_end[row];
   QueryRows rows(a.plan, row, kv_head, 0);
   if (begin >= end || rows.count <= 0) return;
-  // Tokens before this tile's first column see none of it.
-  const int skipped = max(begin - rows.start, 0);
-  if (skipped >= a.plan.rows.count(row)) return;
-  const int first = skipped * static_cast<int>(a.plan.group.value) / ROWS * ROWS;
+  const int skipped = rows.keep_seeing({begin, min(begin + Tiles::COLUMNS, end)});
+  if (skipped >= rows.count) return;
+  const int first = skipped / ROWS * ROWS;
   const int tiles = static_cast<int>(divide_up(rows.count - first, ROWS));
 
   const auto copy = [&](int tile) {
@@ -84,6 +83,10 @@ __global__ void __launch_bounds__(128) attention_backward_columns_kernel(const C
   const T* k_tile = shared.keys + first_column * Tiles::STRIDE;
   const T* v_tile = shared.values + first_column * Tiles::STRIDE;
   const float scale2 = a.scale * LOG2E;
+  const SoftCap<float> softcap{a.softcap.cap * LOG2E};
+  // This lane's two columns, and where the first query stands that sees them no more.
+  const int own_columns[2] = {begin + first_column + lane / 4, begin + first_column + lane / 4 + 8};
+  const int64_t end_seeing[2] = {rows.mask.end_seeing(own_columns[0]), rows.mask.end_seeing(own_columns[1])};
   float grad_k[Tiles::DIMS / 8][4] = {}, grad_v[Tiles::DIMS / 8][4] = {};
 
   for (int tile = 0; tile < tiles; ++tile) {
@@ -100,15 +103,17 @@ __global__ void __launch_bounds__(128) attention_backward_columns_kernel(const C
       float p[STEP][4], grad[STEP][4];
       multiply_rows<D, STEP>(p, k_tile, q_tile);
       multiply_rows<D, STEP>(grad, v_tile, grad_tile);
-      const bool masked = begin + first_column + 15 >= rows.end_seen(0);
+      const bool masked =
+          begin + first_column + 15 >= rows.end_seen(0) || begin + first_column < rows.first_seen(STEP * 8 - 1);
 #pragma unroll
       for (int j = 0; j < STEP; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = j * 8 + lane % 4 * 2 + i % 2;
-          p[j][i] = exponential2(p[j][i] * scale2 - shared.lse[stage][r + at] * LOG2E);
-          if (masked && begin + first_column + lane / 4 + i / 2 * 8 >= rows.end_seen(at)) p[j][i] = 0;
-          grad[j][i] = p[j][i] * (grad[j][i] - shared.delta[stage][r + at]);
+          const float score = softcap.score(p[j][i] * scale2);
+          p[j][i] = exponential2(score - shared.lse[stage][r + at] * LOG2E);
+          if (masked && (own_columns[i / 2] >= rows.end_seen(at) || rows.position(at) >= end_seeing[i / 2])) p[j][i] = 0;
+          grad[j][i] = softcap.gradient(score, p[j][i] * (grad[j][i] - shared.delta[stage][r + at]));
         }
 #pragma unroll
       for (int j = 0; j < STEP; j += 2) {
@@ -123,7 +128,7 @@ __global__ void __launch_bounds__(128) attention_backward_columns_kernel(const C
 
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int column = begin + first_column + lane / 4 + i * 8;
+    const int column = own_columns[i];
     if (column >= end) continue;
     float* to_k = a.grad_keys.at(row, kv_head, column) + first_dim + lane % 4 * 2;
     float* to_v = a.grad_values.at(row, kv_head, column) + first_dim + lane % 4 * 2;

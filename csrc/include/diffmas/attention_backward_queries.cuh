@@ -30,7 +30,7 @@ struct QueriesArguments : AttentionInputs<T> {
 };
 
 /// lse times `unit`, and delta, of a tile's rows; a row that does not exist has lse = inf and so no probabilities.
-/// Writes delta out where it is asked for, from the blocks that see column 0. A warp takes a row at a time.
+/// Writes delta out where it is asked for, from the first of the blocks that share it. A warp takes a row at a time.
 template <class T>
 __device__ __forceinline__ void query_statistics(
     const QueriesArguments<T>& a, const Work& work, int rows, Acc<T>* lse, Acc<T>* delta, Acc<T> unit) {
@@ -87,10 +87,13 @@ __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const Q
 
   const int own_rows[2] = {row_warp * 16 + lane / 4, row_warp * 16 + lane / 4 + 8};
   const int limit[2] = {min(work.end, work.rows.end_seen(own_rows[0])), min(work.end, work.rows.end_seen(own_rows[1]))};
-  const int unmasked = min(work.end, work.rows.end_seen(row_warp * 16));
+  const int first[2] = {work.rows.first_seen(own_rows[0]), work.rows.first_seen(own_rows[1])};
+  const int seen_from = work.rows.first_seen(row_warp * 16 + 15);
+  const int seen_to = min(work.end, work.rows.end_seen(row_warp * 16));
   const float lse[2] = {shared.lse[own_rows[0]], shared.lse[own_rows[1]]};
   const float delta[2] = {shared.delta[own_rows[0]], shared.delta[own_rows[1]]};
   const float scale2 = a.scale * LOG2E;
+  const SoftCap<float> softcap{a.softcap.cap * LOG2E};
   float grad_q[D / 8][4] = {};
 
   for (int tile = 0; tile < tiles; ++tile) {
@@ -105,14 +108,16 @@ __global__ void __launch_bounds__(128) attention_backward_queries_kernel(const Q
       float p[STEP][4], grad[STEP][4];
       multiply_rows<D, STEP>(p, shared.q + row_warp * 16 * Tiles::STRIDE, k_tile + c * Tiles::STRIDE);
       multiply_rows<D, STEP>(grad, shared.grad_out + row_warp * 16 * Tiles::STRIDE, v_tile + c * Tiles::STRIDE);
-      const bool masked = column + STEP * 8 > unmasked;
+      const bool masked = column < seen_from || column + STEP * 8 > seen_to;
 #pragma unroll
       for (int j = 0; j < STEP; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          p[j][i] = exponential2(p[j][i] * scale2 - lse[i / 2]);
-          grad[j][i] = p[j][i] * (grad[j][i] - delta[i / 2]);
-          if (masked && column + j * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2]) grad[j][i] = 0;
+          const float score = softcap.score(p[j][i] * scale2);
+          p[j][i] = exponential2(score - lse[i / 2]);
+          grad[j][i] = softcap.gradient(score, p[j][i] * (grad[j][i] - delta[i / 2]));
+          const int at = column + j * 8 + lane % 4 * 2 + i % 2;
+          if (masked && (at < first[i / 2] || at >= limit[i / 2])) grad[j][i] = 0;
         }
 #pragma unroll
       for (int j = 0; j < STEP; j += 2) {

@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(128) attention_forward_kernel(const ForwardArg
   Work work;
   if (!work.find(a.plan, blockIdx.z, Tiles::ROWS)) return;
 
-  if (a.appended.k.data != nullptr && work.end == visible_columns(a.plan.rows, work.row)) {
+  if (a.appended.k.data != nullptr && work.end == seen_columns(a.plan, work.row).end) {
     const int column = work.end - 1;
     const T* k = a.appended.k.at(work.rows.token, work.kv_head);
     const T* v = a.appended.v.at(work.rows.token, work.kv_head);
@@ -121,11 +121,15 @@ __global__ void __launch_bounds__(128) attention_forward_kernel(const ForwardArg
 #pragma unroll
   for (int tile = 0; tile < STAGES - 1; ++tile) copy(tile);
 
-  // This lane's two rows of the warp's 16, and the column behind the last one each of them sees.
+  // This lane's two rows of the warp's 16, the first column each of them sees, and the one behind the last.
   const int own_rows[2] = {row_warp * 16 + lane / 4, row_warp * 16 + lane / 4 + 8};
   const int limit[2] = {min(work.end, work.rows.end_seen(own_rows[0])), min(work.end, work.rows.end_seen(own_rows[1]))};
-  const int unmasked = min(work.end, work.rows.end_seen(row_warp * 16));
+  const int first[2] = {work.rows.first_seen(own_rows[0]), work.rows.first_seen(own_rows[1])};
+  // All of the warp's rows see the columns between these two.
+  const int seen_from = work.rows.first_seen(row_warp * 16 + 15);
+  const int seen_to = min(work.end, work.rows.end_seen(row_warp * 16));
   const float scale2 = a.scale * LOG2E;  // scores in powers of two
+  const SoftCap<float> softcap{a.softcap.cap * LOG2E};
   float out[D / 8][4] = {}, maximum[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
 
   for (int tile = 0; tile < tiles; ++tile) {
@@ -142,13 +146,15 @@ __global__ void __launch_bounds__(128) attention_forward_kernel(const ForwardArg
 #pragma unroll
       for (int j = 0; j < STEP; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[j][i] *= scale2;
-      if (column + STEP * 8 > unmasked) {
+        for (int i = 0; i < 4; ++i) s[j][i] = softcap.score(s[j][i] * scale2);
+      if (column < seen_from || column + STEP * 8 > seen_to) {
 #pragma unroll
         for (int j = 0; j < STEP; ++j)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (column + j * 8 + lane % 4 * 2 + i % 2 >= limit[i / 2]) s[j][i] = -INFINITY;
+          for (int i = 0; i < 4; ++i) {
+            const int at = column + j * 8 + lane % 4 * 2 + i % 2;
+            if (at < first[i / 2] || at >= limit[i / 2]) s[j][i] = -INFINITY;
+          }
       }
       float base[2];
 #pragma unroll

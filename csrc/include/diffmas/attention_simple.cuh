@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS) attention_forward_simple_kerne
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
         [&](int r, int c, A x) {
-          s[r * S + c] = valid(c) && first + c < work.rows.end_seen(r) ? x * a.scale : A(-INFINITY);
+          s[r * S + c] = valid(c) && work.rows.sees(r, first + c) ? a.softcap.score(x * a.scale) : A(-INFINITY);
         });
     __syncthreads();
     for (int r = threadIdx.x; r < ROWS; r += SIMPLE_THREADS) {
@@ -128,7 +128,11 @@ __global__ void __launch_bounds__(SIMPLE_THREADS)
   TileAllocator<A> allocate{&shared, D};
   A *q = allocate(ROWS), *grad_out = allocate(ROWS), *grad_q = allocate(ROWS);
   A *k = allocate(COLUMNS), *v = allocate(COLUMNS);
-  A *p = allocate.next, *grad = p + ROWS * S, *lse = grad + ROWS * S, *delta = lse + ROWS;
+  A *score = allocate.next, *grad = score + ROWS * S, *lse = grad + ROWS * S, *delta = lse + ROWS;
+  // A score that is not seen is infinite and has no slope.
+  const auto gradient = [&](A of, A row_lse, A grad_p) {
+    return of == A(-INFINITY) ? A(0) : a.softcap.gradient(of, exp(of - row_lse) * grad_p);
+  };
 
   const auto valid_row = [&](int r) { return work.rows.valid(r); };
   load_tile(q, ROWS, D, [&](int r) { return work.rows.at(a.q, r); }, valid_row);
@@ -144,14 +148,13 @@ __global__ void __launch_bounds__(SIMPLE_THREADS)
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
         [&](int r, int c, A x) {
-          const bool seen = valid(c) && first + c < work.rows.end_seen(r);
-          p[r * S + c] = seen ? exp(x * a.scale - lse[r]) : A(0);
+          score[r * S + c] = valid(c) && work.rows.sees(r, first + c) ? a.softcap.score(x * a.scale) : A(-INFINITY);
         });
-    // The thread that wrote a score of p is the one that reads it here.
+    // The thread that wrote a score is the one that reads it here.
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return grad_out[r * stride + d]; },
         [&](int c, int d) { return v[c * stride + d]; },
-        [&](int r, int c, A x) { grad[r * S + c] = p[r * S + c] * (x - delta[r]); });
+        [&](int r, int c, A x) { grad[r * S + c] = gradient(score[r * S + c], lse[r], x - delta[r]); });
     __syncthreads();
     tile_product<A, ROWS>(
         D, COLUMNS, [&](int r, int c) { return grad[r * S + c]; }, [&](int d, int c) { return k[c * stride + d]; },
@@ -176,8 +179,9 @@ __global__ void __launch_bounds__(SIMPLE_THREADS)
   const int row = blockIdx.z, kv_head = blockIdx.y;
   const int begin = a.column_begin[row] + static_cast<int>(blockIdx.x) * COLUMNS, end = a.column_end[row];
   QueryRows rows(a.plan, row, kv_head, 0);
-  const int skipped = max(begin - rows.start, 0);
-  if (begin >= end || skipped >= a.plan.rows.count(row)) return;
+  if (begin >= end) return;
+  const int skipped = rows.keep_seeing({begin, min(begin + COLUMNS, end)});
+  if (skipped >= rows.count) return;
   const int D = a.dim, stride = D + 1;
   TileAllocator<A> allocate{&shared, D};
   A *q = allocate(ROWS), *grad_out = allocate(ROWS), *k = allocate(COLUMNS), *v = allocate(COLUMNS);
@@ -188,7 +192,7 @@ __global__ void __launch_bounds__(SIMPLE_THREADS)
   load_tile(k, COLUMNS, D, [&](int c) { return a.keys.at(row, kv_head, begin + c); }, valid_column);
   load_tile(v, COLUMNS, D, [&](int c) { return a.values.at(row, kv_head, begin + c); }, valid_column);
   for (int i = threadIdx.x; i < 2 * COLUMNS * stride; i += SIMPLE_THREADS) grad_k[i] = 0;
-  for (rows.first = skipped * static_cast<int>(a.plan.group.value); rows.valid(0); rows.first += ROWS) {
+  for (rows.first = skipped; rows.valid(0); rows.first += ROWS) {
     const auto valid = [&](int r) { return rows.valid(r); };
     __syncthreads();
     load_tile(q, ROWS, D, [&](int r) { return rows.at(a.q, r); }, valid);
@@ -200,11 +204,16 @@ __global__ void __launch_bounds__(SIMPLE_THREADS)
     __syncthreads();
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return q[r * stride + d]; }, [&](int c, int d) { return k[c * stride + d]; },
-        [&](int r, int c, A x) { p[r * S + c] = begin + c < rows.end_seen(r) ? exp(x * a.scale - lse[r]) : A(0); });
+        [&](int r, int c, A x) {
+          const A score = a.softcap.score(x * a.scale);
+          p[r * S + c] = rows.sees(r, begin + c) ? exp(score - lse[r]) : A(0);
+          // What the gradient is multiplied by on its way through the cap.
+          grad[r * S + c] = a.softcap.gradient(score, A(1));
+        });
     tile_product<A, ROWS>(
         COLUMNS, D, [&](int r, int d) { return grad_out[r * stride + d]; },
         [&](int c, int d) { return v[c * stride + d]; },
-        [&](int r, int c, A x) { grad[r * S + c] = p[r * S + c] * (x - delta[r]); });
+        [&](int r, int c, A x) { grad[r * S + c] *= p[r * S + c] * (x - delta[r]); });
     __syncthreads();
     tile_product<A, COLUMNS>(
         D, ROWS, [&](int c, int r) { return grad[r * S + c]; }, [&](int d, int r) { return q[r * stride + d]; },

@@ -22,6 +22,8 @@ struct OwnColumnArguments {
   int slots, group, dim;
   int blocks;  // batch rows to handle in grid z behind the other work, in the slots that short chunks leave; 0: none
   Acc<T> scale;
+  SoftCap<Acc<T>> softcap;
+  Mask mask;
 
   /// The batch row whose own column this block handles, or a negative number.
   __device__ __forceinline__ int row_of_block() const { return static_cast<int>(blockIdx.z + blocks - gridDim.z); }
@@ -66,8 +68,8 @@ __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int r
   load_lane(key, a.keys.at(row, kv_head, column), a.dim);
   load_lane(value, a.values.at(row, kv_head, column), a.dim);
   const auto add = [&](const A(&q)[LANE_ELEMENTS], const A(&grad)[LANE_ELEMENTS], A lse, A delta) {
-    const A probability = exp(lane_dot(q, key) * a.scale - lse);
-    const A grad_score = probability * (lane_dot(grad, value) - delta) * a.scale;
+    const A score = a.softcap.score(lane_dot(q, key) * a.scale), probability = exp(score - lse);
+    const A grad_score = a.softcap.gradient(score, probability * (lane_dot(grad, value) - delta)) * a.scale;
 #pragma unroll
     for (int e = 0; e < LANE_ELEMENTS; ++e) {
       grad_k[e] += grad_score * q[e];
@@ -91,7 +93,8 @@ __device__ __forceinline__ void own_column(const OwnColumnArguments<T>& a, int r
     add(q, grad, lse, delta);
   }
   // Nothing is stored in here, so that the loads of several pairs are under way at once.
-  const int pairs = (a.slots - own_slot) * a.group;
+  const int seeing = static_cast<int>(a.mask.end_seeing(column) - column);
+  const int pairs = min(a.slots - own_slot, seeing) * a.group;
 #pragma unroll 2
   for (; pair < pairs; pair += warps) {
     const int slot = own_slot + pair / a.group, head = first_head + pair % a.group;

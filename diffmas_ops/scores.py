@@ -1,6 +1,6 @@
 """How scores are made, and which of them count, for the backends in PyTorch.
 
-Triton's is in triton_scores.py, C++'s in mask.h.
+Triton's is in cached_attention/triton_scores.py, C++'s in mask.h.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Scores(NamedTuple):
     def reach(self, count: int, columns: int) -> int:
         """At most so many of `columns` columns are seen by `count` queries that stand side by side."""
         bounds = [size - 1 + count for size in (self.window, self.chunk) if size is not None]
-        return min(columns, *bounds)
+        return min([columns, *bounds])
 
     def sees(self, positions: Tensor, columns: Tensor) -> Tensor:
         """Whether queries see columns, element by element."""
