@@ -21,6 +21,11 @@ _GONE = "the trace of this call is gone; keep it alive until the forward is done
 
 
 def _check_rerun(layer: int, recorded: bool) -> None:
+    if torch._C._current_graph_task_id() == -1:
+        raise RuntimeError(
+            f"layer {layer} of this call runs a second time outside a backward; allowed: once, a trace's layer keeps "
+            "what one module writes"
+        )
     if torch.is_grad_enabled() and not recorded:
         raise RuntimeError(
             f"layer {layer} of this call first ran without gradients and is now re-run with them; "
@@ -133,8 +138,9 @@ class Call:
     def enter(self, layer: int) -> Tensor:
         """The order token `layer` consumes; on a re-run (activation checkpointing) a stand-in for it.
 
-        Raises `RuntimeError` where gradients are enabled in a re-run but were not in the first run: re-entrant
-        checkpointing, under which the calls' backward order is lost.
+        Raises `RuntimeError` for a second run outside a backward, which would write over the first one's columns, and
+        where gradients are enabled in a re-run but were not in the first run: re-entrant checkpointing, under which
+        the calls' backward order is lost.
         """
         if layer not in self._recorded:
             if (token := self.order_token) is None:
