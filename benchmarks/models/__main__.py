@@ -55,11 +55,12 @@ def main() -> None:
 def _run(results: dict[str, Any], chosen: list[str], args: argparse.Namespace) -> None:
     console = Console(width=None if terminal() else 200)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-    results["machine"] = machine()
+    cases = QUICK if args.quick else CASES
+    results |= {"machine": machine(), "cases": [str(case) for case in cases]}
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=console) if terminal() else Lines(True) as progress:
         task = progress.add_task("model families", len(chosen))
-        for family, verdicts in walk(chosen, cases=QUICK if args.quick else CASES, jobs=args.jobs, limit=args.limit):
+        for family, verdicts in walk(chosen, cases=cases, jobs=args.jobs, limit=args.limit):
             results["families"][family] = {layout: asdict(verdict) for layout, verdict in verdicts.items()}
             results["families"] = dict(sorted(results["families"].items()))
             write_atomically(args.results, json.dumps(_finite(results), indent=1) + "\n")

@@ -19,6 +19,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from benchmarks.models.precision import widened
+
 LAYOUTS = ("full", "own")
 VOCAB, WINDOW = 37, 5
 #: What every configuration gets that has it, by value.
@@ -128,7 +130,9 @@ def causal_lm(family: str, layout: str, seed: int = 0) -> PreTrainedModel:
     config = configuration(family, layout)
     torch.manual_seed(seed)
     try:
-        model = model_class(family)(config).double()
+        # Frequencies that a model computes once are then those that another computes in every forward.
+        with widened():
+            model = model_class(family)(config).double()
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")
     except Exception as error:

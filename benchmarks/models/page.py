@@ -30,8 +30,12 @@ def table(results: dict[str, Any]) -> str:
         whys |= dict.fromkeys(f"oracle: {v['oracle']}" for v in layouts.values() if v["oracle"])
         lines.append(f"| `{family}` | " + " | ".join(cells) + " | " + "; ".join(map(_escaped, whys)) + " |")
     of = results["machine"]
-    lines += ["", f"Worst relative error beside each verdict; float64, at most 1e-10 is exact. {of['device']}, torch "
-              f"{of['torch']}, transformers {of['transformers']}. Made by `python -m benchmarks.models`."]  # fmt: skip
+    lines += [
+        "",
+        f"Compared: {'; '.join(results['cases'])}. Worst relative error beside each verdict; float64, at most 1e-10 is "
+        f"exact. {of['device']}, torch {of['torch']}, transformers {of['transformers']}. Made by "
+        "`python -m benchmarks.models`.",
+    ]
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 import torch
 import transformers
 
-from benchmarks.models.comparison import CRASH, EXACT, ORDER, REFUSED, UNFINISHED, Case, Result, check
+from benchmarks.models.comparison import CRASH, EXACT, ORDER, REFUSED, UNBUILT, UNFINISHED, Case, Result, check
 from benchmarks.models.configurations import LAYOUTS, Unbuilt, configuration
 
 #: Bytes of address space that one family may take beyond what the walk itself has.
@@ -55,12 +55,12 @@ def walk(
 
 
 def fold(results: list[Result]) -> Verdict:
-    """One verdict; partly refused and exact otherwise is "exact", with what is refused beside it."""
+    """One verdict; exact where it could run is "exact", with what else there is beside it."""
     failing = next((r.why for r in results if r.case == "oracle"), "")
     results = [r for r in results if r.case != "oracle"]
     verdicts = {r.verdict for r in results}
     worst = next(v for v in ORDER if v in verdicts)
-    if verdicts == {EXACT, REFUSED}:
+    if EXACT in verdicts <= {EXACT, REFUSED, UNBUILT}:
         worst = EXACT
     errors = [r.error for r in results if r.error is not None]
     why = next((r.why for v in ORDER for r in results if r.verdict == v and r.why), "")
