@@ -80,6 +80,7 @@ def attach(model: PreTrainedModel) -> None:
         "attention dropout (attention_dropout)": getattr(config, "attention_dropout", 0),
         "ALiBi positions (alibi)": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
         "several attentions under one index (layer_idx)": _shares_keys(model),
+        "recurrent layers and no attention": model._is_stateful and not _attentions(model),
         "attention sinks (sinks)": any(name.endswith("sinks") for name, _ in model.named_parameters()),
     }
     for what, present in refused.items():
