@@ -18,6 +18,7 @@ from benchmarks.models.precision import widened
 from diffmas.agents.topology import Agent, Topology
 from diffmas.generation import Decoding
 from diffmas.models.attention import UnsupportedModelError
+from diffmas.models.lora import more_than_linear
 from diffmas.system import MultiAgentSystem
 
 TOLERANCE = 1e-10
@@ -216,9 +217,11 @@ class _NoText:
 def with_lora(model: PreTrainedModel) -> nn.Module:
     """LoRA on every linear layer, its B matrices not zero; input embeddings train too."""
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    others = [name for name, module in model.named_modules() if more_than_linear(module)]
+    config.exclude_modules = others or None
     if any(name.endswith("A_log") for name, _ in model.named_parameters()):
         # PEFT allows no adapter on these of a Mamba layer.
-        config.exclude_modules = ["out_proj", "conv1d"]
+        config.exclude_modules = ["out_proj", "conv1d", *others]
     adapted = get_peft_model(model, config).double()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():

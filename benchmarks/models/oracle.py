@@ -11,6 +11,7 @@ A row runs alone. With `detach`, received columns are read without gradient into
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,12 +72,37 @@ class RecomputedModel:
             hidden, logits, inputs, axis = self._forward(received, torch.cat((moved, embeds)))
             own = [x.narrow(axis, before, len(embeds)) for x in inputs]
             return hidden[before:], logits[before:], own, axis
+        if any(hasattr(module, "expand_kv") for module in self.decoder.modules()):
+            return self._read_behind_expanded(received, torch.cat((moved, embeds)), before)
         with torch.no_grad(), self._set(received):
             cache = DynamicCache(config=self.causal.config.get_text_config(decoder=True))
             kept = self.causal(inputs_embeds=moved[None], past_key_values=cache, use_cache=True).past_key_values
         if kept is not cache:
             raise RuntimeError(f"{type(self.causal).__name__} kept no cache of what it received")
         return self._forward([], embeds, past_key_values=cache)
+
+    def _read_behind_expanded(
+        self, received: Sequence[Segment], embeds: Tensor, before: int
+    ) -> tuple[Tensor, Tensor, list[Tensor], int]:
+        """Where the cache keeps latents that weights expand on every read: cut behind the expansion instead."""
+
+        def cut(function):
+            @functools.wraps(function)
+            def expanded(*args):
+                return tuple(torch.cat((x[:, :, :before].detach(), x[:, :, before:]), 2) for x in function(*args))
+
+            return expanded
+
+        modules = [module for module in self.decoder.modules() if hasattr(module, "expand_kv")]
+        for module in modules:
+            module.expand_kv = cut(module.expand_kv)
+        try:
+            hidden, logits, inputs, axis = self._forward(received, embeds)
+        finally:
+            for module in modules:
+                del module.expand_kv
+        own = [x.narrow(axis, before, len(embeds) - before) for x in inputs]
+        return hidden[before:], logits[before:], own, axis
 
     def _forward(
         self, received: Sequence[Segment], embeds: Tensor, **options

@@ -227,9 +227,9 @@ class _Cache:
         self._written[f"recurrence {state_idx}"] = state
         return state
 
-    # As transformers up to 5.17 asks.
+    # As earlier versions of transformers ask.
 
-    def has_previous_state(self, layer_idx: int) -> bool:
+    def has_previous_state(self, layer_idx: int, state_idx: int = 0) -> bool:
         return bool(self._before)
 
     @property

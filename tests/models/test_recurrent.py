@@ -225,3 +225,6 @@ def test_other_recurrent_models_are_refused():
     )  # fmt: skip
     with pytest.raises(UnsupportedModelError, match=r"several attentions under one index \(layer_idx\)"):
         MultiAgentSystem(transformers.Zamba2ForCausalLM(zamba), CHAIN)
+    mamba = transformers.MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2)
+    with pytest.raises(UnsupportedModelError, match="recurrent layers and no attention"):
+        MultiAgentSystem(transformers.MambaForCausalLM(mamba), CHAIN)
