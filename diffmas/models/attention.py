@@ -65,6 +65,10 @@ def _fit(x: Tensor, layer: LayerGeometry) -> Tensor:
 AttentionInterface.register(NAME, trace_attention)
 
 
+def _attends(model: PreTrainedModel) -> bool:
+    return any(hasattr(m, "layer_idx") and "Attention" in type(m).__name__ for m in model.modules())
+
+
 def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
     """Make `model` (a decoder-only language model) attend through traces; its attention layers by `layer_idx`.
 
@@ -76,6 +80,7 @@ def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
     refused = {
         "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "ALiBi positions (alibi)": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
+        "recurrent layers and no attention": model._is_stateful and not _attends(model),
     }
     for what, present in refused.items():
         if present:

@@ -223,7 +223,7 @@ def test_other_recurrent_models_are_refused():
         **sizes, num_hidden_layers=4, layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid"],
         mamba_d_state=8, n_mamba_heads=4, num_mem_blocks=1, mamba_ngroups=1,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match=r"several attentions under one index \(layer_idx\)"):
+    with pytest.raises(UnsupportedModelError, match=r"attends more than once in layers"):
         MultiAgentSystem(transformers.Zamba2ForCausalLM(zamba), CHAIN)
     mamba = transformers.MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2)
     with pytest.raises(UnsupportedModelError, match="recurrent layers and no attention"):
