@@ -128,7 +128,7 @@ def main() -> None:
         prog="python -m benchmarks.window", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--render-only", action="store_true", help="only draw from kept results")
-    parser.add_argument("--seconds", type=float, default=1.5, help="time for each point")
+    parser.add_argument("--seconds", type=float, default=0.8, help="time for each point")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not args.render_only:
