@@ -185,7 +185,8 @@ def test_long_texts(piece):
     [
         ("The answer is Rome (B)", "B"), ('The answer is "Rome" (B).', "B"), ("The answer is Rome, option B", "B"),
         ("Answer: **Rome** (B)", "B"), ("The answer is Rome [B]", "B"), ("The answer is Rome (option B).", "B"),
-        ("It is Rome, which is option B.", "B"), ("Hence, Rome (B).", "B"), ("Rome (B)", "B"), (r"\boxed{Rome (B)}", "B"),
+        ("It is Rome, which is option B.", "B"), ("Hence, Rome (B).", "B"), ("Rome (B)", "B"),
+        (r"\boxed{Rome (B)}", "B"),
         ("The answer is not known (D).", "D"),
         ("The answer is Rome (C)", None), ("Hence, Rome (A).", None), ("The answer is not Rome (B)", None),
         ("The answer is not (B)", None), ("The answer is Vitamin (B)", None),

@@ -124,8 +124,17 @@ FORGED = {
     "an unhashable key": frame({"value": {"set": [[1]]}}), "a long number": frame(b'{"value": ' + b"9" * 9999 + b"}"),
     "neither value nor error": frame({"values": 2}),
     "a question": frame({"ask": "get", "of": 0, "args": ["__globals__"], "kwargs": {}}) * 2,
-    "eval as an exception": frame({"error": ["E", "eval", ["1"], ""]}),
-    "an exception from elsewhere": frame({"error": ["E", "__import__", ["os"], ""]}),
+    "eval as an exception": frame({"error": [{"type": "eval"}, ["1"], {}, ""]}),
+    "int as an exception": frame({"error": [{"type": "int"}, ["1"], {}, ""]}),
+    "an exception of the tests": frame({"error": [{"yours": 0}, [], {}, ""]}),
+    "an exception without bases": frame({"error": [{"class": "E", "bases": [], "from": "", "number": 1}, [], {}, ""]}),
+    "an exception that is an int": frame(
+        {"error": [{"class": "E", "bases": [{"type": "int"}], "from": "os", "number": 1}, [], {}, ""]}
+    ),
+    "a named tuple of source": frame({"value": {"namedtuple": ["P", "x=print(1)", 1]}}),
+    "a named tuple of another name": frame({"value": {"namedtuple": ["P\\n", "x", 1]}}),
+    "a named tuple without its parts": frame({"value": {"namedtuple": ["P", "x y", 1]}}),
+    "a factory that is none": frame({"value": {"defaultdict": [3, [1, 2]]}}),
 }  # fmt: skip
 
 
