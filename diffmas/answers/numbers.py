@@ -58,7 +58,7 @@ _IN_TEXT = re.compile(
 
 
 def plain(text: str) -> str:
-    """Full-width characters, fractions and exponents of one character as they typed: "２½" is "2 1/2", "2³" "2^{3}".
+    """Full-width characters, fractions and exponents of one character, as typed: "２½" is "2 1/2", "2³" "2^{3}".
 
     A raised digit behind a letter stays: it is a unit's, or a variable's.
     """

@@ -372,6 +372,8 @@ class Peer:
                 parts = [self._decode(part, objects) for part in content]
                 if tag == "defaultdict":
                     found.default_factory = parts.pop(0)
+                    if not (found.default_factory is None or callable(found.default_factory)):
+                        raise Broken("a factory that cannot be called")
                 for key, value in parts:
                     dict.__setitem__(found, key, value)
                 return found

@@ -485,3 +485,36 @@ def test_a_changed_argument_is_not_more_than_that(confinement):
     program = "def f(x, y):\n    x[:] = [9]\n    y['a'] = 9\n    return 1"
     tests = "x, y, z = [1, 2], {'a': 1}, (1, 2)\nassert f(x, y) == 1\nassert (x, y, z) == ([9], {'a': 9}, (1, 2))"
     assert sandbox.run(program, tests=tests).passed
+
+
+LIES = {
+    "a tuple whose field is a method of tuples": (
+        "class T(tuple): _fields = ('x', '__eq__')\ndef f(): return T((1, 2))", "assert f() == (1, 3) or f().x == 1"
+    ),
+    "an exception that skips": (
+        "import unittest\nclass E(unittest.SkipTest): __unittest_skip__ = True\n"
+        "E.__module__, E.__name__ = 'unittest.case', 'SkipTest'\ndef f(): raise E",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(), 1)\n"
+        "assert unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T)).wasSuccessful()",
+    ),
+    "a class that has everything as its instance": (
+        "class M(type):\n    __eq__ = __instancecheck__ = __subclasscheck__ = lambda *_: True\n"
+        "    __hash__ = type.__hash__\nclass E(Exception, metaclass=M): pass\ndef f(): return 3",
+        "assert isinstance(f(), E) or E == 4",
+    ),
+    "an exception equal to all": (f"class E(Exception):\n    {ALWAYS}\ndef f(): return E()", "assert f() == 4"),
+    "its attribute is equal to all": (
+        f"class A:\n    {ALWAYS}\nclass E(Exception): x = A()\ndef f():\n    e = E()\n    e.x = A()\n    raise e",
+        "try: f()\nexcept E as e: assert e.x == 4",
+    ),
+    "what a factory makes is equal to all": (
+        f"import collections\nclass A:\n    {ALWAYS}\ndef f(): return collections.defaultdict(A)", "assert f()[3] == 4"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_exceptions_tuples_and_factories_cannot_lie(name, confinement):
+    program, tests = LIES[name]
+    result = sandbox.run(program, tests=tests)
+    assert not result.passed and result.reason == "exception", result
