@@ -412,7 +412,9 @@ IDENTITY = [
     ("def f(a):\n    a[0].append(1)\n    return a", "x = [[]] * 2\nf(x)\nassert x == [[1], [1]]", True),
     ("def f():\n    a = []\n    a.append(a)\n    return a", "x = f()\nassert x[0] is x and len(x) == 1", True),
     ("class E(Exception): pass\ndef f(): return E()", "assert not isinstance(f(), E)", False),
-    ("class E(Exception): pass\ndef f(): return E()", "assert not issubclass(int, E)", False),
+    ("class E(Exception): pass\ndef f(): return E()", "assert not issubclass(int, E) and isinstance(f(), E)", True),
+    ("class E: pass\ndef f(): return E()", "assert not isinstance(f(), E)", False),
+    ("class E: pass\ndef f(): return E()", "assert not issubclass(int, E)", False),
 ]
 P = "class P:\n    def __init__(s, v): s.v = v\n"
 REORDERED = [
