@@ -65,6 +65,11 @@ def _fit(x: Tensor, layer: LayerGeometry) -> Tensor:
 AttentionInterface.register(NAME, trace_attention)
 
 
+def _has(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module in it is called `name`."""
+    return any(path.rpartition(".")[2] == name for path, _ in model.named_modules())
+
+
 def _attends(model: PreTrainedModel) -> bool:
     return any(hasattr(m, "layer_idx") and "Attention" in type(m).__name__ for m in model.modules())
 
@@ -80,6 +85,7 @@ def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
     refused = {
         "an encoder-decoder": getattr(config, "is_encoder_decoder", False),
         "ALiBi positions (alibi)": getattr(config, "alibi", False) or config.model_type in ("bloom", "mpt"),
+        "sparse attention, whose keys an indexer chooses (index_topk)": _has(model, "indexer"),
         "recurrent layers and no attention": model._is_stateful and not _attends(model),
     }
     for what, present in refused.items():
