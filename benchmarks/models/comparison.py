@@ -85,6 +85,9 @@ def check(family: str, layout: str, cases: tuple[Case, ...] = CASES) -> Iterator
     except Unbuilt as error:
         yield Result("", UNBUILT, why=str(error))
         return
+    except UnsupportedModelError as error:
+        yield Result("", REFUSED, where="model", why=str(error))
+        return
     if failing := oracle_failure(model):
         yield Result("oracle", NO_ORACLE, why=failing)
     refusal = ""

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from benchmarks.models.precision import widened
+from diffmas.models.wrapper import needs_unwrapping, unwrapped
 
 LAYOUTS = ("full", "own")
 VOCAB, WINDOW = 37, 5
@@ -122,10 +123,10 @@ def configuration(family: str, layout: str) -> PreTrainedConfig:
 
 
 def causal_lm(family: str, layout: str, seed: int = 0) -> PreTrainedModel:
-    """A random model of `family` in float64, without dropout, with eager experts and attention.
+    """A random model of `family`, of wrappers the text decoder: float64, no dropout, eager experts and attention.
 
     Raises:
-        Unbuilt: no such model can be made.
+        Unbuilt: no such model can be made. UnsupportedModelError: one that wraps what is no causal language model.
     """
     config = configuration(family, layout)
     torch.manual_seed(seed)
@@ -139,7 +140,10 @@ def causal_lm(family: str, layout: str, seed: int = 0) -> PreTrainedModel:
         raise Unbuilt(f"model: {type(error).__name__}: {_line(error)}") from error
     model.generation_config.eos_token_id = None
     randomise(model, seed)
-    return model
+    if not needs_unwrapping(model.config):
+        return model
+    with widened():
+        return unwrapped(model)
 
 
 @torch.no_grad()

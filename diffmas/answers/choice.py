@@ -71,35 +71,59 @@ _CONCLUDED = re.compile(
 _REMARK = re.compile(
     r"(?i)(?:,\s*|\s\()(?:and\s+)?not\b|,?\s(?:because|since|rather\s+than|instead\s+of)\b|,\s*(?:as|so|which)\b"
 )
+# An option's words and then its letter: "Rome (B)", "Rome, option B", "Rome, which is (B)".
+_LETTERED = re.compile(
+    r"(?:(?i:so|thus|hence|therefore|it\s+is)\b,?\s+)?(?P<text>\S.*?)[*_\"'`]*(?:\s*[,;:–—-]?\s*(?i:which\s+is|that\s+is|i\.e\.,?))?"
+    r"(?:\s*[,;:–—-]?\s*[(\[*]*(?i:option|choice|answer|letter)\s+[(\[*]*|\s*[,;:–—-]?\s*[*]*[(\[])"
+    r"(?P<letter>[A-Z])[)\]*_\"'`$.!\s]*"
+)
+# Of an option and its letter.
+_LONGEST = 500
+_QUESTION = re.compile(r"[)\]}*_\"'`$\s]*\?")
 _LISTED = re.compile(r"[\s*_\"'`>-]*[(\[]?(?P<letter>[A-Z])(?:[)\]:]|\.(?!\w))[)\]*]*\s*(?P<text>\S.*)")
 
 
 def extract(text: str) -> str | None:
     """The letter `text` settles on, upper case; a boxed answer that is no letter in lower case; None without one."""
     letter, words = _settled(text)
-    return letter or (_plain(_REMARK.split(words)[0]) or None if words else None)
+    if letter is None and words and (lettered := _lettered(words)) and not _NEGATED.search(lettered["text"] + " "):
+        return lettered["letter"]
+    return letter or (_plain(_REMARK.split(words)[0]) or None if words and not _asks(words) else None)
 
 
 def check(text: str, item: Mapping[str, Any]) -> bool:
     """Whether `text` settles on the letter `item["gold"]`, or repeats that one of the options `item["options"]`.
 
-    A letter beside the text of another option ("A) Rome", where Rome is option B) settles on nothing.
+    A letter beside the text of another option ("A) Rome" or "Rome (A)", where Rome is option B) settles on nothing, and
+    a question no more than that.
     """
     letter, words = _settled(text)
     if letter is None and words is None:
         lines = [line for line in reasoning.removed(text).strip().splitlines() if line.strip()]
         words = lines[-1] if lines else None
-    if words is not None and (named := _option(words, item.get("options") or ())):
+    options = item.get("options") or ()
+    if words is not None and (named := _option(words, options)):
         letter = named if letter in (None, named) else None
+    elif letter is None and words is not None and (lettered := _lettered(words)):
+        letter = lettered["letter"] if _option(lettered["text"], options) == lettered["letter"] else None
     return letter == item["gold"]
 
 
 def _option(words: str, options: Sequence[str]) -> str | None:
-    plain = [_plain(option) for option in options]
+    asks = _asks(words)
+    plain = [_plain(option) if _asks(option) or not asks else "" for option in options]
     for wanted in (_plain(words), _plain(_REMARK.split(words)[0])):
         if named := [LETTERS[i] for i, option in enumerate(plain) if option and option == wanted]:
             return named[0] if len(named) == 1 else None
     return None
+
+
+def _lettered(words: str) -> re.Match | None:
+    return _LETTERED.fullmatch(" ".join(words.split())) if len(words) <= _LONGEST else None
+
+
+def _asks(words: str) -> bool:
+    return words.rstrip(" *_\"'`").endswith("?")
 
 
 def _settled(text: str) -> tuple[str | None, str | None]:
@@ -113,6 +137,8 @@ def _settled(text: str) -> tuple[str | None, str | None]:
             if _NEGATED.search(clause):
                 continue
             rest = match.end("letter")
+            if _QUESTION.match(text, rest):
+                continue
             if _SEVERAL.match(text, rest):
                 return None, ""
             if pattern is _STATED[1]:

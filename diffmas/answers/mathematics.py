@@ -21,17 +21,29 @@ _REMARK = re.compile(
     r"\s+\((?=[^()]*(?:[^\W\d_]{2}|\b[ie]\.)|[^()A-Za-z]*\))"
     r"|\*\*\s|:\s|\s+—\s|\s+[–-]\s+(?=[^\W\d_]{2})|\s=\s(?=[-+*/×÷0-9.,$() ]+$)"
 )
+_PLACES = r"(?:decimal|significant|digit|place|figure|d\.?p|s\.?f)"
 # What says more of it, with numbers of its own: "18 per 100 km", "72 clips, 24 of them in May"; but no list.
 _MORE = re.compile(
-    r"\s+(?:per|for|in|at|on|from|after|with|during)\b|(?<=[^\W\d_]),\s+(?=[0-9$])|,\s+(?!(?:and|or|but)\b)(?=[^\W\d_])"
+    r"\s+(?:per|for|in|at|on|from|after|with|during|which|that|who|where|when|while|whereas|although|though)\b"
+    rf"|\s+to\s+(?:the\s+nearest\b|(?=[0-9]+\s+{_PLACES}))"
+    # Another clause, but not of another answer.
+    r"|,?\s+and\s+(?:the|its|it|there|this|that|each|every)\b(?!\s+(?:other|second|next)\b)(?=.*\b(?:is|are|was|were|has|have)\b)"
+    r"|(?<=[^\W\d_]),\s+(?=[0-9$])|,\s+(?!(?:and|or|but)\b)(?=[^\W\d_])"
 )
 # Where it only leads to the answer: "20 eggs in 5 boxes, so 4".
 _LEADS = re.compile(r"=|\b(?:so|thus|hence|therefore|meaning|rounds)\b")
 _SIGN = ("", r"\circ", "°")
 # What an answer is not, up to where it says what it is.
 _DENIED = re.compile(r"(?i)^(?:n['’]t|\W*not)\b(?:[^,;]|,(?=[0-9]{3}))*?(?:,(?![0-9]{3})|;|\bbut\b|$)(?:\s*but\b)?")
-# These settle on nothing.
-_SEVERAL = re.compile(r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b")
+# These settle on nothing: "10 or 12", "between 10 and 12", "10 to 12"; but "3.14 to 2 decimal places" does.
+_SEVERAL = re.compile(
+    r"[0-9]\**\s+or\s+\**[$]?[0-9]|^\W*between\b"
+    rf"|^\W*(?:(?:from|about|around|roughly|approximately|maybe)\s+)*[$]?{numbers.DIGITS}(?:\s+[^\W\d_]+)?\**"
+    rf"(?:\s+(?:(?:up\s+)?to|through|till|until|and)\s+|\s*[–—]\s*)\**[$]?{numbers.DIGITS}"
+    rf"(?!\s+{_PLACES})(?:[^0-9=/]|/(?![0-9]))*$"
+)
+# What has words in it, and not only LaTeX's.
+_SENTENCE = re.compile(r"(?<![\\{A-Za-z])[^\W\d_]{2,}\s")
 # Where a question asks for dozens or millions, the word behind the number is a unit.
 _ASKED = re.compile(rf"(?i)\b(?:how many|how much|in)(?: more| total)? ({'|'.join(numbers.SCALES)})s?\b")
 # Not "$5 and $6".
@@ -108,37 +120,50 @@ def require(golds: Iterable[str], task: str) -> None:
 
 
 def _final(text: str) -> str | None:
-    text = reasoning.removed(text)
+    text = numbers.plain(reasoning.removed(text))
     if (found := final.marked(text)) is not None:
-        return found
+        # "<answer>The answer is 12</answer>"
+        return _stated(found) if _STATED.search(found) else numbers.joined(found)
     _, mark, tail = text.rpartition("####")
     if mark:
-        line = tail.strip().partition("\n")[0].strip()
-        return next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), line or None)
-    if stated := [m.end() for m in _STATED.finditer(text)]:
-        sentence = _END.split(final.line(text[stated[-1] :]), maxsplit=1)[0]
-        if denied := _DENIED.match(sentence):
-            sentence = sentence[denied.end() :]
-            if not sentence.strip(" *."):
-                return None
-        if _SEVERAL.search(sentence):
-            return sentence.strip(" *.")
-        sentence = sentence.strip(" *")
-        for head in (sentence, *_heads(sentence)):
-            if numbers.parse(head) is not None:
-                return head
-        # A degree sign alone is none.
-        if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
-            return maths[-1]
-        return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
-    return numbers.last(text)
+        line = numbers.joined(tail.strip().partition("\n")[0].strip())
+        head = next((head for head in (line, *_heads(line)) if numbers.parse(head) is not None), None)
+        if head is None and _STATED.search(line):
+            return _stated(line)
+        return head or (_said(line) if _SENTENCE.search(line) else line) or None
+    return _stated(text) if _STATED.search(text) else numbers.last(text)
+
+
+def _stated(text: str) -> str | None:
+    """What the last statement of an answer in `text` says."""
+    *_, stated = _STATED.finditer(text)
+    return _said(final.line(text[stated.end() :]))
+
+
+def _said(line: str) -> str | None:
+    """The answer that a line of running text begins with, or else ends on; None where it says what it is not."""
+    sentence = _END.split(line, maxsplit=1)[0]
+    if denied := _DENIED.match(sentence):
+        sentence = sentence[denied.end() :]
+        if not sentence.strip(" *."):
+            return None
+    if _SEVERAL.search(sentence):
+        return sentence.strip(" *.")
+    sentence = numbers.joined(sentence.strip(" *"))
+    for head in (sentence, *_heads(sentence)):
+        if numbers.parse(head) is not None:
+            return head
+    # A degree sign alone is none.
+    if maths := [part for parts in _MATHS.findall(sentence) for part in parts if part.strip("^{} ") not in _SIGN]:
+        return maths[-1]
+    return expressions.leading(sentence) or numbers.last(sentence) or sentence.strip(" *.")
 
 
 def _heads(sentence: str) -> Iterator[str]:
     """What stands before each remark."""
     sentence = sentence[: numbers.LONGEST]
     for remark in _REMARK.finditer(sentence):
-        yield sentence[: remark.start()].strip(" *")
+        yield numbers.joined(sentence[: remark.start()].strip(" *"))
     for remark in _MORE.finditer(sentence):
         if not _LEADS.search(sentence, remark.start()):
-            yield sentence[: remark.start()].rpartition("=")[2].strip(" *")
+            yield numbers.joined(sentence[: remark.start()].rpartition("=")[2].strip(" *"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 #: Longer ones are no answers; Python refuses to convert integers of more than 4300 digits.
@@ -14,10 +15,10 @@ _POWER = (
 )
 _NUMBER = re.compile(rf"(?P<sign>[-+]?)\$?\s?(?P<digits>{DIGITS}){_POWER}?")
 _SLASH = re.compile(
-    rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?(?P<above>{DIGITS})\s?/\s?(?P<below>{DIGITS})"
+    rf"(?P<sign>[-+]?)(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?(?P<above>{DIGITS})\s?/\s?(?P<below>[-+]?{DIGITS})"
 )
 _FRAC = re.compile(
-    rf"(?P<sign>[-+]?)(?P<whole>[0-9]+)?\s?\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>{DIGITS})\s*\}}"
+    rf"(?P<sign>[-+]?)(?P<whole>[0-9]+)?\s?\\[dt]?frac\s*(?:\{{\s*(?P<above>[-+]?{DIGITS})\s*\}}\s*\{{\s*(?P<below>[-+]?{DIGITS})\s*\}}"
     r"|(?P<above1>[0-9])\s*(?P<below1>[0-9]))"
 )
 # In 2x, 6i and 3ab the letters are no unit.
@@ -42,19 +43,44 @@ _LOOSE = (
 _CURRENCY = re.compile(r"[€£¥₹]|\\(?:euro|pounds)(?![a-zA-Z])")
 # Thousands apart by the spaces made for it.
 _SPACED = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
-# A sign behind a word or a bracket is an operator: "5-10" ends on 10.
+# So are they by plain spaces, where nothing but a word follows: "1 000 000 dollars".
+_APART = re.compile(r"\W{0,4}[1-9][0-9]{0,2}(?: [0-9]{3})+(?:\.[0-9]+)?(?:\s*(?:\\?%|[^\W\d_]+))?\W{0,4}")
+_WIDE = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {0x3000: " ", 0x2044: "/"}
+_VULGAR = re.compile(r"(?P<whole>[0-9])?\s?(?P<fraction>[¼-¾⅐-⅞↉])")
+_RAISED = re.compile(r"(?<=[0-9)}\]])[⁺⁻]?[⁰¹²³⁴-⁹]+")
+# A sign behind a word or a bracket is an operator: "5-10" ends on 10. A power is one number with what it is of.
 _IN_TEXT = re.compile(
     rf"(?<![0-9.])(?:(?<![\w)])[-+−–])?\\?\$?(?:[0-9]{{1,3}} (?=[0-9]{{1,2}}/[0-9]))?{DIGITS}"
     r"(?:[eE][-+]?[0-9]{1,3}(?!\w)|/[0-9]+(?![0-9/]|\.[0-9]))?(?![0-9])"
+    r"(?:\s?(?:\^|\*\*)\s?(?:\{[^{}]*\}|[-+]?[0-9]+))?"
     rf"(?: (?i:{'|'.join(SCALES)})s?\b)?"
 )
+
+
+def plain(text: str) -> str:
+    """Full-width characters, fractions and exponents of one character, as typed: "２½" is "2 1/2", "2³" "2^{3}".
+
+    A raised digit behind a letter stays: it is a unit's, or a variable's.
+    """
+    text = text.translate(_WIDE)
+    text = _VULGAR.sub(lambda m: (f"{m['whole']} " if m["whole"] else "") + _typed(m["fraction"]), text)
+    return _RAISED.sub(lambda m: f"^{{{_typed(m[0])}}}", text)
+
+
+def _typed(characters: str) -> str:
+    return unicodedata.normalize("NFKC", characters).replace("⁄", "/").replace("−", "-").lstrip("+")
+
+
+def joined(text: str) -> str:
+    """Without the plain spaces that set thousands apart, where the number is all of the text but for a unit."""
+    return re.sub(r"(?<=[0-9]) (?=[0-9]{3}(?![0-9]))", "", text) if _APART.fullmatch(text) else text
 
 
 def parse(text: str) -> Fraction | None:
     r"""The one number that `text` is: "$70,000.00" is 70000, `\frac{1}{2}` is 1/2; None where it is anything else."""
     if len(text) > LONGEST:
         return None
-    text = _SPACED.sub(",", text.strip().rstrip(".").strip()).replace("\u2212", "-").replace("{,}", ",")
+    text = _SPACED.sub(",", plain(text).strip().rstrip(".").strip()).replace("\u2212", "-").replace("{,}", ",")
     text = _CURRENCY.sub("$", re.sub(r"^(?:\\approx|≈)\s*", "", text))
     for pattern, replacement in _LOOSE:
         text = pattern.sub(replacement, text)

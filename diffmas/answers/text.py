@@ -24,7 +24,9 @@ def check(text: str, item: Mapping[str, Any]) -> bool:
     gold, text = str(item.get("gold", item["answer"])), reasoning.removed(text)
     if is_number(gold):
         return mathematics.check(text, item)
-    return any(found is not None and fold(found) == fold(gold) for found in (text, final.words(text)))
+    # What asks is no answer, unless the right one is a question, which has to be all that is said.
+    asked = final.written(text) if gold.rstrip().endswith("?") else []
+    return any(found is not None and fold(found) == fold(gold) for found in (text, final.words(text), *asked))
 
 
 def is_number(gold: str) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffmas.models.activation_checkpointing import ActivationCheckpointing
+from diffmas.models.agreement import check_agreement, states_alone
 from diffmas.models.alignment import Alignment
 from diffmas.models.attention import attach
 from diffmas.models.decoder_layer import fuse_layers
@@ -69,6 +70,7 @@ class AgentModel(nn.Module):
         self.observers: list[Observer] = []
         base = self.language_model
         check_unwrapped(base)
+        alone = states_alone(base)
         self.layers = attach(base)
         self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
         self._silenced = silence(base)
@@ -82,6 +84,7 @@ class AgentModel(nn.Module):
         weight, out = base.get_input_embeddings().weight, self.head.linear.weight
         tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
         self.alignment = Alignment(vectors, out, alignment, initial=alignment_initial, tied=tied, backend=backend)
+        check_agreement(self, alone)
 
     def train(self, mode: bool = True) -> AgentModel:
         """As for any module; training says once what dropout of the model it goes without."""

@@ -161,7 +161,7 @@ def _watch(module, query, key, value, attention_mask, trace_call=None, **options
             f"attention of {type(module).__name__} has {key.shape[2]} keys in {kv_heads} heads for {query.shape[2]} "
             f"queries in {heads}; allowed: a key for every query, heads that divide"
         )
-    return value.repeat_interleave(heads // kv_heads, 1).transpose(1, 2), None
+    return value.repeat_interleave(heads // kv_heads, 1).transpose(1, 2).contiguous(), None
 
 
 def _pattern(mask_function=None, local_size=None, **sizes) -> Tensor:

@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import same_logits
 from diffmas.models.outline import decoder_of
 
@@ -32,13 +33,13 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Of the causal language model in a model of `config`: its own, unless it wraps one.
 
     Raises:
-        ValueError: a wrapper around what is no causal language model.
+        UnsupportedModelError: a wrapper around what is no causal language model.
     """
     text = config.get_text_config(decoder=True)
     if type(text) is type(config) or getattr(config, "is_encoder_decoder", False):
         return config
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"model_type is {config.model_type!r}, which wraps {text.model_type!r}; allowed: wrappers of a text model "
             "that transformers has a causal language model of"
         )
@@ -54,10 +55,10 @@ def needs_unwrapping(config: PreTrainedConfig) -> bool:
 
 
 def check_unwrapped(model: PreTrainedModel) -> None:
-    """Raise `ValueError` where `model` holds more than a text decoder, which would be adapted and saved with it."""
+    """Raise `UnsupportedModelError` where `model` holds more than a text decoder: it would be adapted and saved too."""
     text = model.config.get_text_config(decoder=True)
     if type(text) is not type(model.config) and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
+        raise UnsupportedModelError(
             f"model {type(model).__name__} wraps a text decoder; allowed: that decoder, from its name or folder or by "
             "diffmas.models.wrapper.unwrapped(model)"
         )
@@ -70,7 +71,7 @@ def load_unwrapped(source: str, config: PreTrainedConfig, **options: Any) -> Pre
         options: of `from_pretrained`.
 
     Raises:
-        ValueError: a decoder whose logits are not those of the wrapper.
+        UnsupportedModelError: a decoder whose logits are not those of the wrapper.
     """
     wrapper = AutoModelForImageTextToText.from_pretrained(source, config=config, **options)
     return unwrapped(wrapper)
@@ -88,7 +89,7 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
         model = kind(config)
     empty = decoder_of(model)
     if type(empty) is not type(decoder):
-        raise ValueError(
+        raise UnsupportedModelError(
             f"model {type(wrapper).__name__} has a {type(decoder).__name__}, which is not the decoder of a "
             f"{kind.__name__}; this is not supported"
         )
@@ -103,7 +104,7 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
     ids = torch.tensor([ordinary], device=wrapper.device)
     ours, theirs = (m(input_ids=ids, use_cache=False).logits[0] for m in (model, wrapper.eval()))
     if not same_logits(ours, theirs):
-        raise ValueError(
+        raise UnsupportedModelError(
             f"model {type(wrapper).__name__} gives other logits than the {kind.__name__} in it; this is not supported"
         )
     return model

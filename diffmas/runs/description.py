@@ -107,7 +107,7 @@ def read_description(folder: str | Path) -> dict[str, Any]:
     if not isinstance(description, dict) or (missing := [p for p in parts if not isinstance(description.get(p), dict)]):
         what = f"no {', '.join(missing)}" if isinstance(description, dict) else f"{type(description).__name__} in it"
         raise ValueError(f"{path} has {what}; allowed: the file that diffmas.train wrote")
-    more = ("arguments", "training", "data", "prompts")
+    more = ("arguments", "training", "data", "prompts", "continues")
     if wrong := [p for p in more if not isinstance(description.get(p, {}), dict)]:
         raise ValueError(f"{path} has no mapping as its {wrong[0]}; allowed: the file that diffmas.train wrote")
     named = (("system", "model_name_or_path"), ("task", "task"))

@@ -11,7 +11,9 @@ import contextlib
 import datetime
 import decimal
 import fractions
+import functools
 import json
+import keyword
 import operator
 import os
 import re
@@ -23,10 +25,13 @@ from _thread import RLock
 #: Longest frame that is read.
 FRAME_BYTES = 64 << 20
 #: Values that can be changed, by tag; each is one object of an exchange.
-_SHARED = {"list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict"}
+_SHARED = {"list", "dict", "set", "bytearray", "deque", "Counter", "OrderedDict", "defaultdict"}
 #: Stands for one of them until its parts have been read.
 _PENDING = object()
-_MAPPINGS = {"dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict}
+_MAPPINGS = {
+    "dict": dict, "Counter": collections.Counter, "OrderedDict": collections.OrderedDict,
+    "defaultdict": collections.defaultdict,
+}  # fmt: skip
 _QUESTION = {"ask", "of", "args", "kwargs"}
 _DTYPE = re.compile(r"[<>|=][biufcSUmM]\d+(\[\d*[A-Za-zμ]+\])?")
 _NAMED = {name: value for name, value in vars(builtins).items() if isinstance(value, type)}
@@ -138,6 +143,19 @@ def _remote(abilities):
     return _remotes[abilities]
 
 
+class _Mirror(type):
+    """Of exception classes of the other side: classes of this one that can be caught, without a line of the other's.
+
+    Making one, and attributes of the class itself, are asked for.
+    """
+
+    def __call__(cls, *args, **kwargs):
+        return cls._peer.request("call", cls._number, args, kwargs)
+
+    def __getattr__(cls, name):
+        return cls._peer.request("get", cls._number, (name,))
+
+
 class Shared:
     """Containers of one exchange, numbered alike on both sides: what was one object stays one.
 
@@ -157,12 +175,12 @@ class Shared:
 class Peer:
     """One end of the connection. `serve(operation, value, args, kwargs)` does what the other side asks for."""
 
-    #: Whether what the other side holds may be compared and hashed.
+    #: Whether this is the program's side: it may compare and hash what the other holds, and its exceptions are copied.
     compares = True
 
     def __init__(self, read, write, serve):
         self.read, self.write, self.serve = read, write, serve
-        self.held, self.numbers, self.remotes = {}, {}, {}
+        self.held, self.numbers, self.remotes, self.mirrors = {}, {}, {}, {}
         # Threads of a program may call a test's function; what that asks in turn is served by the same thread.
         self.lock = RLock()
 
@@ -273,6 +291,16 @@ class Peer:
             return {"yours": value._number}
         if kind is type and _NAMED.get(value.__name__) is value:
             return {"type": value.__name__}
+        if isinstance(value, _Mirror):
+            return {"yours": value._number}
+        if self.compares and issubclass(kind, type) and issubclass(value, BaseException):
+            return self._class(value)
+        if self.compares and issubclass(kind, BaseException):
+            return {"exception": self._error(value, trace=False)}
+        if fields := _fields(value):
+            return {
+                "namedtuple": [kind.__name__.lstrip("_"), " ".join(fields), *(self.encode(v, shared) for v in value)]
+            }
         if value is Ellipsis or value is NotImplemented:
             return {"constant": str(value)}
         for base, tag, parts in _PARTS:
@@ -326,7 +354,11 @@ class Peer:
             if number not in self.remotes:
                 self.remotes[number] = _remote(str(data["can"]))(self, number, str(data["kind"])[:64])
             return self.remotes[number]
+        if "class" in data:
+            return self._own_class(data)
         ((tag, content),) = data.items()
+        if tag == "exception":
+            return self._exception(content)
         if tag == "yours":
             return self.held[content]
         if tag == "again":
@@ -337,7 +369,12 @@ class Peer:
             place = len(objects)
             if tag in _MAPPINGS:
                 objects.append(found := _MAPPINGS[tag]())
-                for key, value in [self._decode(pair, objects) for pair in content]:
+                parts = [self._decode(part, objects) for part in content]
+                if tag == "defaultdict":
+                    found.default_factory = parts.pop(0)
+                    if not (found.default_factory is None or callable(found.default_factory)):
+                        raise Broken("a factory that cannot be called")
+                for key, value in parts:
                     dict.__setitem__(found, key, value)
                 return found
             objects.append(_PENDING)
@@ -363,31 +400,69 @@ class Peer:
         array = array.reshape(shape)
         return array[()] if scalar else array
 
-    def _error(self, error):
+    def _error(self, error, trace=True):
+        """Class, arguments, attributes by name, and where it came from. A test's own attributes stay with it."""
         kind = type(error)
+        shown = vars(error) if self.compares or isinstance(kind, _Mirror) else {}
+        text = ""
+        if trace:
+            with contextlib.suppress(BaseException):
+                text = "".join(traceback.format_exception(kind, error, error.__traceback__, limit=-8))[-4000:]
+        args = self._packable(list(error.args))
+        attributes = {name: self._packable([value]) for name, value in list(shown.items()) if name[:1] != "_"}
+        return [self._class(kind), args or [], {name: v[0] for name, v in attributes.items() if v}, text]
+
+    def _packable(self, values):
+        """These values encoded; None where one of them cannot be, as one that holds itself."""
+        try:
+            encoded = [self.encode(v) for v in values]
+            _pack(encoded)
+        except BaseException:
+            return None
+        return encoded
+
+    def _class(self, kind):
+        """An exception class: what it is called, what it inherits from, and, of the program's own, its number."""
+        if isinstance(kind, _Mirror):
+            return {"yours": kind._number}
+        if vars(builtins).get(kind.__name__) is kind:
+            return {"type": kind.__name__}
+        if self.compares:
+            bases = [self._class(base) for base in kind.__bases__ if issubclass(base, BaseException)]
+            return {"class": kind.__name__, "bases": bases, "from": kind.__module__, "number": self.hold(kind)}
         base = next(k for k in kind.__mro__ if vars(builtins).get(k.__name__) is k)
-        try:
-            args = [self.encode(a) for a in error.args]
-            _pack(args)
-        except BaseException:
-            args = []
-        try:
-            text = "".join(traceback.format_exception(kind, error, error.__traceback__, limit=-8))[-4000:]
-        except BaseException:
-            text = ""
-        return [kind.__name__, base.__name__, args, text]
+        return {"class": kind.__name__, "bases": [{"type": base.__name__}], "from": None, "number": None}
+
+    def _own_class(self, data):
+        """The exception class of this side that `data` stands for: the library's own, or one with no code in it."""
+        if set(data) == {"type"}:
+            found = vars(builtins).get(data["type"])
+        elif set(data) == {"yours"}:
+            found = self.held[data["yours"]]
+            if not self.compares:
+                raise Broken("an exception of the tests")
+        elif (found := _library(data["from"], data["class"])) is None:
+            name, number = str(data["class"])[:64], data["number"]
+            bases = tuple(self._own_class(base) for base in data["bases"])
+            if number is None:
+                found = type(name, bases, {})
+            elif (found := self.mirrors.get(number)) is None:
+                found = self.mirrors[number] = _Mirror(name, bases, {"_peer": self, "_number": int(number)})
+        if not (isinstance(found, type) and issubclass(found, BaseException)):
+            raise Broken("an exception that is none")
+        return found
 
     def _exception(self, content):
-        name, base, args, text = content
-        base = getattr(builtins, str(base), None)
-        if not (isinstance(base, type) and issubclass(base, BaseException)):
-            raise Broken("an exception that is none")
-        name = str(name)[:64]
-        kind = base if name == base.__name__ or not name.isidentifier() else type(name, (base,), {})
+        kind, args, attributes, text = content
+        kind, args = self._own_class(kind), [self.decode(a) for a in args]
+        # Python's own: a class of the library or of the tests runs nothing for what it is not given.
+        base = next(k for k in kind.__mro__ if vars(builtins).get(k.__name__) is k)
         try:
-            error = kind(*(self.decode(a) for a in args))
+            error = base.__new__(kind, *args)
+            base.__init__(error, *args)
         except (TypeError, ValueError):
-            error = type(name, (Exception,), {})(str(args)[:1000])
+            error = type(kind.__name__, (Exception,), {})(str(args)[:1000])
+        vars(error).update({str(n): self.decode(v) for n, v in attributes.items() if str(n)[:1] != "_"})
         error.__cause__ = RemoteTraceback(f"\n{text}") if text else None
         return error
 
@@ -398,12 +473,48 @@ def _numpy(value):
     return numpy if numpy and isinstance(value, (numpy.ndarray, numpy.generic)) else None
 
 
+def _library(module, name):
+    """An exception class of Python's library or of numpy, where this process has loaded it already.
+
+    None of those that frameworks of tests take for anything but a failure: a program could raise `unittest.SkipTest`.
+    """
+    allowed = {*sys.stdlib_module_names, "numpy"} - {"unittest", "doctest", "test"}
+    if str(module).partition(".")[0] not in allowed or module not in sys.modules:
+        return None
+    found = vars(sys.modules[module]).get(name)
+    return found if isinstance(found, type) and issubclass(found, BaseException) else None
+
+
+def _fields(value):
+    """The names of a named tuple's parts, Python's own like `time.struct_time` among them; () of any other value."""
+    kind = type(value)
+    if not issubclass(kind, tuple) or not _is_field(kind.__name__.lstrip("_")):
+        return ()
+    known = {name: v for base in reversed(kind.__mro__) for name, v in vars(base).items()}
+    fields = known.get("_fields", known.get("__match_args__") if "n_sequence_fields" in known else ())
+    fields = fields if type(fields) is tuple and len(fields) == tuple.__len__(value) else ()
+    return fields if all(map(_is_field, fields)) and len(set(fields)) == len(fields) else ()
+
+
+def _is_field(name):
+    return type(name) is str and name.isidentifier() and name[0] != "_" and not keyword.iskeyword(name)
+
+
+@functools.lru_cache(256)
+def _named_tuple(name, fields):
+    """A class of named tuples. `collections.namedtuple` makes source of these names: nothing else may be in them."""
+    if not (name.isidentifier() and all(map(_is_field, fields.split(" ")))):
+        raise Broken("a named tuple with other names than identifiers")
+    return collections.namedtuple(name, fields.split(" "))
+
+
 def _pairs(value):
     return [list(pair) for pair in dict.items(value)]
 
 
 #: Types with parts: the first that fits, its tag and its parts.
 _PARTS = [
+    (collections.defaultdict, "defaultdict", lambda v: [v.default_factory, *_pairs(v)]),
     (collections.Counter, "Counter", _pairs), (collections.OrderedDict, "OrderedDict", _pairs), (dict, "dict", _pairs),
     (tuple, "tuple", tuple.__iter__), (list, "list", list.__iter__), (set, "set", set.__iter__),
     (frozenset, "frozenset", frozenset.__iter__), (collections.deque, "deque", lambda v: [v.maxlen, *v]),
@@ -421,6 +532,7 @@ _BUILD = {
     "type": _NAMED.__getitem__, "constant": {"Ellipsis": Ellipsis, "NotImplemented": NotImplemented}.__getitem__,
     "Counter": lambda v: collections.Counter(dict(v)), "OrderedDict": collections.OrderedDict, "dict": dict,
     "tuple": tuple, "list": list, "set": set, "frozenset": frozenset,
+    "namedtuple": lambda v: _named_tuple(v[0], v[1])._make(v[2:]),
     "deque": lambda v: collections.deque(v[1:], v[0]), "range": lambda v: range(*v), "slice": lambda v: slice(*v),
     "complex": lambda v: complex(*v), "Decimal": lambda v: decimal.Decimal(*v),
     "Fraction": lambda v: fractions.Fraction(*v), "datetime": lambda v: datetime.datetime.fromisoformat(*v),

@@ -36,9 +36,17 @@ def quiet_profiler() -> None:
 
 
 def quiet_checkpoints() -> None:
-    """Nothing is said of how checkpoints are put in order: their numbers are as good as their times."""
+    """Nothing is said of how checkpoints are put in order: their numbers are as good as their times.
+
+    Nor of a best one that is gone from where it was written: it is found by its step.
+    """
     logging.getLogger("transformers.trainer_utils").addFilter(_no_mtime)
+    logging.getLogger("transformers.trainer").addFilter(_no_moved_best)
 
 
 def _no_mtime(record: logging.LogRecord) -> bool:
     return "mtime may not be reliable" not in record.getMessage()
+
+
+def _no_moved_best(record: logging.LogRecord) -> bool:
+    return "recorded in the resumed state does not exist anymore" not in record.getMessage()

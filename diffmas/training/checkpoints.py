@@ -6,16 +6,26 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from diffmas.runs.description import read_description
 from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
+from diffmas.support.atomic import write_atomically
+from diffmas.support.failures import reading
 from diffmas.support.text_file import read_text
+from diffmas.support.valid_json import to_json
 
 STATE_FILE, OPTIMIZER_FILE, SCHEDULER_FILE = "trainer_state.json", "optimizer.pt", "scheduler.pt"
+#: Of a checkpoint: what its run's description said, when it was written, of how it was trained.
+SETTINGS_FILE = "settings.json"
+#: Parts of a run's description that say how its weights were trained.
+TRAINED = ("training", "arguments")
 ONLY_MODEL = "as save_only_model leaves it"
 #: Where in a run's folder a checkpoint is written before it gets its name.
 STAGING = ".checkpoint"
@@ -78,21 +88,42 @@ def set_aside(run: str | Path, step: int) -> list[Path]:
     return later
 
 
-def bring_best(checkpoint: str | Path, run: str | Path) -> None:
-    """Copy the best checkpoint so far from the run of `checkpoint` into `run`, where it is another one.
+def stage_best(checkpoint: str | Path, run: str | Path) -> Path | None:
+    """A copy in `run`, for :func:`put_in_place`, of the best checkpoint so far, where it is of another run.
 
     Raises:
         ValueError: it is missing or damaged.
     """
     if not (best := read_state(checkpoint).best_global_step):
-        return
+        return None
     there, here = (checkpoint_path(folder, best) for folder in (Path(checkpoint).resolve().parent, run))
     if (problem := damage(there)) is not None and ONLY_MODEL not in problem:
         raise ValueError(
             f"load_best_model_at_end is True, and the best checkpoint so far is {there}: {problem}; allowed: False"
         )
-    if not here.exists():
-        shutil.copytree(there, here)
+    return None if here.exists() else Path(shutil.copytree(there, checkpoint_path(Path(run, STAGING), best)))
+
+
+def keep_settings(run: str | Path, checkpoint: str | Path) -> None:
+    """Write into a checkpoint of `run` what the run's description says of its training, where there is one."""
+    if Path(run, SYSTEM_FILE).is_file():
+        write_atomically(Path(checkpoint, SETTINGS_FILE), to_json(_trained(read_description(run)), indent=2) + "\n")
+
+
+def trained_with(checkpoint: str | Path, run: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts :data:`TRAINED` of the description that `checkpoint` was written under.
+
+    `run`: the description of its run as it is now, which holds for a checkpoint that has kept none.
+    """
+    path = Path(checkpoint, SETTINGS_FILE)
+    if not path.is_file():
+        return _trained(run)
+    with reading(str(path)):
+        return _trained(json.loads(read_text(path, "checkpoint")))
+
+
+def _trained(description: Mapping[str, Any]) -> dict[str, Any]:
+    return {part: description[part] for part in TRAINED if part in description}
 
 
 def checkpoint_path(folder: str | Path, step: int) -> Path:

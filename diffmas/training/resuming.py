@@ -87,9 +87,36 @@ def checkpoint_of(resume: str, run: Path) -> Path | None:
             print(note)
         if found is None and not (run / SYSTEM_FILE).is_file():
             raise FileNotFoundError(f"resume_from_checkpoint is {resume!r}: it holds no checkpoint, nor a run")
+        found = _not_before_origin(found, run)
     print(f"{run} has no checkpoint yet: from the beginning" if found is None else
           f"going on from {found}, step {step_of(found)}")  # fmt: skip
     return found
+
+
+def origin(checkpoint: Path, output_dir: str | Path) -> dict[str, Any]:
+    """What a description says of the checkpoint that a run goes on from where that is none of its own."""
+    real = checkpoint.resolve()
+    if real.parent == Path(output_dir).resolve():
+        return {}
+    return {"continues": {"checkpoint": str(real), "step": step_of(real)}}
+
+
+def _not_before_origin(found: Path | None, run: Path) -> Path | None:
+    """The checkpoint that `run` itself went on from where it has `found` no later one of its own.
+
+    Raises:
+        ValueError: that is gone or damaged.
+    """
+    began = read_description(run).get("continues", {})
+    if not began or (found is not None and step_of(found) >= int(began.get("step", 0))):
+        return found
+    checkpoint = Path(str(began.get("checkpoint")))
+    if (problem := damage(checkpoint)) is not None:
+        raise ValueError(
+            f"{run} went on from {checkpoint} and has no checkpoint of its own yet: {problem}; allowed: with that "
+            "checkpoint in its place, or --resume_from_checkpoint with its new place and another --output_dir"
+        )
+    return checkpoint
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ from diffmas.support.machine import machine, peak_memory_mb
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.training.batching import ItemLengths, adapt, autocast_dtype, print_fit
-from diffmas.training.checkpoints import bring_best, clear_staging, set_aside, step_of
+from diffmas.training.checkpoints import clear_staging, put_in_place, set_aside, stage_best, step_of, trained_with
 from diffmas.training.precision import check_base, settle_precision
 from diffmas.training.preflight import (
     adapter_copies,
@@ -57,7 +57,7 @@ from diffmas.training.preflight import (
     length_bound,
 )
 from diffmas.training.profiling import ProfileStep
-from diffmas.training.resuming import check_same, checkpoint_of, given_settings, run_folder
+from diffmas.training.resuming import check_same, checkpoint_of, given_settings, origin, run_folder
 from diffmas.training.rules import check_batches
 from diffmas.training.settings import DecodingArguments, TrainArguments
 from diffmas.training.trainer import Items, MetricsFile, StopOnInterrupt, SystemTrainer
@@ -236,10 +236,11 @@ def _open_folder(
 ) -> tuple[str, str | None, dict[str, Any]]:
     """The run's folder, held against others; the checkpoint to go on from; the description that is written there.
 
-    Nothing finished is overwritten: where no step is left to train, the weights stay those of the settings they were
+    Nothing finished is overwritten: where no step is left to train, the settings stay those that the weights were
     trained with; where some are, a finished run's adapter is set aside until they are.
     """
     resume, output_dir, checkpoint = args.resume_from_checkpoint, args.output_dir, None
+    before: dict[str, Any] = {}
     run = None if resume is None else run_folder(resume, output_dir)
     if run is not None:
         output_dir = output_dir or str(run)
@@ -261,20 +262,24 @@ def _open_folder(
     if elsewhere:
         held.enter_context(locked(output_dir))
     clear_staging(output_dir)
+    step = 0 if checkpoint is None else step_of(checkpoint)
+    left, finished = step < _steps(args, len(task.train)), Path(output_dir, ADAPTER_FILE)
+    best = stage_best(checkpoint, output_dir) if checkpoint is not None and args.load_best_model_at_end else None
+    if checkpoint is not None:
+        description |= origin(checkpoint, output_dir)
+    if not left:
+        print("no step is left to train: the run's training settings stay as they were")
+        description |= trained_with(checkpoint, before)
+    elif finished.is_file():
+        finished.rename(old := finished.with_suffix(".old.safetensors"))
+        print(f"{finished} is kept as {old.name}")
     if not elsewhere:
-        step = 0 if checkpoint is None else step_of(checkpoint)
-        finished = Path(output_dir, ADAPTER_FILE)
-        if step >= _steps(args, len(task.train)):
-            print("no step is left to train: the run's training settings stay as they were")
-            description |= {part: before[part] for part in ("training", "arguments") if part in before}
-        elif finished.is_file():
-            finished.rename(old := finished.with_suffix(".old.safetensors"))
-            print(f"{finished} is kept as {old.name}")
         for path in set_aside(output_dir, step):
             print(f"{path} is kept as {path.name}.old")
-    if checkpoint is not None and args.load_best_model_at_end:
-        bring_best(checkpoint, output_dir)
+    # Before anything that a later training could take for this one's: it says what this one goes on from.
     write_description(output_dir, description, task.prompts)
+    if best is not None:
+        put_in_place(best, output_dir)
     return output_dir, None if checkpoint is None else str(checkpoint), description
 
 

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerState
 
 from diffmas.agents.collator import Collator
 from diffmas.evaluation.evaluator import Evaluator
@@ -37,6 +38,7 @@ from diffmas.training.checkpoints import (
     STAGING,
     STATE_FILE,
     checkpoint_path,
+    keep_settings,
     put_in_place,
     read_state,
     rotate,
@@ -129,7 +131,7 @@ class SystemTrainer(Trainer):
         self.finite = FiniteSteps()
         self._saving_to: str | None = None
         self.add_callback(self.finite)
-        self.add_callback(StepsAsked())
+        self.add_callback(StateInPlace())
         self.model_accepts_loss_kwargs = True
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
@@ -206,16 +208,15 @@ class SystemTrainer(Trainer):
         return super()._determine_best_metric(metrics, trial) or unplanned
 
     def _load_best_model(self) -> None:
-        # By its step: the folder may have moved since.
-        best = checkpoint_path(self.args.output_dir, self.state.best_global_step)
-        load_weights(self.accelerator.unwrap_model(self.model), best)
+        load_weights(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
     def finish_from(self, checkpoint: str | Path) -> None:
         """What :meth:`train` leaves behind when `checkpoint`, of the last step, is all there is to do."""
         self.state = read_state(checkpoint)
         self.state.is_world_process_zero = self.is_world_process_zero()
+        find_best(self.state, self.args)
         load_weights(self.accelerator.unwrap_model(self.model), checkpoint)
-        if self.args.load_best_model_at_end and self.state.best_global_step:
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._load_best_model()
 
     def _get_output_dir(self, trial) -> str:
@@ -234,8 +235,10 @@ class SystemTrainer(Trainer):
         if self.args.should_save:
             best = self.state.best_global_step
             if best:
+                # The Trainer wrote it with the place where it was staged.
                 self.state.best_model_checkpoint = str(checkpoint_path(run, best))
                 self.state.save_to_json(str(checkpoint_path(staging, step) / STATE_FILE))
+            keep_settings(run, checkpoint_path(staging, step))
             put_in_place(checkpoint_path(staging, step), run)
             rotate(run, self.args.save_total_limit, best)
         self.accelerator.wait_for_everyone()
@@ -293,11 +296,29 @@ def _evaluator(system: MultiAgentSystem, task: Task, args: TrainArguments) -> Ev
     return Evaluator(system, system.tokenizer, task, system.decoding, batch_size=args.per_device_eval_batch_size)
 
 
-class StepsAsked(TrainerCallback):
-    """Logging, evaluating and saving as often as is asked for now, not as a checkpoint says."""
+class StateInPlace(TrainerCallback):
+    """A checkpoint's state, where and as the training now goes on: its best checkpoint, its steps.
+
+    Logging, evaluating and saving are done as often as is asked for now.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
         state.compute_steps(args, state.max_steps)
+        find_best(state, args)
+
+
+def find_best(state: TrainerState, args: TrainingArguments) -> None:
+    """Set a loaded state's path of the best checkpoint by its step: the run's folder may have moved since.
+
+    Raises:
+        FileNotFoundError: it is not there, and `load_best_model_at_end` needs it.
+    """
+    if not state.best_global_step:
+        return
+    best = checkpoint_path(args.output_dir, state.best_global_step)
+    if args.load_best_model_at_end and not best.is_dir():
+        raise FileNotFoundError(f"load_best_model_at_end is True, and the best checkpoint so far, {best}, is missing")
+    state.best_model_checkpoint = str(best)
 
 
 class MetricsFile(TrainerCallback):

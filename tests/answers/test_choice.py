@@ -178,3 +178,34 @@ def test_long_texts(piece):
         started = time.process_time()
         choice.extract(text)
         assert time.process_time() - started < 1
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is Rome (B)", "B"), ('The answer is "Rome" (B).', "B"), ("The answer is Rome, option B", "B"),
+        ("Answer: **Rome** (B)", "B"), ("The answer is Rome [B]", "B"), ("The answer is Rome (option B).", "B"),
+        ("It is Rome, which is option B.", "B"), ("Hence, Rome (B).", "B"), ("Rome (B)", "B"),
+        (r"\boxed{Rome (B)}", "B"),
+        ("The answer is not known (D).", "D"),
+        ("The answer is Rome (C)", None), ("Hence, Rome (A).", None), ("The answer is not Rome (B)", None),
+        ("The answer is not (B)", None), ("The answer is Vitamin (B)", None),
+    ],
+)  # fmt: skip
+def test_an_option_and_its_letter_behind_it(text, letter):
+    item = {"options": ["Paris", "Rome", "Why Berlin?", "not known"]}
+    assert [x for x in "ABCD" if choice.check(text, item | {"gold": x})] == [letter] * (letter is not None)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("The answer is A? No, it is B.", "B"), ("The answer is (A)? No: the answer is B.", "B"),
+        ("Is the answer is **A**? I choose C.", "C"), ("I choose A? No, I choose B.", "B"),
+        ("The answer is A?", None), ("Answer: B?", None), ("The answer is Rome?", None), ("Rome?", None),
+        ("The answer is Why Berlin?", "C"), ("The answer is Why Berlin", "C"), ("The answer is C) Why Berlin?", "C"),
+    ],
+)  # fmt: skip
+def test_a_question_settles_nothing(text, letter):
+    item = {"options": ["Paris", "Rome", "Why Berlin?", "not known"]}
+    assert [x for x in "ABCD" if choice.check(text, item | {"gold": x})] == [letter] * (letter is not None)

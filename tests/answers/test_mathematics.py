@@ -241,3 +241,45 @@ def test_normal_forms():
         "0.5", "-1.25", "1/3", "70000", "0", "0.001",
     ]  # fmt: skip
     assert mathematics.extract(r"\boxed{\dfrac{x}{2}}") == mathematics.extract(r"\boxed{ \frac{x}{2} }")
+
+
+@pytest.mark.parametrize(
+    ("text", "right", "wrong"),
+    [
+        ("The answer is 42 which is 2 more than 40", "42", "40"),
+        ("The answer is 42 and the remainder is 2", "42", "2"),
+        ("The answer is 42, and there are 2 left.", "42", "2"), ("The answer is 42 while Ann has 2.", "42", "2"),
+        ("The answer is $42 although 2 were lost", "42", "2"), ("The answer is 12 to the nearest 10.", "12", "10"),
+        ("The answer is 3.14 to 2 decimal places", "3.14", "2"), ("The answer is 7, going from 5 to 12", "7", "12"),
+        ("The answer is 5 dozen which is 60", "60", "5"), ("The answer is 20 in 5, and so it is 4", "4", "20"),
+        ("#### The answer is 12", "12", "0"), ("#### So she has 12 apples left", "12", "0"),
+        ("#### It is 12, not 13.", "12", "13"), ("<answer>The answer is 12</answer>", "12", "0"),
+        ("The answer is ２", "2", "0"), ("答えは：２", "2", "0"), ("\\boxed{１，０００}", "1000", "1"),
+        ("½", "0.5", "2"),
+        ("The answer is 1½.", "1.5", "2"), ("It takes 2 ¾ hours", "2.75", "2"), ("an area of 18 m²", "18", "2"),
+        (r"\boxed{\frac{2}{-3}}", "-2/3", "2/3"), (r"\boxed{\frac{-2}{-3}}", "2/3", "-2/3"),
+        ("The answer is 2/-3", "-2/3", "2"),
+        (r"\boxed{1 000 000}", "1000000", "0"), ("The answer is 1 000 000 dollars.", "1000000", "0"),
+        ("#### 12 500", "12500", "500"), ("The answer is -1 000.5", "-1000.5", "0.5"),
+        ("I count 100 200 300", "300", "100200300"),
+    ],
+)  # fmt: skip
+def test_what_goes_on_behind_a_number_and_how_it_is_typed(text, right, wrong):
+    assert mathematics.check(text, {"answer": right}) and not mathematics.check(text, {"answer": wrong})
+
+
+@pytest.mark.parametrize(
+    ("text", "golds"),
+    [
+        ("The answer is 2³", "2 3 23"), ("The answer is 42²", "42 2"), ("It is 42².", "42 2"), ("It is 2^3", "2 3"),
+        ("It is 10⁻³", "10 3 -3"), ("about 3 × 10^{5}", "3 10 5"), ("The answer is 10 to 12", "10 12"),
+        ("The answer is 10–12", "10 12"), ("The answer is from 10 to 12 apples", "10 12"),
+        ("The answer is $10 up to $12", "10 12"),
+        ("The answer is 10 and 12", "10 12"), ("The answer is 10 through 12.", "10 12"),
+        ("#### 10 to 12 apples", "10 12"),
+        ("#### 5 or 6", "5 6"), (r"\boxed{\frac{2}{-0}}", "0"), (r"\boxed{1 00}", "100"), (r"\boxed{1 0000}", "10000"),
+        ("#### not 12", "12"),
+    ],
+)  # fmt: skip
+def test_powers_and_ranges_are_none_of_their_numbers(text, golds):
+    assert not [gold for gold in golds.split() if mathematics.check(text, {"answer": gold})]

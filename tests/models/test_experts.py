@@ -6,7 +6,7 @@ import transformers
 from compare import assert_same, error, gradients
 from oracle import batch
 from peft import LoraConfig, get_peft_model
-from test_families import DAG, SIZES, TOLERANCE, system_of, wide  # noqa: F401
+from test_own_forward import DAG, SIZES, TOLERANCE, system_of, wide  # noqa: F401
 from tiny_models import arguments, clone, ragged, with_lora
 
 from diffmas.embedded.tokenizer import build_tokenizer

@@ -124,8 +124,17 @@ FORGED = {
     "an unhashable key": frame({"value": {"set": [[1]]}}), "a long number": frame(b'{"value": ' + b"9" * 9999 + b"}"),
     "neither value nor error": frame({"values": 2}),
     "a question": frame({"ask": "get", "of": 0, "args": ["__globals__"], "kwargs": {}}) * 2,
-    "eval as an exception": frame({"error": ["E", "eval", ["1"], ""]}),
-    "an exception from elsewhere": frame({"error": ["E", "__import__", ["os"], ""]}),
+    "eval as an exception": frame({"error": [{"type": "eval"}, ["1"], {}, ""]}),
+    "int as an exception": frame({"error": [{"type": "int"}, ["1"], {}, ""]}),
+    "an exception of the tests": frame({"error": [{"yours": 0}, [], {}, ""]}),
+    "an exception without bases": frame({"error": [{"class": "E", "bases": [], "from": "", "number": 1}, [], {}, ""]}),
+    "an exception that is an int": frame(
+        {"error": [{"class": "E", "bases": [{"type": "int"}], "from": "os", "number": 1}, [], {}, ""]}
+    ),
+    "a named tuple of source": frame({"value": {"namedtuple": ["P", "x=print(1)", 1]}}),
+    "a named tuple of another name": frame({"value": {"namedtuple": ["P\\n", "x", 1]}}),
+    "a named tuple without its parts": frame({"value": {"namedtuple": ["P", "x y", 1]}}),
+    "a factory that is none": frame({"value": {"defaultdict": [3, [1, 2]]}}),
 }  # fmt: skip
 
 
@@ -403,7 +412,9 @@ IDENTITY = [
     ("def f(a):\n    a[0].append(1)\n    return a", "x = [[]] * 2\nf(x)\nassert x == [[1], [1]]", True),
     ("def f():\n    a = []\n    a.append(a)\n    return a", "x = f()\nassert x[0] is x and len(x) == 1", True),
     ("class E(Exception): pass\ndef f(): return E()", "assert not isinstance(f(), E)", False),
-    ("class E(Exception): pass\ndef f(): return E()", "assert not issubclass(int, E)", False),
+    ("class E(Exception): pass\ndef f(): return E()", "assert not issubclass(int, E) and isinstance(f(), E)", True),
+    ("class E: pass\ndef f(): return E()", "assert not isinstance(f(), E)", False),
+    ("class E: pass\ndef f(): return E()", "assert not issubclass(int, E)", False),
 ]
 P = "class P:\n    def __init__(s, v): s.v = v\n"
 REORDERED = [
@@ -476,3 +487,36 @@ def test_a_changed_argument_is_not_more_than_that(confinement):
     program = "def f(x, y):\n    x[:] = [9]\n    y['a'] = 9\n    return 1"
     tests = "x, y, z = [1, 2], {'a': 1}, (1, 2)\nassert f(x, y) == 1\nassert (x, y, z) == ([9], {'a': 9}, (1, 2))"
     assert sandbox.run(program, tests=tests).passed
+
+
+LIES = {
+    "a tuple whose field is a method of tuples": (
+        "class T(tuple): _fields = ('x', '__eq__')\ndef f(): return T((1, 2))", "assert f() == (1, 3) or f().x == 1"
+    ),
+    "an exception that skips": (
+        "import unittest\nclass E(unittest.SkipTest): __unittest_skip__ = True\n"
+        "E.__module__, E.__name__ = 'unittest.case', 'SkipTest'\ndef f(): raise E",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(), 1)\n"
+        "assert unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T)).wasSuccessful()",
+    ),
+    "a class that has everything as its instance": (
+        "class M(type):\n    __eq__ = __instancecheck__ = __subclasscheck__ = lambda *_: True\n"
+        "    __hash__ = type.__hash__\nclass E(Exception, metaclass=M): pass\ndef f(): return 3",
+        "assert isinstance(f(), E) or E == 4",
+    ),
+    "an exception equal to all": (f"class E(Exception):\n    {ALWAYS}\ndef f(): return E()", "assert f() == 4"),
+    "its attribute is equal to all": (
+        f"class A:\n    {ALWAYS}\nclass E(Exception): x = A()\ndef f():\n    e = E()\n    e.x = A()\n    raise e",
+        "try: f()\nexcept E as e: assert e.x == 4",
+    ),
+    "what a factory makes is equal to all": (
+        f"import collections\nclass A:\n    {ALWAYS}\ndef f(): return collections.defaultdict(A)", "assert f()[3] == 4"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_exceptions_tuples_and_factories_cannot_lie(name, confinement):
+    program, tests = LIES[name]
+    result = sandbox.run(program, tests=tests)
+    assert not result.passed and result.reason == "exception", result
