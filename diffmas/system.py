@@ -193,7 +193,10 @@ class MultiAgentSystem(nn.Module):
             )
         with reading(f"the adapter of run {folder}"), quiet_loading():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-        prompts = Prompts.load(folder / PROMPTS_FILE) if (folder / PROMPTS_FILE).is_file() else load_task(task).prompts
+        if (folder / PROMPTS_FILE).is_file():
+            prompts = Prompts.load(folder / PROMPTS_FILE)
+        else:
+            prompts = Prompts({}) if task.task == IN_PYTHON else load_task(task).prompts
         with announced("setting up the system"):
             system = cls.of(
                 adapted, topology, settings, tokenizer=tokenizer, prompts=as_asked(prompts, task),

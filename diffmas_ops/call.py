@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 from diffmas_ops.states import State
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Call:
             keys and values are not all in its own storage. Without gradient.
     """
 
-    attend: Callable[[Tensor, Tensor | None, Tensor | None, int, float], tuple[Tensor, Tensor]] | None = None
+    attend: Callable[[Tensor, Tensor | None, Tensor | None, int, Scores], tuple[Tensor, Tensor]] | None = None
 
     def __init__(
         self,

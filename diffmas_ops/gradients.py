@@ -72,15 +72,15 @@ class TraceGradients:
         q: Tensor,
         out: Tensor,
         lse: Tensor,
-        *scores: float | int | None,
+        scores: Scores,
+        *,
         outputs: Outputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of a call's packed `q, k, v` at `layer`, given that of its output.
 
-        `scores`: the fields of a :class:`Scores`; `outputs`: q, out, lse and the gradient of out are of these tokens
-        of the call only.
+        `outputs`: q, out, lse and the gradient of out are of these tokens of the call only.
         """
-        rows, scores = (call if outputs is None else outputs).rows, Scores(*scores)
+        rows = (call if outputs is None else outputs).rows
         if call.rehearsing:
             return self._rehearse(call, layer, grad_out, q, out, lse, rows, scores)
         call.claim_backward(layer)

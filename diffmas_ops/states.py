@@ -41,6 +41,6 @@ class RecurrentStates:
     @classmethod
     def joined(cls, parts: Sequence[RecurrentStates]) -> RecurrentStates:
         """The rows of all `parts`, one after the other."""
-        parts = [part.layers for part in parts if part]
-        first = parts[0] if parts else {}
-        return cls({i: {k: torch.cat([part[i][k] for part in parts]) for k in state} for i, state in first.items()})
+        layers = [part.layers for part in parts if part]
+        first = layers[0] if layers else {}
+        return cls({i: {k: torch.cat([part[i][k] for part in layers]) for k in state} for i, state in first.items()})

@@ -104,8 +104,7 @@ inline GradientPlan plan_gradients(
       for (int64_t first = 0; first < total; first += TILE)
         plan.sums.push_back({row, head, first, std::min(first + TILE, total), plan.partial_rows, splits});
       for (int64_t begin = 0; begin < columns; begin += width) {
-        plan.tiles.push_back(
-            {row, head, lowest + begin, lowest + std::min(begin + width, columns), plan.partial_rows});
+        plan.tiles.push_back({row, head, lowest + begin, lowest + std::min(begin + width, columns), plan.partial_rows});
         plan.partial_rows += total;
       }
     }

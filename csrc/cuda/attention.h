@@ -44,14 +44,10 @@ struct AttentionCall {
 
   template <class T>
   AttentionInputs<T> inputs(const WorkPlan& plan) const {
-    return {
-        packed<const T>(q),
-        trace<const T>(keys),
-        trace<const T>(values),
-        plan,
-        static_cast<int>(dim()),
-        static_cast<Acc<T>>(scores.softmax_scale),
-        softcap<Acc<T>>()};
+    return {packed<const T>(q),      trace<const T>(keys),
+            trace<const T>(values),  plan,
+            static_cast<int>(dim()), static_cast<Acc<T>>(scores.softmax_scale),
+            softcap<Acc<T>>()};
   }
 
   template <class A>

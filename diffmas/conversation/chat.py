@@ -65,8 +65,7 @@ def load(args: ChatArguments) -> Chat:
                 raise ValueError(f"{name} is {value!r} beside run {args.run!r}; allowed: one of the two")
         run = load_run(args.run, args.model_name_or_path)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
-        family = args.prompts or run.task.prompts
-        prompts = as_asked(Prompts.load(family), run.task) if family else load_task(run.task).prompts
+        prompts = as_asked(Prompts.load(args.prompts), run.task) if args.prompts else system.prompts
     else:
         topology = load_topology(args.topology or ("sequential" if args.model_name_or_path else "relay"))
         model, tokenizer = load_base(args.model_name_or_path)

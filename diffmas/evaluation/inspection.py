@@ -104,7 +104,8 @@ def inspect(
     own = system.topology.last.name, at + prompt_lengths[-1][0]
     parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(own_ids))]
     call = received.trace.open([len(own_ids)])
-    call.attend = observed = _Masses(call, len(answer) + 1)
+    observed = _Masses(call, len(answer) + 1)
+    call.attend = observed
     with evaluating(model):
         model.run(call, input_ids=own_ids)
     masses = observed.mean()

@@ -126,16 +126,16 @@ class OwnTraces:
         self.storage, self.backend = Columns(like), like.backend
         self._order = torch.empty(0, device=like.device)
         # What recurrent layers remember of the planned answers, and of those that wait for a plan.
-        self._slots: list[int] = []
+        self._slots: Sequence[int] = []
         self._states = RecurrentStates()
-        self._entered: list[tuple[list[int], RecurrentStates]] = []
+        self._entered: list[tuple[Sequence[int], RecurrentStates]] = []
 
     def admit(self, prompts: Sequence[Prompt]) -> list[int]:
         """Slots of answers that begin behind `prompts`."""
         slots = self._slots_for(prompts)
         for _, group in groupby(zip(slots, prompts, strict=True), key=lambda pair: id(pair[1].trace)):
             taken, entered = zip(*group, strict=True)
-            self._entered.append((list(taken), entered[0].trace.states.select([p.row for p in entered])))
+            self._entered.append((taken, entered[0].trace.states.select([p.row for p in entered])))
         return slots
 
     def _slots_for(self, prompts: Sequence[Prompt]) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ def check_agreement(model: AgentModel, alone: Tensor | None) -> None:
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     return torch.arange(1, 1 + sum(_CALLS), device=embedding.weight.device) % embedding.num_embeddings
 
 

@@ -8,6 +8,7 @@ down to the attention function, through PEFT and through its own (non-reentrant)
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def trace_attention(
         raise ValueError("attention_mask is given; allowed: None, packed inputs need no mask")
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; allowed: 0")
-    layer, dtype = trace_layers[module.layer_idx], trace_call.storage.dtype
+    layer, dtype = trace_layers[cast(int, module.layer_idx)], trace_call.storage.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     q, k = (_fit(x, layer) for x in (q, k))

@@ -24,6 +24,7 @@ from diffmas_ops.call import Outputs
 from diffmas_ops.layer import Parameters, Saved, Turns
 from diffmas_ops.native import CPU
 from diffmas_ops.need import Need
+from diffmas_ops.scores import Scores
 
 #: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
 _LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -223,7 +224,7 @@ class _DecoderLayer(torch.autograd.Function):
             grad, turns, saved.of_output, parameters, index
         )
         attention = layer.call.gradients.backward(
-            layer.call, layer.index, grad_out, queries, saved.out, saved.lse, layer.scale, outputs=layer.outputs
+            layer.call, layer.index, grad_out, queries, saved.out, saved.lse, Scores(layer.scale), outputs=layer.outputs
         )
         grad_h, *of_input = _OPERATORS.decoder_layer_backward_input(
             *attention, grad_middle, h, turns, saved.of_input, parameters, index

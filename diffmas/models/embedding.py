@@ -24,7 +24,7 @@ def input_vectors(model: PreTrainedModel) -> Tensor:
     Raises:
         UnsupportedModelError: a model whose layers get something else of a token than of its embedding.
     """
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     # An adapter's own part is trained: what it adds does not count.
     embedding = getattr(embedding, "base_layer", embedding)
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None

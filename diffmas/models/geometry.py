@@ -12,7 +12,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -227,8 +227,9 @@ def _other_scales(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read(model: PreTrainedModel, begin: int) -> list[_Sighting]:
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(1, 1 + _TOKENS, device=device) % model.get_input_embeddings().num_embeddings
+    embedding: Any = model.get_input_embeddings()
+    device = embedding.weight.device
+    tokens = torch.arange(1, 1 + _TOKENS, device=device) % embedding.num_embeddings
     positions = torch.arange(begin, begin + _TOKENS, device=device)
     seen: list[_Sighting] = []
     inputs = dict(input_ids=tokens[None], position_ids=positions[None], use_cache=False, trace_call=seen)
@@ -261,7 +262,7 @@ def _sizes(model: PreTrainedModel, slot: int, seen: _Sighting) -> LayerGeometry:
     return LayerGeometry(slot, kv_heads, max(key_dim, value_dim), value_dim)
 
 
-def _mask(model: PreTrainedModel, seen: _Sighting) -> dict[str, int]:
+def _mask(model: PreTrainedModel, seen: _Sighting) -> dict[str, Any]:
     """Window or chunk, as the model masks the layer."""
     if getattr(seen.module, "is_causal", True) is False or seen.options.get("is_causal") is False:
         raise UnsupportedModelError(f"layer {seen.layer} of {type(model).__name__} is not causal")
@@ -315,7 +316,7 @@ def _frequencies(model: PreTrainedModel, config) -> Iterator[tuple[Tensor, str]]
     dims.add(config.hidden_size // (configured(config, "num_attention_heads") or 1))
     for theta in sorted(filter(None, thetas)):
         for dim in sorted(d for d in dims if d and d % 2 == 0):
-            device = model.get_input_embeddings().weight.device
+            device = cast(Tensor, model.get_input_embeddings().weight).device
             inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
             if not any(f.shape == inv_freq.shape and torch.allclose(f.double(), inv_freq) for f in found):
                 found.append(inv_freq)

@@ -16,7 +16,8 @@ _KEYWORDS: ContextVar[dict[str, Any] | None] = ContextVar("keywords", default=No
 def carry_keywords(layers: Iterable[nn.Module]) -> None:
     """Keep what `layers` are given while they run, also when checkpointing runs them again."""
     for layer in layers:
-        layer.__class__ = _carrying(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _carrying(kind)
 
 
 def carried(name: str) -> Any:
@@ -36,6 +37,6 @@ class CarryingLayer:
 
 
 @cache
-def _carrying(kind: type[nn.Module]) -> type[nn.Module]:
+def _carrying(kind: type) -> type:
     """A subclass of the same name, as :func:`diffmas.models.decoder_layer._fused` makes one, for the same reasons."""
     return kind if issubclass(kind, CarryingLayer) else type(kind.__name__, (CarryingLayer, kind), {})

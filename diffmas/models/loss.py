@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -109,14 +110,15 @@ def _dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _inputs(linear: nn.Linear, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = _dtype(hidden)
+def _inputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    # No other kind of layer gets past its obstacle.
+    linear, dtype = cast(nn.Linear, head.linear), _dtype(hidden)
     return hidden.to(dtype), linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
 
 
 def _scaled_inputs(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """For kernels that know no scale: the same factor on what the head takes."""
-    hidden, weight, bias = _inputs(head.linear, hidden)
+    hidden, weight, bias = _inputs(head, hidden)
     if head.scale == 1:
         return hidden, weight, bias
     return hidden * head.scale, weight, None if bias is None else bias * head.scale
@@ -127,7 +129,7 @@ def _plain(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def _chunked(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    inputs = _inputs(head.linear, hidden)
+    inputs = _inputs(head, hidden)
     return _ChunkedCrossEntropy.apply(*inputs, targets, head.scale, head.cap, torch.is_grad_enabled())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -45,18 +45,19 @@ def load_base(
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
     check_source(name_or_path)
-    source, kind = name_or_path or EMBEDDED_PATH, dtype if dtype == "auto" else getattr(torch, dtype)
+    source = name_or_path or EMBEDDED_PATH
+    kind = None if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     with reading(f"model {name_or_path or 'embedded base'}"):
         config = AutoConfig.from_pretrained(source)
         if quantization != "none":
             if random_weights:
                 raise ValueError(f"quantization is {quantization!r} with random_weights; allowed: none")
-            model = _load_quantized(source, config, torch.bfloat16 if dtype == "auto" else kind)
+            model = _load_quantized(source, config, kind or torch.bfloat16)
         elif random_weights:
             model = AutoModelForCausalLM.from_config(text_config(config))
-            model = model if dtype == "auto" else model.to(kind)
+            model = model if kind is None else model.to(kind)
         else:
-            model = _load(source, config, dtype=kind)
+            model = _load(source, config, dtype=kind or "auto")
         return model, AutoTokenizer.from_pretrained(source)
 
 

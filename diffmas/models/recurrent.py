@@ -14,6 +14,7 @@ import sys
 import types
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ def continue_states(model: PreTrainedModel) -> str:
         UnsupportedModelError: a layer whose own code does not continue its state, or does not keep it in
             transformers' cache.
     """
-    found = [m for m in model.modules() if _keeps_states(type(m))]
+    found = [m for m in model.modules() if _keeps_states(_kind(m))]
     layers = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
     recurrent = [kind for kind in layers if kind in RECURRENT]
     what = ", ".join(sorted(set(recurrent or (type(m).__name__ for m in found))))
@@ -56,14 +57,18 @@ def continue_states(model: PreTrainedModel) -> str:
     for module in {type(m): m for m in found}.values():
         _choose_steps(module)
         _try(module, model)
-    carry_keywords(m for m in model.modules() if any(_keeps_states(type(child)) for child in m.children()))
+    carry_keywords(m for m in model.modules() if any(_keeps_states(_kind(child)) for child in m.children()))
     for mixer in found:
         mixer.forward = types.MethodType(_forward, mixer)
     return what
 
 
+def _kind(module: nn.Module) -> Any:
+    return type(module)
+
+
 @functools.cache
-def _keeps_states(kind: type[nn.Module]) -> bool:
+def _keeps_states(kind: Any) -> bool:
     """Whether modules of this class write their states to transformers' cache."""
     code = getattr(inspect.unwrap(kind.forward), "__code__", None)
     return code is not None and "update_conv_state" in code.co_names
@@ -86,7 +91,7 @@ def _chosen(function: Callable) -> Callable:
             args, kwargs = _within(limit, *args, **kwargs)
         return (function.__wrapped__ if torch.is_grad_enabled() else function)(*args, **kwargs)
 
-    chosen.chosen = True
+    vars(chosen)["chosen"] = True
     return chosen
 
 
@@ -133,7 +138,7 @@ def _agree(actual: Tensor, expected: Tensor) -> bool:
 
 
 @functools.cache
-def _cache_name(kind: type[nn.Module]) -> str:
+def _cache_name(kind: Any) -> str:
     names = inspect.signature(kind.forward).parameters
     return "cache_params" if "cache_params" in names else "past_key_values"
 
@@ -183,7 +188,8 @@ def _run_each(module: nn.Module, hidden: Tensor, before: State) -> tuple[Tensor,
 
 def _run_module(module: nn.Module, hidden: Tensor, before: State) -> tuple[Tensor, State]:
     cache = _Cache(before, getattr(module, "time_step_limit", None))
-    out = type(module).forward(module, hidden, **{_cache_name(type(module)): cache})
+    kind = _kind(module)
+    out = kind.forward(module, hidden, **{_cache_name(kind): cache})
     return out, cache.after()
 
 
@@ -251,7 +257,7 @@ class _Lent(Tensor):
     A kernel writes in place. PyTorch's code does by `copy_`, after autograd has saved the state: that is kept apart.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: Any = torch._C._disabled_torch_function_impl
     limit: tuple[float, float] | None = None
     _copied: Tensor | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -84,7 +84,7 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
     config._name_or_path = wrapper.config._name_or_path
     decoder, head = wrapper.get_decoder(), wrapper.get_output_embeddings()
     config.tie_word_embeddings = head.weight is wrapper.get_input_embeddings().weight
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with torch.device("meta"):
         model = kind(config)
     empty = decoder_of(model)
@@ -100,8 +100,8 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
             setattr(model, name, getattr(wrapper, name))
     model.eval()
     special = {v for k, v in vars(wrapper.config).items() if k.endswith(_SPECIAL) and isinstance(v, int)}
-    ids = [i for i in range(_TOKENS + len(special)) if i not in special][:_TOKENS]
-    ids = torch.tensor([ids], device=wrapper.device)
+    ordinary = [i for i in range(_TOKENS + len(special)) if i not in special][:_TOKENS]
+    ids = torch.tensor([ordinary], device=wrapper.device)
     ours, theirs = (m(input_ids=ids, use_cache=False).logits[0] for m in (model, wrapper.eval()))
     if not same_logits(ours, theirs):
         raise UnsupportedModelError(

@@ -102,7 +102,8 @@ class Prompts:
     def _template(self, role: str) -> Mapping[str, str]:
         template = self.roles.get(role, self.roles.get("default"))
         if template is None:
-            raise ValueError(f"{self.source}: role is {role!r}, which has none; allowed: {', '.join(self.roles)}")
+            allowed = ", ".join(self.roles) or "none, no prompts are given"
+            raise ValueError(f"{self.source}: role is {role!r}, which has none; allowed: {allowed}")
         return template
 
     def encode(

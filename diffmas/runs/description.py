@@ -70,8 +70,10 @@ def write_description(folder: str | Path, description: dict[str, Any], prompts: 
         for part, name, file in OWN_FILES:
             if description[part][name] == str((folder / file).resolve()):
                 description[part][name] = before[part][name]
-    roles = {"roles": {name: dict(role) for name, role in prompts.roles.items()}}
-    _write_yaml(folder / PROMPTS_FILE, roles)
+    if prompts.roles:
+        _write_yaml(folder / PROMPTS_FILE, {"roles": {name: dict(role) for name, role in prompts.roles.items()}})
+    else:
+        (folder / PROMPTS_FILE).unlink(missing_ok=True)
     if description["system"]["topology"] not in TOPOLOGIES:
         _write_yaml(folder / TOPOLOGY_FILE, description["topology"])
     else:

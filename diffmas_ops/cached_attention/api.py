@@ -100,7 +100,7 @@ class _CachedAttention(torch.autograd.Function):
         # Only later calls may have used this one: its own queries then owe nothing.
         grad_out = torch.zeros_like(out) if grad_out is None else _unit_stride(grad_out)
         # Probabilities and delta follow from out and lse, so that these know of the sink is all it takes.
-        grads = ctx.call.gradients.backward(ctx.call, ctx.layer, grad_out, q, out, lse, *ctx.scores)
+        grads = ctx.call.gradients.backward(ctx.call, ctx.layer, grad_out, q, out, lse, ctx.scores)
         of_sinks = None
         if ctx.needs_input_grad[4]:
             delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)

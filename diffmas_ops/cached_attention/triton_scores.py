@@ -16,7 +16,7 @@ LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 def arguments(scores: Scores) -> tuple[int, int, float]:
     """`window, chunk, softcap` of a kernel."""
-    return *(min(size or WHOLE, WHOLE) for size in (scores.window, scores.chunk)), scores.softcap or 1.0
+    return min(scores.window or WHOLE, WHOLE), min(scores.chunk or WHOLE, WHOLE), scores.softcap or 1.0
 
 
 def options(scores: Scores) -> dict[str, bool]:

@@ -136,7 +136,7 @@ def test_buckets_and_buffers_are_used_again():
         output = system(*batch(system, seed))
         output.loss.backward()
         del output
-        addresses |= {b.keys.data_ptr() for free in runs._free.values() for b in free}
+        addresses |= {b.stacks[0].keys.data_ptr() for free in runs._free.values() for b in free}
     assert len(addresses) == 1 and len(runs._recordings) == 3
     with torch.no_grad():
         system(*batch(system, 0))

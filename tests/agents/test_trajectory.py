@@ -147,9 +147,9 @@ def _count_runs(monkeypatch):
         runs.append(kwargs["layer"])
         return cached_attention(*args, **kwargs)
 
-    def counting_fused(hidden, cos, sin, layer):
+    def counting_fused(hidden, turns, layer):
         runs.append(layer.index)
-        return fused(hidden, cos, sin, layer)
+        return fused(hidden, turns, layer)
 
     monkeypatch.setattr("diffmas.models.attention.cached_attention", counting)
     fused = decoder_layer._run

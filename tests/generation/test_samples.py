@@ -37,7 +37,7 @@ def test_prompts_are_read_and_kept_once(system, tokenizer, max_rows):
 
     def step(model, traces, tokens):
         used = [c for c in (traces.storage, getattr(traces, "_shared", None)) if c is not None]
-        columns.append(sum(c.keys.shape[1] * c.keys.shape[3] for c in used))
+        columns.append(sum(c.rows * c.capacity for c in used))
         assert len(tokens) <= max_rows
         return engine.eager_step(model, traces, tokens)
 
@@ -102,18 +102,20 @@ def test_attention_over_both_parts(scores):
 
 def test_rows_and_columns_grow_by_doubling():
     trace = diffmas_ops.KVTrace.allocate(num_layers=1, batch=1, num_kv_heads=1, capacity=3, head_dim=8)
-    trace.keys.fill_(5), trace.values.fill_(6)
+    keys, values = trace.storage.layer(0)
+    keys.fill_(5), values.fill_(6)
     trace.host_lengths = [3]
     columns = pool.Columns(trace)
     assert columns.copy(trace, 0) == 0
     sizes = []
     for n in range(4, 300):
         columns.reserve(n)
-        sizes.append(columns.keys.shape[3])
+        sizes.append(columns.capacity)
     assert sorted(set(sizes)) == [6, 12, 24, 48, 96, 192, 384]
-    assert (columns.keys[0, 0, 0, :3] == 5).all() and (columns.values[0, 0, 0, :3] == 6).all()
+    keys, values = columns.layer(0)
+    assert (keys[0, 0, :3] == 5).all() and (values[0, 0, :3] == 6).all()
     assert [columns.enter() for _ in range(4)] == [1, 2, 3, 4]
-    assert columns.keys.shape[1] == 8
+    assert columns.rows == 8
     columns.leave(2)
     assert columns.copy(trace, 0) == 2 and columns.lengths == [3, 0, 3, 0, 0]
 

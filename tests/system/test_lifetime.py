@@ -45,7 +45,7 @@ def traces(monkeypatch):
 
     def init(self, storage, *args, **kwargs):
         original(self, storage, *args, **kwargs)
-        made.extend(map(weakref.ref, (self, storage, storage.keys, self.gradients)))
+        made.extend(map(weakref.ref, (self, storage, storage.stacks[0].keys, self.gradients)))
 
     monkeypatch.setattr(KVTrace, "__init__", init)
     return made

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 import diffmas
-from diffmas import Decoding, MultiAgentSystem, Prompts, SystemTrainer, TrainArguments, load_topology, train
+from diffmas import Decoding, MultiAgentSystem, Prompts, SystemTrainer, TrainArguments, chat, load_topology, train
 from diffmas import eval as evaluate
 from diffmas.agents.sweeps import Sweeps
 from diffmas.agents.topology import TopologyError
@@ -156,6 +156,20 @@ class TestBuilt:
         assert MultiAgentSystem.from_pretrained(tmp_path / "kept").description["system"]["lora_target_modules"] == (
             r".*\.q_proj"
         )
+
+    def test_without_prompts_it_is_kept_without(self, base, tmp_path, capsys):
+        build(base).save_pretrained(tmp_path / "kept")
+        system = build(base, prompts=None)
+        system.save_pretrained(tmp_path / "kept")
+        kept = MultiAgentSystem.from_pretrained(tmp_path / "kept")
+        assert not kept.prompts.roles and not (tmp_path / "kept" / "prompts.yaml").exists()
+        with pytest.raises(ValueError, match="role is 'sender', which has none; allowed: none, no prompts are given"):
+            kept.answer(ITEMS)
+        kept.prompts = PROMPTS
+        system.prompts = PROMPTS
+        assert kept.answer(ITEMS) == system.answer(ITEMS)
+        assert chat.main([f"--run={tmp_path / 'kept'}", "--once=Recall A"]) == 2
+        assert "role is 'sender', which has none" in capsys.readouterr().err
 
     def test_adapters_of_other_names_are_refused(self, base, tmp_path):
         model = get_peft_model(load_base(str(base))[0], LoraConfig(**LORA), adapter_name="mine")

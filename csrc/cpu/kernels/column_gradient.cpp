@@ -66,7 +66,8 @@ struct Panel {
     const T *q = queries.q + hidden * stride, *grad_out = queries.grad_out + hidden * stride;
     panel<Into::Overwrite, Left::RowMajor, NV>(count, scores, width, q, stride, key, width, dim);
     panel<Into::Overwrite, Left::RowMajor, NV>(count, grads, width, grad_out, stride, value, width, dim);
-    const int64_t first_seeing_all = mask.first_seeing(columns.highest), end_seeing_all = mask.end_seeing(columns.lowest);
+    const int64_t first_seeing_all = mask.first_seeing(columns.highest),
+                  end_seeing_all = mask.end_seeing(columns.lowest);
     with_cap(softcap, [&](const auto& cap) {
       for (int64_t m = 0; m < count; ++m) {
         const int64_t row = hidden + m, position = queries.positions[row];

@@ -169,10 +169,10 @@ inline Vec<float> hyperbolic_tangent(Vec<float> x) {
 
 inline Vec<double> hyperbolic_tangent(Vec<double> x) {
   const Vec<double> magnitude = x < 0.0 ? -x : x, square = x * x;
-  const Vec<double> p = (square * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * square -
-                        1.61468768441708447952e3;
-  const Vec<double> q = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square +
-                        4.84406305325125486048e3;
+  const Vec<double> p =
+      (square * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * square - 1.61468768441708447952e3;
+  const Vec<double> q =
+      ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square + 4.84406305325125486048e3;
   const Vec<double> near = p / q * square * x + x, far = 1.0 - 2.0 / (exponential(magnitude + magnitude) + 1.0);
   return magnitude < 0.625 ? near : x < 0.0 ? -far : far;
 }

@@ -112,7 +112,8 @@ __global__ void __launch_bounds__(128) attention_backward_columns_kernel(const C
           const int at = j * 8 + lane % 4 * 2 + i % 2;
           const float score = softcap.score(p[j][i] * scale2);
           p[j][i] = exponential2(score - shared.lse[stage][r + at] * LOG2E);
-          if (masked && (own_columns[i / 2] >= rows.end_seen(at) || rows.position(at) >= end_seeing[i / 2])) p[j][i] = 0;
+          if (masked && (own_columns[i / 2] >= rows.end_seen(at) || rows.position(at) >= end_seeing[i / 2]))
+            p[j][i] = 0;
           grad[j][i] = softcap.gradient(score, p[j][i] * (grad[j][i] - shared.delta[stage][r + at]));
         }
 #pragma unroll
