@@ -34,6 +34,7 @@ def build_system(
     with announced(f"loading {args.model_name_or_path or 'the embedded base'}"):
         model, tokenizer = load_base(
             args.model_name_or_path,
+            gguf_file=args.gguf_file,
             dtype=args.dtype,
             quantization=args.quantization,
             random_weights=args.random_weights,
@@ -67,7 +68,7 @@ class Run:
     data: dict[str, str]
 
 
-def load_run(folder: str | Path, model_name_or_path: str | None = None) -> Run:
+def load_run(folder: str | Path, model_name_or_path: str | None = None, gguf_file: str | None = None) -> Run:
     """The system a run's folder describes, with its trained weights; on another place of its base, where given.
 
     Raises:
@@ -76,10 +77,10 @@ def load_run(folder: str | Path, model_name_or_path: str | None = None) -> Run:
     if not Path(folder).is_dir():
         # A run is a folder: nothing is looked for on the hub.
         read_description(folder)
-    system = MultiAgentSystem.from_pretrained(folder, model_name_or_path=model_name_or_path)
+    system = MultiAgentSystem.from_pretrained(folder, model_name_or_path=model_name_or_path, gguf_file=gguf_file)
     description = system.description
     args, task = known(SystemArguments, description["system"]), known(TaskArguments, description["task"])
     if model_name_or_path is not None and model_name_or_path != args.model_name_or_path:
         print(f"model_name_or_path is {model_name_or_path!r}; the run had {args.model_name_or_path!r}")
-        args = replace(args, model_name_or_path=model_name_or_path)
+        args = replace(args, model_name_or_path=model_name_or_path, gguf_file=gguf_file)
     return Run(system, system.tokenizer, args, task, description["decoding"], description.get("data", {}))

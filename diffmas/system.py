@@ -165,12 +165,17 @@ class MultiAgentSystem(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, model_name_or_path: str | None = None, revision: str | None = None
+        cls,
+        name_or_path: str | Path,
+        *,
+        model_name_or_path: str | None = None,
+        gguf_file: str | None = None,
+        revision: str | None = None,
     ) -> MultiAgentSystem:
         """The trained system of a run's folder, or of a repository on the hub that holds one; in evaluation mode.
 
         Args:
-            model_name_or_path: where its base model is now; default: where it was.
+            model_name_or_path, gguf_file: where its base model is now; default: where it was.
             revision: of the repository.
 
         Raises:
@@ -183,10 +188,13 @@ class MultiAgentSystem(nn.Module):
         if not (folder / ADAPTER_FILE).is_file():
             raise FileNotFoundError(f"run {folder} has no {ADAPTER_FILE}; allowed: a run whose training has finished")
         topology = Topology.from_dict(description["topology"])
-        base = model_name_or_path or settings.model_name_or_path
+        if model_name_or_path is not None:
+            settings = replace(settings, model_name_or_path=model_name_or_path, gguf_file=gguf_file)
+        base = settings.model_name_or_path
         with announced(f"loading {base or 'the embedded base'}"):
             model, tokenizer = load_base(
                 base,
+                gguf_file=settings.gguf_file,
                 dtype=settings.dtype,
                 quantization=settings.quantization,
                 random_weights=settings.random_weights,
@@ -244,8 +252,11 @@ class MultiAgentSystem(nn.Module):
         modules = lora.target_modules or ()
         if not isinstance(modules, str):
             modules = ",".join(sorted({name.rpartition(".")[2] for name in modules}))
+        config = model.language_model.config
+        source, gguf_file = getattr(config, "gguf_source", (config._name_or_path or None, None))
         given = SystemArguments(
-            model_name_or_path=model.language_model.config._name_or_path or None,
+            model_name_or_path=source,
+            gguf_file=gguf_file,
             dtype=str(model.language_model.dtype).removeprefix("torch."),
             topology=trajectory.topology.name,
             lora_r=getattr(lora, "r", 0),

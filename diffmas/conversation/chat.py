@@ -63,12 +63,12 @@ def load(args: ChatArguments) -> Chat:
         for name in ("topology", "latent_steps"):
             if (value := getattr(args, name)) is not None:
                 raise ValueError(f"{name} is {value!r} beside run {args.run!r}; allowed: one of the two")
-        run = load_run(args.run, args.model_name_or_path)
+        run = load_run(args.run, args.model_name_or_path, args.gguf_file)
         system, tokenizer, defaults = run.system, run.tokenizer, run.decoding
         prompts = as_asked(Prompts.load(args.prompts), run.task) if args.prompts else system.prompts
     else:
         topology = load_topology(args.topology or ("sequential" if args.model_name_or_path else "relay"))
-        model, tokenizer = load_base(args.model_name_or_path)
+        model, tokenizer = load_base(args.model_name_or_path, gguf_file=args.gguf_file)
         steps = 10 if args.latent_steps is None else args.latent_steps
         system = MultiAgentSystem(model, topology, latent_steps=steps, alignment="ridge")
         # What the embedded base knows, where it has prompts for all of these agents.

@@ -14,9 +14,12 @@ class ChatArguments:
         default=None,
         metadata={
             "aliases": ["--model"],
-            "help": "Hub id or folder of a causal language model; default: the run's own, or without --run the "
-            "embedded base.",
+            "help": "Hub id, folder or .gguf file of a causal language model, or smollm2; default: the run's own, or "
+            "without --run the embedded base.",
         },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "The model's file in that folder or repository, where it is in GGUF."}
     )
     topology: str | None = field(
         default=None, metadata={"help": "Without --run: agents; default: sequential, or relay for the embedded base."}

@@ -43,7 +43,7 @@ def evaluate(args: EvalArguments) -> int:
     device = join()
     folder = Path(args.output_dir or Path(args.run, "eval"))
     check_output(folder, "output_dir")
-    run = load_run(args.run, args.model_name_or_path)
+    run = load_run(args.run, args.model_name_or_path, args.gguf_file)
     set_seed(args.seed)
     task_args = _task_arguments(args, run)
     given = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}

@@ -25,6 +25,9 @@ class EvalArguments:
         default=None,
         metadata={"aliases": ["--model"], "help": "The run's base model, where its folder has moved."},
     )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "The model's file in that folder or repository, where it is in GGUF."}
+    )
     task: str | None = field(
         default=None,
         metadata={"help": "The task's .jsonl file, where it has moved; of a run made in Python, its task."},

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from diffmas.embedded import EMBEDDED_PATH
+from diffmas.models.gguf import dequantised, gguf_of
 from diffmas.models.source import check_source
 from diffmas.models.wrapper import load_unwrapped, needs_unwrapping, text_config
 from diffmas.support.failures import reading
@@ -26,28 +27,36 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
 def load_base(
-    name_or_path: str | None = None, *, dtype: str = "auto", quantization: str = "none", random_weights: bool = False
+    name_or_path: str | None = None,
+    *,
+    gguf_file: str | None = None,
+    dtype: str = "auto",
+    quantization: str = "none",
+    random_weights: bool = False,
 ) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
     """The base model and its tokenizer; of a model for more than text, its text decoder.
 
     Args:
-        name_or_path: of a folder or the hub; None: the embedded base.
-        dtype: of its weights, one of :data:`DTYPES`; "auto": the checkpoint's.
+        name_or_path: of a folder, a GGUF file or the hub, or "smollm2"; None: the embedded base.
+        gguf_file: name of the GGUF file in the folder or repository that holds the model.
+        dtype: of its weights, one of :data:`DTYPES`; "auto": the checkpoint's, of a GGUF file float32.
         quantization: of its linear layers, one of :data:`QUANTIZATIONS`.
         random_weights: take only its configuration and tokenizer.
 
     Raises:
         ValueError: an unknown dtype or quantization. OSError: a model that cannot be found.
-        ModuleNotFoundError: a quantization without bitsandbytes.
+        ModuleNotFoundError: a quantization without bitsandbytes, a GGUF file without what reads it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
-    check_source(name_or_path)
+    check_source(name_or_path, gguf_file)
     source = name_or_path or EMBEDDED_PATH
     kind = None if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     with reading(f"model {name_or_path or 'embedded base'}"):
+        if (found := gguf_of(name_or_path, gguf_file)) is not None:
+            source = dequantised(*found, kind if kind in (torch.bfloat16, torch.float16) else torch.float32)
         config = AutoConfig.from_pretrained(source)
         if quantization != "none":
             if random_weights:
@@ -58,6 +67,8 @@ def load_base(
             model = model if kind is None else model.to(kind)
         else:
             model = _load(source, config, dtype=kind or "auto")
+        if found is not None:
+            model.config.gguf_source = [name_or_path, gguf_file]
         return model, AutoTokenizer.from_pretrained(source)
 
 

@@ -8,20 +8,30 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+from diffmas.models.gguf import gguf_of
+
 #: Seconds to wait for the hub's answer.
 _PATIENCE = 5
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def check_source(model: str | None) -> None:
-    """Whether `model` is a folder, in the hub's cache, or on the hub; None is the embedded base.
+def check_source(model: str | None, gguf_file: str | None = None) -> None:
+    """Whether `model` is a folder, a GGUF file, in the hub's cache, or on the hub; None is the embedded base.
+
+    Args:
+        gguf_file: looked for in the folder.
 
     Raises:
         FileNotFoundError: it is none of these, or the hub does not answer.
+        ValueError, ModuleNotFoundError: see :func:`~diffmas.models.gguf.gguf_of`.
     """
+    found, named = gguf_of(model, gguf_file), f"model_name_or_path is {model!r}"
+    if found is not None and (gguf_file is None or Path(found[0]).is_dir()):
+        if not Path(*found).is_file():
+            raise FileNotFoundError(f"{named}: no such file as {Path(*found)}; allowed: one in GGUF")
+        return
     if model is None or (model and Path(model).is_dir()):
         return
-    named = f"model_name_or_path is {model!r}"
     if not model:
         raise ValueError(f"{named}; allowed: a folder, an id of the hub, or none for the embedded base")
     path = Path(model)
@@ -35,7 +45,7 @@ def check_source(model: str | None) -> None:
     )
     if is_path:
         raise FileNotFoundError(f"{named}: no such folder; allowed: a folder, or an id of the hub")
-    if isinstance(try_to_load_from_cache(model, "config.json"), str):
+    if isinstance(try_to_load_from_cache(model, gguf_file or "config.json"), str):
         return
     if constants.is_offline_mode():
         raise FileNotFoundError(f"{named}: no such folder, not in the hub's cache, and offline mode is on")

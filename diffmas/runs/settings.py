@@ -16,8 +16,11 @@ class SystemArguments:
         default=None,
         metadata={
             "aliases": ["--model"],
-            "help": "Hub id or folder of a causal language model; default: the embedded base.",
+            "help": "Hub id, folder or .gguf file of a causal language model, or smollm2; default: the embedded base.",
         },
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "The model's file in that folder or repository, where it is in GGUF."}
     )
     dtype: str = field(default="auto", metadata={"help": f"Of the base model's weights: {', '.join(DTYPES)}."})
     quantization: str = field(

@@ -97,7 +97,7 @@ def _train(
     held: contextlib.ExitStack,
 ) -> int:
     started = time.perf_counter()
-    check_source(system_args.model_name_or_path)
+    check_source(system_args.model_name_or_path, system_args.gguf_file)
     if args.output_dir is not None:
         check_output(args.output_dir, "output_dir")
     if settle_sharding(args) and system_args.quantization != "none":
