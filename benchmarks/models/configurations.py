@@ -63,7 +63,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"hidden_size_per_layer_input": 8, "laurel_rank": 4, "num_kv_shared_layers": 0},
     # Without inputs by layer, which a latent step has no token for.
     "gemma4_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_global_key_value_heads": 1,
-                    "num_kv_shared_layers": 0},
+                    "num_kv_shared_layers": 0, "pad_token_id": 0},
     "gemma4_unified_text": {"hidden_size_per_layer_input": 0, "global_head_dim": 16, "num_kv_shared_layers": 0},
     "modernbert-decoder": {"pad_token_id": 0},
     "qwen2_moe": {"decoder_sparse_step": 1},

@@ -102,7 +102,12 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
     special = {v for k, v in vars(wrapper.config).items() if k.endswith(_SPECIAL) and isinstance(v, int)}
     ordinary = [i for i in range(_TOKENS + len(special)) if i not in special][:_TOKENS]
     ids = torch.tensor([ordinary], device=wrapper.device)
-    ours, theirs = (m(input_ids=ids, use_cache=False).logits[0] for m in (model, wrapper.eval()))
+    try:
+        ours, theirs = (m(input_ids=ids, use_cache=False).logits[0] for m in (model, wrapper.eval()))
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"model {type(wrapper).__name__} cannot be compared with the {kind.__name__} in it: {error}"
+        ) from error
     if not same_logits(ours, theirs):
         raise UnsupportedModelError(
             f"model {type(wrapper).__name__} gives other logits than the {kind.__name__} in it; this is not supported"
