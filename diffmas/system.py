@@ -34,7 +34,7 @@ from diffmas.runs.weights import load_alignment, save_weights
 from diffmas.support.failures import reading
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
-from diffmas.tasks import TaskArguments, as_asked, load_task
+from diffmas.tasks import TaskArguments, as_asked, as_kept, load_task
 from diffmas.tasks.base import IN_PYTHON
 from diffmas_ops import KVTrace
 
@@ -212,7 +212,7 @@ class MultiAgentSystem(nn.Module):
         """
         self.check_adapter()
         task = known(TaskArguments, self.description["task"]) if self.description else TaskArguments(task=IN_PYTHON)
-        now = describe(self, self._settings(), task, asdict(self.decoding))
+        now = describe(self, self._settings(), as_kept(task, self.prompts), asdict(self.decoding))
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_description(folder, {**self.description, **now}, self.prompts)
         save_weights(self, folder)
