@@ -10,6 +10,7 @@ from diffmas.agents.topology import Topology
 from diffmas.answers import reasoning
 from diffmas.prompts import Prompts
 from diffmas.prompts.chat_template import reads, render
+from diffmas.support.failures import TEMPLATE_ERRORS
 
 #: What chat templates call their switch: Qwen3, SmolLM3 and GLM; Granite and DeepSeek.
 SWITCHES = ("enable_thinking", "thinking")
@@ -66,9 +67,14 @@ def switched(topology: Topology, tokenizer: PreTrainedTokenizerBase, on: bool) -
     return replace(topology, agents=(*topology.agents[:-1], last))
 
 
-def budget(prompts: Prompts, topology: Topology, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The longest answer where nothing else is asked for."""
-    return THINKING_BUDGET if thinks(own_options(prompts, topology), tokenizer) else BUDGET
+def budget(prompts: Prompts, topology: Topology, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The longest answer, in tokens, where nothing else is asked for."""
+    try:
+        long = tokenizer is not None and thinks(own_options(prompts, topology), tokenizer)
+    except TEMPLATE_ERRORS:
+        # Reported where a prompt is filled in.
+        long = False
+    return THINKING_BUDGET if long else BUDGET
 
 
 def _asked(tokenizer: PreTrainedTokenizerBase, options) -> str:

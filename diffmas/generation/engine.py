@@ -70,8 +70,8 @@ class Engine:
         trajectory: its model decodes in evaluation mode, without gradient; :func:`generate` and :func:`stream` see to
             both.
         prompt_ids, prompt_lengths: as :meth:`~diffmas.agents.trajectory.Trajectory.communicate` takes them.
-        tokenizer: of the answers; its end-of-sequence token, that which ends a turn in its chat template, and those of the
-            model's generation configuration stop.
+        tokenizer: of the answers; its end-of-sequence token, that which ends its chat template's turns, and those of
+            the model's generation configuration stop.
         seeds: one a row, of its samples and of the control; default `decoding.seed + row`.
         control: what happens to the trace the last agent receives; it sees the rows in consecutive blocks of
             `max_rows` (a last block of one row joins the block before it), since one row's trace may be given to

@@ -57,7 +57,14 @@ def load_base(
             model = model if dtype == "auto" else model.to(kind)
         else:
             model = _load(source, config, dtype=kind)
-        return model, AutoTokenizer.from_pretrained(source)
+    return model, load_tokenizer(name_or_path)
+
+
+def load_tokenizer(name_or_path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone; see :func:`load_base`."""
+    check_source(name_or_path)
+    with reading(f"model {name_or_path or 'embedded base'}"):
+        return AutoTokenizer.from_pretrained(name_or_path or EMBEDDED_PATH)
 
 
 def _load(source: str, config: PreTrainedConfig, **options: Any) -> torch.nn.Module:

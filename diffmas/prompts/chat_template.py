@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.prompts.control_tokens import ControlTokens, unused_mark
 from diffmas.prompts.dates import template_options
+from diffmas.support.failures import TEMPLATE_ERRORS
 
 Chat = Sequence[Mapping[str, str]]
 
@@ -87,7 +87,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
         chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
         try:
             _, found, behind = render(tokenizer, chat, ready=False).rpartition(mark)
-        except TemplateError:
+        except TEMPLATE_ERRORS:
             # It takes no answers.
             found = behind = ""
         ending = ControlTokens.of(tokenizer).first(behind) if found else None

@@ -11,6 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.support.failures import TEMPLATE_ERRORS
+
 _KNOWN: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, ControlTokens]] = weakref.WeakKeyDictionary()
 #: How the mark of a turn begins, unlike an added token for line breaks.
 _MARK = re.compile(r"[<\[]\S+")
@@ -142,7 +144,8 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> str:
     chat = [{"role": role, "content": "?"} for role in ("user", "assistant", "user")]
     try:
         return str(tokenizer.apply_chat_template(chat, tokenize=False)) if tokenizer.chat_template else ""
-    except Exception:  # Whatever a template raises: its own errors are reported where a prompt is filled in.
+    except TEMPLATE_ERRORS:
+        # Reported where a prompt is filled in.
         return ""
 
 

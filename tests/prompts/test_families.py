@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES
+from chat_families import FAMILIES
 from tiny_models import causal_lm
 
 from diffmas.agents.collator import Collator
