@@ -20,6 +20,7 @@ from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
 from diffmas.agents.positions import check_positions
 from diffmas.agents.sweeps import latent_rollout
+from diffmas.agents.thinking import budget
 from diffmas.agents.topology import Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
@@ -34,7 +35,7 @@ from diffmas.runs.weights import load_alignment, save_weights
 from diffmas.support.failures import reading
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
-from diffmas.tasks import TaskArguments, as_asked, load_task
+from diffmas.tasks import TaskArguments, as_asked, as_kept, load_task
 from diffmas.tasks.base import IN_PYTHON
 from diffmas_ops import KVTrace
 
@@ -66,7 +67,8 @@ class MultiAgentSystem(nn.Module):
         prompts: of the agents' roles; or the name of a built-in family, or the path of a YAML file. Agents whose prompt
             is in the topology need none here.
         peft_config: of an adapter to put on `model`.
-        decoding: how text is answered, where nothing else is asked for; default: :class:`Decoding`'s own.
+        decoding: how text is answered, where nothing else is asked for; default: :class:`Decoding`'s own, and
+            up to 32,768 tokens where the chat template says that the model thinks.
         latent_steps: m ≥ 0, for every agent but the last.
         alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
@@ -112,7 +114,8 @@ class MultiAgentSystem(nn.Module):
         topology = load_topology(topology) if isinstance(topology, str) else topology
         prompts = Prompts.load(prompts) if isinstance(prompts, (str, Path)) else prompts
         self.prompts = (prompts or Prompts({})).with_roles(topology.prompts)
-        self.tokenizer, self.decoding = tokenizer, decoding or Decoding()
+        self.tokenizer = tokenizer
+        self.decoding = decoding or Decoding(max_new_tokens=budget(self.prompts, topology, tokenizer))
         if peft_config is not None:
             if hasattr(model, "peft_config"):
                 raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
@@ -223,7 +226,7 @@ class MultiAgentSystem(nn.Module):
         """
         self.check_adapter()
         task = known(TaskArguments, self.description["task"]) if self.description else TaskArguments(task=IN_PYTHON)
-        now = describe(self, self._settings(), task, asdict(self.decoding))
+        now = describe(self, self._settings(), as_kept(task, self.prompts), asdict(self.decoding))
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_description(folder, {**self.description, **now}, self.prompts)
         save_weights(self, folder)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.agents.thinking import closing, own_options
 from diffmas.agents.topology import Topology
 from diffmas.prompts import Prompts
+from diffmas.prompts.chat_template import end_of_turn
 from diffmas.prompts.control_tokens import encode_texts
 from diffmas.support.failures import filling_template
 
@@ -18,7 +20,9 @@ class Collator:
     """Packs items into the arguments of :meth:`MultiAgentSystem.forward`.
 
     Token tensors are int64 `[tokens]`, one per agent for prompts; lengths are Python integers, so that planning a
-    batch never waits for a device. Answers end with the tokenizer's end-of-sequence token; one that they spell is text.
+    batch never waits for a device. An answer ends with the token that ends a turn in the chat template, or else with
+    the tokenizer's end-of-sequence token; one that it spells is text. Where the last agent's prompt ends in a reasoning
+    block, an answer is the item's `reasoning` (nothing where it has none), the tag that closes the block, and `answer`.
 
     Raises:
         ValueError: an agent's role without a prompt, or a tokenizer without an end-of-sequence token.
@@ -33,16 +37,24 @@ class Collator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.encode_prompts(items)
-        answers = encode_texts(self.tokenizer, [item["answer"] for item in items])
-        batch["answer_ids"], batch["answer_lengths"] = pack([a + [self.tokenizer.eos_token_id] for a in answers])
+        batch["answer_ids"], batch["answer_lengths"] = pack(self.encode_answers(items))
         return batch
+
+    def encode_answers(self, items: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """What the last agent is taught to write, the token that ends it included."""
+        with filling_template(self.topology.last.role):
+            between = closing(own_options(self.prompts, self.topology), self.tokenizer)
+            end = end_of_turn(self.tokenizer)
+        texts = [[str(item.get("reasoning") or ""), item["answer"]] if between else [item["answer"]] for item in items]
+        return [ids + [end] for ids in encode_texts(self.tokenizer, texts, between)]
 
     def encode_prompts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`prompt_ids` and `prompt_lengths` alone, for generation."""
         packed = []
         for agent in self.topology.agents:
             with filling_template(agent.role):
-                packed.append(pack(self.prompts.encode(agent.role, items, self.tokenizer)))
+                prompts = self.prompts.with_options(agent.chat_template_kwargs)
+                packed.append(pack(prompts.encode(agent.role, items, self.tokenizer)))
         return {"prompt_ids": [ids for ids, _ in packed], "prompt_lengths": [lengths for _, lengths in packed]}
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from diffmas.prompts import template_fields
+from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.support.yaml_file import read_yaml
 
 HANDOVERS = ("full", "latent")
 #: What the YAML form says of an agent.
-_KEYS = ("name", "role", "prompt", "fields", "receives")
+_KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs")
 
 
 class TopologyError(ValueError):
@@ -27,12 +28,14 @@ class Agent:
         senders: whose traces it receives.
         role: which prompt it gets; default: its name.
         prompt: its own prompt, as :class:`~diffmas.prompts.Prompts` holds it for a role; default: that of its role.
+        chat_template_kwargs: what its chat template is told beside, or instead of, what every agent's is.
     """
 
     name: str
     senders: tuple[str, ...] = ()
     role: str = ""
     prompt: Mapping[str, str] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", self.role or self.name)
@@ -104,6 +107,7 @@ class Topology:
         agents = [
             {"name": a.name, "role": a.role, "receives": list(a.senders)}
             | ({} if a.prompt is None else {"prompt": dict(a.prompt)})
+            | ({"chat_template_kwargs": dict(a.chat_template_kwargs)} if a.chat_template_kwargs else {})
             for a in self.agents
         ]
         return {"name": self.name, "handover": self.handover, "agents": agents}
@@ -113,7 +117,8 @@ class Topology:
         """From the YAML form: `{name, handover, agents: [{name, receives: [names], role or prompt or fields}]}`.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
-        that `prompt` names have to be among them, and without one they are the prompt, a line each.
+        that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
+        `chat_template_kwargs`, a mapping.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
             raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
@@ -128,7 +133,7 @@ class Topology:
                 raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
             if not isinstance(role, str):
                 raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
-            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry)))
+            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry), _options(entry)))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         return cls(name, tuple(agents), handover or data.get("handover", "full"))
@@ -148,6 +153,13 @@ def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
     if fields is not None and (unseen := [field for field in named if field not in fields]):
         raise TopologyError(f"prompt of agent {name} names {unseen}, which it does not see; allowed: {fields}")
     return dict(prompt)
+
+
+def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return parse_kwargs(entry.get("chat_template_kwargs"), f"chat_template_kwargs of agent {entry['name']}")
+    except ValueError as error:
+        raise TopologyError(str(error)) from None
 
 
 def _check_keys(what: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> None:

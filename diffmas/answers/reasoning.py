@@ -34,7 +34,7 @@ _TAGS = [
     )
     for opening, closing in [*_BLOCKS, *_CHANNELS]
 ]
-_OPENED = re.compile(rf"(?:{'|'.join(opening for opening, _ in _BLOCKS)})\s*$", re.IGNORECASE)
+_OPENED = re.compile("|".join(rf"({opening})\s*$" for opening, _ in _BLOCKS), re.IGNORECASE)
 _MARKS = re.compile(r"<\|channel\|>final\b[^<]{0,80}<\|message\|>|<\|return\|>(?![\"'`])")
 _QUOTES = ('"', "'", "`")
 
@@ -50,10 +50,16 @@ def removed(text: str) -> str:
     return _MARKS.sub("", text)
 
 
+def opened(prompt: str) -> str | None:
+    """The tag that closes the reasoning block in which `prompt` ends; None where it ends in none."""
+    found = _OPENED.search(prompt[-200:])
+    return None if found is None else re.sub(r"\\(.)", r"\1", _BLOCKS[found.lastindex - 1][1])
+
+
 def continued(prompt: str, text: str) -> str:
     """`text` behind the tag that `prompt` ends with, where its template opened a reasoning block."""
-    opened = _OPENED.search(prompt[-200:])
-    return opened[0] + text if opened else text
+    found = _OPENED.search(prompt[-200:])
+    return found[0] + text if found else text
 
 
 def closes(fence: re.Match, opened: re.Match) -> bool:

@@ -8,11 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from diffmas.agents.thinking import budget, switched
 from diffmas.agents.topology import Topology, load_topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.summary import summarise
@@ -22,6 +25,7 @@ from diffmas.evaluation.needs import ONE_ITEM, check_prompts, method_left_out, m
 from diffmas.evaluation.records import Record, RecordFile
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
+from diffmas.models.pretrained import load_tokenizer
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE
@@ -78,6 +82,20 @@ class Settings:
         task = load_task(self.task)
         return replace(task, prompts=task.prompts.with_roles(self.topology.prompts))
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of the model, before it is loaded."""
+        return load_tokenizer(self.system.model_name_or_path)
+
+    def topology_of(self, method: Method) -> Topology:
+        """The topology of a method.
+
+        Raises:
+            ValueError: one that thinks, or does not, on a model without a switch for that.
+        """
+        topology = method.topology(self.topology)
+        return topology if method.thinking is None else switched(topology, self.tokenizer, method.thinking)
+
     def describe(self) -> dict[str, Any]:
         return {
             "system": asdict(self.system),
@@ -124,12 +142,14 @@ class Comparison:
         self.settings = {name: Settings(f, prog) for name, f in flags.items()}
         self._pin_dates()
         self.tasks = {name: settings.load_task() for name, settings in self.settings.items()}
+        self._settle_lengths()
         for name, task in self.tasks.items():
             if len(task.eval) == 0:
                 raise ValueError(f"the evaluation set of {name} is empty; allowed: at least one item")
             for method in methods:
                 if (reason := method_left_out(method, task, self.settings[name].topology)) is not None:
                     raise ValueError(f"method {method.name} does not apply to {name}: {reason}")
+                self.settings[name].topology_of(method)
                 roles = method_roles(method, self.settings[name].topology)
                 check_prompts(task, roles, training=method.trained)
             if not several(task.eval) and any("mismatched" in method.controls for method in methods):
@@ -210,7 +230,7 @@ class Comparison:
 
     def _load(self, name: str, task: Task, method: Method, seed: int):
         settings = self.settings[name]
-        topology = method.topology(settings.topology)
+        topology = settings.topology_of(method)
         if method.trained:
             folder = self.adapters.get((name, method.name, seed)) or self._train(name, method, seed, topology)
         system, tokenizer = build_system(self._system_args(method, settings), topology)
@@ -273,6 +293,14 @@ class Comparison:
                 date = tasks.get(name, {}).get("task", {}).get("date") or today()
                 settings.flags.append(f"--date={date}")
                 settings.task = replace(settings.task, date=date)
+
+    def _settle_lengths(self) -> None:
+        """Where the longest answer is not given: what suits the model."""
+        for name, settings in self.settings.items():
+            if settings.decoding.max_new_tokens is None:
+                longest = budget(self.tasks[name].prompts, settings.topology, settings.tokenizer)
+                settings.flags.append(f"--max_new_tokens={longest}")
+                settings.decoding = replace(settings.decoding, max_new_tokens=longest)
 
     def _seeds(self, name: str, method: Method, control: str) -> Sequence[int]:
         """All seeds, or the first where every other one would repeat its answers: no training, greedy, no noise."""

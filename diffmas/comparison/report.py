@@ -10,7 +10,7 @@ from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
 
-from diffmas.evaluation.methods import METHODS
+from diffmas.evaluation.methods import METHODS, MODES
 from diffmas.runs.files import REPORT_FILE
 from diffmas.support.atomic import write_atomically
 from diffmas.support.page import heading, name, note, page, panels, svg, table
@@ -101,15 +101,17 @@ def names(summary: Summary) -> tuple[list[str], list[str]]:
 
 
 def label(method: str) -> str:
-    return METHODS[method].label if method in METHODS else method
+    known = (METHODS | MODES).get(method)
+    return method if known is None else known.label
 
 
 def accuracy(cell: dict[str, Any] | None) -> str:
-    """`92.1 [89.0, 94.5]`, in percent."""
+    """`92.1 [89.0, 94.5]`, in percent; behind it how many of the answers were cut by length, where some were."""
     if cell is None or cell["accuracy"] is None:
         return "–"
     a = cell["accuracy"]
-    return f"{100 * a['mean']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]"
+    cut = f", {100 * cell['cut']:.1f} cut" if cell.get("cut") else ""
+    return f"{100 * a['mean']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]{cut}"
 
 
 def _accuracy_table(cells: Cells, tasks, methods) -> str:

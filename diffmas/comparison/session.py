@@ -11,8 +11,8 @@ from diffmas.command_line import as_flags, integers
 from diffmas.comparison.comparison import Comparison, Options, Settings, run_to_end
 from diffmas.comparison.report import print_comparison, write_comparison_report
 from diffmas.comparison.trained import own_adapter
-from diffmas.evaluation.methods import Method, choose_methods
-from diffmas.evaluation.needs import method_left_out
+from diffmas.evaluation.methods import MODES, Method, choose_methods
+from diffmas.evaluation.needs import method_left_out, other_modes
 from diffmas.evaluation.settings import EvalArguments
 from diffmas.runs.description import read_description
 from diffmas.runs.files import SYSTEM_FILE
@@ -92,7 +92,7 @@ def _flags_by_task(
 
 
 def _applicable(methods: Sequence[Method], settings: Sequence[Settings]) -> list[Method]:
-    """Those methods that apply to every task; the others are named."""
+    """Those methods that apply to every task, and one agent in the mode it is not in by itself; others are named."""
     tasks = [(s.load_task(), s.topology) for s in settings]
     kept = []
     for method in methods:
@@ -101,7 +101,8 @@ def _applicable(methods: Sequence[Method], settings: Sequence[Settings]) -> list
             kept.append(method)
         else:
             print(f"method {method.name} is left out: {reason}", flush=True)
-    return kept
+    others = [set(other_modes(task, s.topology, s.tokenizer)) for s, (task, _) in zip(settings, tasks, strict=True)]
+    return kept + [MODES[name] for name in MODES if all(name.replace("+", "_") in found for found in others)]
 
 
 def _read_task_config(path: str | None) -> dict[str, dict[str, Any]]:

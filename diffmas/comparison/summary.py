@@ -100,6 +100,8 @@ def _describe(cell: Cell, records: Sequence[Record], outcomes: Outcomes) -> dict
         "seeds": outcomes.seeds,
         "samples": samples,
         "answers": len(records),
+        # Those that the longest length allowed ended.
+        "cut": round(_mean(r.finish == "length" for r in records), 5),
         "accuracy": None if accuracy is None else _rounded(accuracy),
         # Per item: n samples share the prompts, the latent steps and the texts of earlier agents.
         "answer_tokens": round(samples * _mean(r.tokens for r in records), 2),

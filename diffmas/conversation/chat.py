@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.collator import Collator
+from diffmas.agents.thinking import budget
 from diffmas.agents.topology import load_topology
 from diffmas.conversation.settings import ChatArguments
 from diffmas.evaluation.inspection import Inspection, inspect
@@ -76,7 +77,9 @@ def load(args: ChatArguments) -> Chat:
         own = all(relay.has(agent.role) for agent in topology.agents)
         prompts = relay if own and args.prompts is None else Prompts.load(args.prompts or "reasoning")
         prompts = prompts.with_roles(topology.prompts)
-        defaults = {} if args.model_name_or_path else {"max_new_tokens": 4, "temperature": 0.0}
+        defaults = {"max_new_tokens": budget(prompts, topology, tokenizer)}
+        if args.model_name_or_path is None:
+            defaults = {"max_new_tokens": 4, "temperature": 0.0}
     changes = {k: v for k in ("max_new_tokens", "temperature", "top_p") if (v := getattr(args, k)) is not None}
     decoding = Decoding(**{**defaults, **changes, "seed": args.seed, "samples": 1})
     if torch.cuda.is_available():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.controls import CONTROLS
+from diffmas.agents.thinking import switched
 from diffmas.agents.topology import alone
 from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
 from diffmas.evaluation.methods.base import TraceChannel
@@ -26,12 +27,18 @@ VARIANTS = {
     "training_free": "latent steps without the adapter",
     "single": "one agent without the adapter",
 }
+#: The same one agent in a fixed mode, where the chat template has a switch for thinking.
+MODES = {
+    "single_thinking": "one agent without the adapter, thinking",
+    "single_no_thinking": "one agent without the adapter, not thinking",
+}
+LABELS = VARIANTS | MODES
 #: What records of the trained system call its method.
 TRAINED = "trained"
 
 
 def variant_of(record: Record) -> str:
-    """Which of :data:`VARIANTS` a record of an evaluation belongs to."""
+    """Which of :data:`LABELS` a record of an evaluation belongs to."""
     return record.control if record.method == TRAINED else record.method
 
 
@@ -63,11 +70,14 @@ class Evaluator:
 
     def run(self, variant: str, items: Sequence[Item], advance: Callable[[int], None] = lambda n: None) -> list[Record]:
         """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
-        if variant not in VARIANTS:
-            raise ValueError(f"variant is {variant!r}; allowed: {', '.join(VARIANTS)}")
+        if variant not in LABELS:
+            raise ValueError(f"variant is {variant!r}; allowed: {', '.join(LABELS)}")
         with root_unsharded(self.system):
             system = self.system
-            if variant == "single":
+            if variant in MODES:
+                one = switched(alone(system.topology), self.tokenizer, variant == "single_thinking")
+                system = _on_same_model(system, topology=one)
+            elif variant == "single":
                 system = _on_same_model(system, topology=alone(system.topology))
             elif variant == "training_free":
                 system = _on_same_model(system, alignment=system.agent_model.alignment.initial)
@@ -100,7 +110,7 @@ def evaluate_all(
     with progress_bar(show_progress) as progress:
         bar = progress.add_task("evaluating", total=len(items) * len(variants))
         for variant in variants:
-            progress.update(bar, description=f"evaluating: {VARIANTS[variant]}")
+            progress.update(bar, description=f"evaluating: {LABELS[variant]}")
             found = evaluator.run(variant, items, lambda n: progress.advance(bar, n))
             accuracies[variant] = sum(r.correct for r in found) / len(found)
             records += found

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from transformers import PreTrainedTokenizerBase
+
+from diffmas.agents.thinking import own_options, switch, thinks
 from diffmas.agents.topology import Topology, alone
 from diffmas.evaluation.evaluator import VARIANTS
 from diffmas.evaluation.methods.base import Method
@@ -55,6 +58,18 @@ def variants_left_out(task: Task, topology: Topology) -> dict[str, str]:
         return reasons | {"single": reason}
     check_prompts(task, roles, training=False)
     return reasons
+
+
+def other_modes(task: Task, topology: Topology, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Of :data:`~diffmas.evaluation.evaluator.MODES`, that which the one agent is not in by itself.
+
+    None where the chat template has no switch for thinking, or that agent no prompt.
+    """
+    one = alone(topology)
+    if switch(tokenizer) is None or not task.prompts.has(one.last.role):
+        return []
+    thinking = thinks(own_options(task.prompts, one), tokenizer)
+    return ["single_no_thinking" if thinking else "single_thinking"]
 
 
 def several(items: Sequence[Item]) -> bool:

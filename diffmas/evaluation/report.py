@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from diffmas.evaluation.evaluator import VARIANTS, variant_of
+from diffmas.evaluation.evaluator import LABELS, variant_of
 from diffmas.evaluation.records import Record
 from diffmas.runs import profile as profiles
 from diffmas.runs.files import METRICS_FILE, PROFILE_FILE, RECORDS_FILE, REPORT_FILE, SUMMARY_FILE
@@ -21,10 +21,20 @@ from diffmas.support.failures import writing
 from diffmas.support.page import heading, note, page, svg, table
 from diffmas.support.valid_json import to_json
 
+_COLUMNS = ("", "accuracy", "cut by length")
+
 
 def accuracy_fields(accuracies: dict[str, float]) -> dict[str, float]:
     """`accuracy`, `accuracy_mismatched`, … from accuracies by variant."""
     return {_field(variant): value for variant, value in accuracies.items()}
+
+
+def cut_by_length(records: Sequence[Record]) -> dict[str, float]:
+    """By variant, the share of answers that the longest length allowed ended."""
+    found: dict[str, list[bool]] = {}
+    for record in records:
+        found.setdefault(variant_of(record), []).append(record.finish == "length")
+    return {variant: sum(cut) / len(cut) for variant, cut in found.items()}
 
 
 def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
@@ -42,9 +52,9 @@ def print_accuracies(summary: dict[str, Any]) -> None:
     """The accuracies of a summary as a table on the terminal."""
     rows = _accuracies(summary)
     if rows:
-        table = Table("", "accuracy", title=f"{summary['eval_items']} held-out items")
-        for label, value in rows:
-            table.add_row(label, f"{100 * value:.1f} %")
+        table = Table(*_COLUMNS, title=f"{summary['eval_items']} held-out items")
+        for row in _cells(rows):
+            table.add_row(*row)
         Console().print(table)
 
 
@@ -66,8 +76,8 @@ def write_report(folder: str | Path) -> Path:
     }
     body = [heading(f"{summary['task']['task']}: what the trace carries", 1)]
     if rows := _accuracies(summary):
-        body += [table(["", "accuracy"], [(label, f"{100 * value:.1f} %") for label, value in rows]), svg(_bars, rows)]
-        missing = [f"Not evaluated: {VARIANTS[v]} ({reason})." for v, reason in summary.get("left_out", {}).items()]
+        body += [table(_COLUMNS, _cells(rows)), svg(_bars, rows)]
+        missing = [f"Not evaluated: {LABELS[v]} ({reason})." for v, reason in summary.get("left_out", {}).items()]
         body.append(note(" ".join([f"{summary['eval_items']} held-out items.", *missing])))
     if any("loss" in entry for entry in metrics):
         body += [heading("Training"), svg(_curves, metrics)]
@@ -85,14 +95,20 @@ def _field(variant: str) -> str:
     return "accuracy" if variant == "matched" else f"accuracy_{variant}"
 
 
-def _accuracies(summary: dict[str, Any]) -> list[tuple[str, float]]:
-    return [(label, summary[_field(v)]) for v, label in VARIANTS.items() if _field(v) in summary]
+def _accuracies(summary: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """Label, accuracy and share of cut answers of every variant; None where a summary does not say how many."""
+    cut = summary.get("cut_by_length", {})
+    return [(label, summary[_field(v)], cut.get(v)) for v, label in LABELS.items() if _field(v) in summary]
 
 
-def _bars(plt, rows: Sequence[tuple[str, float]]):
+def _cells(rows: Sequence[tuple[str, float, float | None]]) -> list[tuple[str, str, str]]:
+    return [(label, f"{100 * value:.1f} %", "–" if cut is None else f"{100 * cut:.1f} %") for label, value, cut in rows]
+
+
+def _bars(plt, rows: Sequence[tuple[str, float, float | None]]):
     figure, axes = plt.subplots(figsize=(8, 0.5 + 0.45 * len(rows)))
     labels, values = [r[0] for r in rows][::-1], [100 * r[1] for r in rows][::-1]
-    colors = ["#1f6feb" if label == VARIANTS["matched"] else "#afb8c1" for label in labels]
+    colors = ["#1f6feb" if label == LABELS["matched"] else "#afb8c1" for label in labels]
     axes.bar_label(axes.barh(labels, values, color=colors), fmt="%.1f", padding=3)
     axes.set(xlim=(0, 108), xlabel="accuracy, %")
     return figure

@@ -10,9 +10,17 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
-from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
-from diffmas.evaluation.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
+from diffmas.agents.thinking import switched
+from diffmas.evaluation.evaluator import LABELS, MODES, VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
+from diffmas.evaluation.report import (
+    accuracy_fields,
+    cut_by_length,
+    print_accuracies,
+    write_records,
+    write_report,
+    write_summary,
+)
 from diffmas.evaluation.settings import EvalArguments
 from diffmas.generation import Decoding
 from diffmas.loading import Run, load_run
@@ -56,7 +64,9 @@ def evaluate(args: EvalArguments) -> int:
     left_out = {v: why for v, why in variants_left_out(task, run.system.topology).items() if v in variants}
     for variant, reason in left_out.items():
         if args.variants:
-            raise ValueError(f"variants has {variant!r}: {reason}; allowed: {', '.join(VARIANTS.keys() - left_out)}")
+            raise ValueError(f"variants has {variant!r}: {reason}; allowed: {', '.join(LABELS.keys() - left_out)}")
+    if any(variant in MODES for variant in variants):
+        switched(run.system.topology, run.tokenizer, True)
     task.ready()
     if args.eval_size is None and run.data.get("eval", same := fingerprint(task.eval)) != same and process() == 0:
         print(f"the held-out items are not those of {args.run}'s own evaluation")
@@ -66,6 +76,8 @@ def evaluate(args: EvalArguments) -> int:
         print_date(run.tokenizer, task_args.date)
         print_left_out(left_out)
     variants = [variant for variant in variants if variant not in left_out]
+    if args.variants is None:
+        variants += other_modes(task, run.system.topology, run.tokenizer)
     with locked(folder) if first else contextlib.nullcontext():
         accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
         peak, cut = max(gathered([peak_memory_mb()])), cut_summary(task.prompts)
@@ -75,6 +87,7 @@ def evaluate(args: EvalArguments) -> int:
             print(line)
         summary = {
             **accuracy_fields(accuracies),
+            "cut_by_length": cut_by_length(records),
             "eval_items": len(task.eval),
             "left_out": left_out,
             **({"cut": cut} if cut else {}),
@@ -94,8 +107,8 @@ def evaluate(args: EvalArguments) -> int:
 
 def _asked(variants: str | None) -> Sequence[str]:
     asked = [v.strip() for v in variants.split(",")] if variants else list(VARIANTS)
-    if unknown := [v for v in asked if v not in VARIANTS]:
-        raise ValueError(f"variants has {unknown}; allowed: {', '.join(VARIANTS)}")
+    if unknown := [v for v in asked if v not in LABELS]:
+        raise ValueError(f"variants has {unknown}; allowed: {', '.join(LABELS)}")
     return asked
 
 

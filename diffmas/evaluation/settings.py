@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from diffmas.agents.controls import CONTROLS
-from diffmas.evaluation.evaluator import VARIANTS
-from diffmas.evaluation.methods import METHODS
+from diffmas.evaluation.evaluator import LABELS
+from diffmas.evaluation.methods import METHODS, MODES
 
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
@@ -33,7 +33,7 @@ class EvalArguments:
         metadata={"help": "The task's .jsonl file, where it has moved; of a run made in Python, its task."},
     )
     variants: str | None = field(
-        default=None, metadata={"help": f"Any of {', '.join(VARIANTS)}; default: all that say something about the run."}
+        default=None, metadata={"help": f"Any of {', '.join(LABELS)}; default: all that say something about the run."}
     )
     batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})
     seed: int = field(default=0, metadata={"help": "Of sampling and of the noise control."})
@@ -46,7 +46,7 @@ class EvalArguments:
     temperature: float | None = field(default=None, metadata={"help": "Sampling temperature; 0 is greedy."})
     top_p: float | None = field(default=None, metadata={"help": "Nucleus of sampling."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
-    methods: str | None = field(default=None, metadata={"help": f"all, or any of {', '.join(METHODS)}."})
+    methods: str | None = field(default=None, metadata={"help": f"all, or any of {', '.join(METHODS | MODES)}."})
     tasks: str | None = field(default=None, metadata={"help": "Tasks to compare methods on; default: the run's."})
     seeds: str | None = field(
         default=None,

@@ -22,6 +22,7 @@ from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.generation.text import TextStream, cut, decode
 from diffmas.models.agent_model import AgentModel, Lengths, evaluating
+from diffmas.prompts.chat_template import end_of_turn
 from diffmas.support.not_finite import NotFiniteError
 
 #: `step(model, pool, tokens)` runs one decoding step: the logits `[answers, vocab]` behind `tokens [answers]`, which
@@ -69,7 +70,8 @@ class Engine:
         trajectory: its model decodes in evaluation mode, without gradient; :func:`generate` and :func:`stream` see to
             both.
         prompt_ids, prompt_lengths: as :meth:`~diffmas.agents.trajectory.Trajectory.communicate` takes them.
-        tokenizer: of the answers; its end-of-sequence token, and those of the model's generation configuration, stop.
+        tokenizer: of the answers; its end-of-sequence token, that which ends its chat template's turns, and those of
+            the model's generation configuration stop.
         seeds: one a row, of its samples and of the control; default `decoding.seed + row`.
         control: what happens to the trace the last agent receives; it sees the rows in consecutive blocks of
             `max_rows` (a last block of one row joins the block before it), since one row's trace may be given to
@@ -253,7 +255,7 @@ def stream(trajectory: Trajectory, *args, **kwargs) -> Iterator[Event]:
 
 
 def stop_ids(model: AgentModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Token ids that end an answer: the tokenizer's and those of the model's generation configuration."""
+    """Token ids that end an answer: the tokenizer's, its chat template's and the model's generation configuration's."""
     configured = model.language_model.generation_config.eos_token_id
     ids = configured if isinstance(configured, (list, tuple)) else [configured]
-    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+    return {int(i) for i in (*ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}

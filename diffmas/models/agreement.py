@@ -24,15 +24,20 @@ _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeE
 
 
 def states_alone(model: PreTrainedModel) -> Tensor | None:
-    """Hidden states `[tokens, hidden]` of a few tokens, by the model's own attention; None where it is ours already.
+    """Hidden states `[tokens, hidden]` of a few tokens, by the model's own code; None where its attention is ours.
 
     Raises:
         UnsupportedModelError: a model that cannot read them.
     """
-    if model.config._attn_implementation == NAME:
+    if (before := model.config._attn_implementation) == NAME:
         return None
     with _looking_on(model), _named(model, "by itself"):
-        return decoder_of(model)(input_ids=_tokens(model)[None], use_cache=False).last_hidden_state[0]
+        # Other implementations may leave out what they lack: caps, in some versions.
+        model.set_attn_implementation("eager")
+        try:
+            return decoder_of(model)(input_ids=_tokens(model)[None], use_cache=False).last_hidden_state[0]
+        finally:
+            model.set_attn_implementation(before)
 
 
 def check_agreement(model: AgentModel, alone: Tensor | None) -> None:

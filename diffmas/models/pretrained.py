@@ -72,6 +72,16 @@ def load_base(
         return model, AutoTokenizer.from_pretrained(source)
 
 
+def load_tokenizer(name_or_path: str | None = None, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model alone; see :func:`load_base`."""
+    check_source(name_or_path, gguf_file)
+    source = name_or_path or EMBEDDED_PATH
+    with reading(f"model {name_or_path or 'embedded base'}"):
+        if (found := gguf_of(name_or_path, gguf_file)) is not None:
+            source = dequantised(*found, torch.float32)
+        return AutoTokenizer.from_pretrained(source)
+
+
 def _load(source: str, config: PreTrainedConfig, **options: Any) -> torch.nn.Module:
     with quiet_loading():
         if needs_unwrapping(config):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.prompts.chat_template import answer_start, render
 from diffmas.prompts.control_tokens import ControlTokens, unused_mark
-from diffmas.prompts.dates import template_options
 from diffmas.support.yaml_file import read_yaml
 
 FOLDER = Path(__file__).parent
@@ -28,11 +28,15 @@ class Prompts:
     there is one, serves every role without an entry of its own. Where agents talk in text, what earlier ones wrote is
     put before `user`, under their names; `text`, an optional template with a place `{messages}`, is used instead.
     Errors name the `source`. `date` (2026-01-31) is what a chat template takes for today; None: the day it is.
+    `system` is the template of every role that has none of its own; an empty one keeps a chat template from writing
+    its own. `chat_template_kwargs` are further options of the chat template.
     """
 
     roles: Mapping[str, Mapping[str, str]]
     source: str = "prompts"
     date: str | None = None
+    system: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: str | Path) -> Prompts:
@@ -53,6 +57,11 @@ class Prompts:
     def with_roles(self, roles: Mapping[str, Mapping[str, str]]) -> Prompts:
         """The same with other prompts for `roles`."""
         return replace(self, roles={**self.roles, **roles}) if roles else self
+
+    def with_options(self, options: Mapping[str, Any]) -> Prompts:
+        """The same with more options for the chat template; those given here win."""
+        kwargs = {**self.chat_template_kwargs, **options}
+        return replace(self, chat_template_kwargs=kwargs) if options else self
 
     def has(self, role: str) -> bool:
         """Whether there is a prompt for `role`."""
@@ -104,7 +113,7 @@ class Prompts:
         if template is None:
             allowed = ", ".join(self.roles) or "none, no prompts are given"
             raise ValueError(f"{self.source}: role is {role!r}, which has none; allowed: {allowed}")
-        return template
+        return template if self.system is None else {"system": self.system, **template}
 
     def encode(
         self,
@@ -134,14 +143,23 @@ class Prompts:
             encoded = tokenizer([*plain.values()], add_special_tokens=add)["input_ids"]
             for i, ids in zip(plain, encoded, strict=True):
                 rows[i] = ids
-        return rows
+        twice = [tokenizer.bos_token_id] * 2
+        return [ids[1:] if ids[:2] == twice else ids for ids in rows]
+
+    def answer_start(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What the chat template writes between a question and its answer; nothing where there is no template."""
+        return answer_start(tokenizer, self.chat_template_kwargs, self.date)
 
     def _render(self, chat: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> str:
         """The chat as the tokenizer's template writes it, or its contents alone where there is no template."""
-        if not tokenizer.chat_template:
-            return "\n\n".join(message["content"] for message in chat) + "\n"
-        options = template_options(tokenizer, self.date)
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **options))
+        if not tokenizer.chat_template and not self.chat_template_kwargs:
+            return "\n\n".join(message["content"] for message in chat if _says(message)) + "\n"
+        return render(tokenizer, chat, self.chat_template_kwargs, self.date)
+
+
+def _says(message: Mapping[str, str]) -> bool:
+    """Whether it is there without a chat template: an empty system prompt is not."""
+    return message["role"] != "system" or message["content"] != ""
 
 
 def template_fields(template: Any, what: str, where: str = "") -> list[str]:

@@ -24,6 +24,8 @@ from diffmas.support.not_finite import NotFiniteError
 ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError, NotFiniteError, SandboxError)
 #: What reading and writing files raises besides the programs' own errors.
 FILE_ERRORS = (SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, zlib.error)
+#: What a chat template raises that refuses a conversation, or fails on one.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
 #: What torch says in a RuntimeError where there is no memory, and where a file cannot be read or written.
 _NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|out of memory|Storage size calculation overflow")
 _NO_FILE = re.compile(r"PytorchStream(Reader|Writer) failed|unexpected pos|failed finding central directory")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from diffmas.prompts import Prompts
+from diffmas.prompts import Prompts, template_fields
+from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.prompts.dates import parse_date
 from diffmas.prompts.shortened import ShortenedPrompts
 from diffmas.tasks import (
@@ -25,7 +26,7 @@ from diffmas.tasks import (
 )
 from diffmas.tasks.base import JSONL, Item, Task, TaskArguments, gold
 
-__all__ = ["LOADERS", "Item", "Task", "TaskArguments", "as_asked", "gold", "load_task"]
+__all__ = ["LOADERS", "Item", "Task", "TaskArguments", "as_asked", "as_kept", "gold", "load_task"]
 
 #: Built-in tasks by name.
 LOADERS: dict[str, Callable[[TaskArguments], Task]] = {
@@ -80,9 +81,18 @@ def load_task(args: TaskArguments) -> Task:
 
 
 def as_asked(prompts: Prompts, args: TaskArguments) -> Prompts:
-    """The prompts with the date and the longest length that `args` ask for."""
-    prompts = replace(prompts, date=args.date)
+    """The prompts with the date, system prompt, template options and longest length that `args` ask for."""
+    if args.system_prompt is not None:
+        template_fields({"user": args.system_prompt}, "system_prompt")
+    options = parse_kwargs(args.chat_template_kwargs)
+    prompts = replace(prompts, date=args.date, system=args.system_prompt, chat_template_kwargs=options)
     return prompts if args.max_prompt_tokens is None else ShortenedPrompts.of(prompts, args.max_prompt_tokens)
+
+
+def as_kept(args: TaskArguments, prompts: Prompts) -> TaskArguments:
+    """Arguments that ask for what `prompts` say beside their roles, which were perhaps made in Python."""
+    kwargs = dict(prompts.chat_template_kwargs) or None
+    return replace(args, date=prompts.date, system_prompt=prompts.system, chat_template_kwargs=kwargs)
 
 
 def _loader(task: str) -> Callable[[TaskArguments], Task]:

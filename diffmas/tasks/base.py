@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from diffmas.prompts import Prompts
+from diffmas.prompts.chat_template import parse_kwargs
 
 #: Built-in tasks, as the command line lists them.
 NAMES = (
@@ -115,6 +117,15 @@ class TaskArguments:
         default=None,
         metadata={"help": "What a chat template takes for today, e.g. 2026-01-31; default: the day a run was begun."},
     )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System prompt of every agent whose own prompt has none; an empty one suppresses a chat "
+                  "template's own."},
+    )  # fmt: skip
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": 'What the chat template is told, as JSON, e.g. {"enable_thinking": false}.'},
+    )
     max_prompt_tokens: int | None = field(
         default=None,
         metadata={
@@ -124,6 +135,11 @@ class TaskArguments:
     train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
     task_seed: int = field(default=0, metadata={"help": "relay, rg: which items are drawn."})
+
+    def __post_init__(self) -> None:
+        if self.chat_template_kwargs is not None:
+            # As a text, which a flag and a file can hold.
+            self.chat_template_kwargs = json.dumps(parse_kwargs(self.chat_template_kwargs), sort_keys=True)
 
     @property
     def splits_one_file(self) -> bool:

@@ -33,6 +33,8 @@ def length_bound(collator: Collator, items: Sequence[Mapping[str, Any]], answers
     if not len(items):
         return [0] * (len(agents) + 1)
     own = [lengths[0] for lengths in collator.encode_prompts([items[0]])["prompt_lengths"]]
+    # What closes reasoning and ends an answer.
+    frame = len(collator.encode_answers([{"answer": ""}])[0])
     fields = [prompts.fields(agent.role) for agent in agents]
     longest = [0] * (len(agents) + 1)
     # Items that are generated when they are looked at take time, and are much alike: some of them will do.
@@ -40,7 +42,7 @@ def length_bound(collator: Collator, items: Sequence[Mapping[str, Any]], answers
     for i in range(0, len(items), max(1, len(items) // _LOOKED_AT) if drawn else 1):
         item = items[i]
         sizes = [sum(_size(item.get(name)) for name in names) for names in fields]
-        sizes.append(_size(item["answer"]) + 1 if answers else 0)
+        sizes.append(_size(item["answer"]) + _size(item.get("reasoning")) + frame if answers else 0)
         longest = [max(pair) for pair in zip(longest, sizes, strict=True)]
     return [a + b for a, b in zip([*own, 0], longest, strict=True)]
 

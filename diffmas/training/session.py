@@ -17,11 +17,19 @@ from torch.utils.data import Subset
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.agents.collator import Collator
+from diffmas.agents.thinking import budget
 from diffmas.agents.topology import Topology, load_topology
 from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
-from diffmas.evaluation.needs import check_prompts, print_left_out, roles_of, variants_left_out
-from diffmas.evaluation.report import accuracy_fields, print_accuracies, write_records, write_report, write_summary
+from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
+from diffmas.evaluation.report import (
+    accuracy_fields,
+    cut_by_length,
+    print_accuracies,
+    write_records,
+    write_report,
+    write_summary,
+)
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.models.liger import check_liger, fuse_liger
@@ -115,7 +123,8 @@ def _train(
     liger_parts = cast("Mapping[str, bool] | None", args.liger_kernel_config)
     if args.use_liger_kernel:
         check_liger(args.device, liger_parts)
-    decoding = Decoding(**asdict(decoding_args), seed=args.seed)
+    # What is wrong with it is said before a model is loaded.
+    Decoding(**{name: value for name, value in asdict(decoding_args).items() if value is not None})
     task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
     topology = topology or load_topology(system_args.topology, system_args.handover)
@@ -132,6 +141,9 @@ def _train(
         task.ready()
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
+    if decoding_args.max_new_tokens is None:
+        decoding_args = replace(decoding_args, max_new_tokens=budget(task.prompts, topology, tokenizer))
+    decoding = Decoding(**asdict(decoding_args), seed=args.seed)
     check_base(system.agent_model.language_model.dtype)
     if process() == 0:
         print_date(tokenizer, task_args.date)
@@ -193,10 +205,16 @@ def _train(
     summary: dict[str, Any] = {}
     if not args.disable_final_eval:
         variants = [variant for variant in VARIANTS if variant not in left_out]
+        variants += other_modes(task, topology, tokenizer)
         accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
         if first:
             write_records(folder, records)
-        summary.update(accuracy_fields(accuracies), eval_items=len(task.eval), left_out=left_out)
+        summary.update(
+            accuracy_fields(accuracies),
+            cut_by_length=cut_by_length(records),
+            eval_items=len(task.eval),
+            left_out=left_out,
+        )
     peak = max(gathered([peak_memory_mb()]))
     cut = cut_summary(task.prompts)
     if not first:

@@ -14,7 +14,9 @@ from diffmas.training.rules import settle, settle_updates
 class DecodingArguments:
     """How answers are generated when evaluating."""
 
-    max_new_tokens: int = field(default=2048, metadata={"help": "Longest answer."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer; default: 2048, or 32768 where the chat template thinks."}
+    )
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature; 0 is greedy."})
     top_p: float = field(default=0.95, metadata={"help": "Nucleus of sampling."})
 

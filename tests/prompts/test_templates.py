@@ -175,8 +175,9 @@ def test_an_answer_ends_once(make):
     prompts = Prompts({"single": {"user": "{question}"}})
     batch = Collator(TOPOLOGIES["single"], prompts, tokenizer)(items)
     rows = [row.tolist() for row in batch["answer_ids"].split(batch["answer_lengths"])]
-    assert [control(tokenizer, row) for row in rows] == [[tokenizer.eos_token_id]] * 3
-    assert rows[1] == tokenizer("4", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [control(tokenizer, row) for row in rows] == [[end]] * 3
+    assert rows[1] == tokenizer("4", add_special_tokens=False)["input_ids"] + [end]
     if make is byte_level:
         assert [decode(tokenizer, row) for row in rows] == ["4<|end|></s>", "4", "</s>"]
 

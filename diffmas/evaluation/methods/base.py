@@ -75,6 +75,7 @@ class Method:
         topology: its topology, from the run's.
         channel: makes what turns items into prompts, for training and answering alike.
         controls: trace controls that say something about it.
+        thinking: whether the chat template is told to think; None: it is told nothing.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Method:
     topology: Callable[[Topology], Topology] = lambda topology: topology
     channel: MakeChannel = trace_channel
     controls: tuple[str, ...] = ("matched",)
+    thinking: bool | None = None
 
 
 #: Controls of a method whose last agent attends to a trace.

@@ -53,8 +53,8 @@ class TextChannel(TraceChannel):
         self._kept = TextCache(folder / TEXTS_FILE)
         tokenizer = [self.tokenizer.chat_template, sorted(self.tokenizer.get_vocab().items())]
         dated = [*template_options(self.tokenizer, self.prompts.date).values()]
-        longest = getattr(self.prompts, "max_tokens", None)
-        decided_by = [self.team.to_dict(), self.prompts.roles, longest, asdict(self.decoding), tokenizer, *dated]
+        own = [getattr(self.prompts, name, None) for name in ("max_tokens", "system", "chat_template_kwargs")]
+        decided_by = [self.team.to_dict(), self.prompts.roles, *own, asdict(self.decoding), tokenizer, *dated]
         with announced("taking the base model's fingerprint"):
             self._decided_by = fingerprint([base_fingerprint(self.system.agent_model.model), decided_by])
         return self
@@ -98,7 +98,8 @@ class TextChannel(TraceChannel):
     def _prompts(self, agent: Agent, items, texts: dict[str, list[str]]):
         written = [[(n, texts[n][i]) for n in self.team.ancestors(agent.name)] for i in range(len(items))]
         with filling_template(agent.role):
-            return pack(self.prompts.encode(agent.role, items, self.tokenizer, written))
+            prompts = self.prompts.with_options(agent.chat_template_kwargs)
+            return pack(prompts.encode(agent.role, items, self.tokenizer, written))
 
     def _generate(self, ids, lengths, seeds):
         training = self.system.training
