@@ -20,7 +20,7 @@ from diffmas.models.dropout import silence, warn
 from diffmas.models.embedding import input_vectors, proportional
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import Head, head_of
-from diffmas.models.lora import fuse_lora
+from diffmas.models.lora import check_lora, fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of
@@ -54,6 +54,8 @@ class AgentModel(nn.Module):
         UnsupportedModelError: a model whose attention or recurrent layers a trace cannot express.
     """
 
+    # What is found out by running the model looks into its layers, which compiled code hides.
+    @torch.compiler.set_stance("force_eager")
     def __init__(
         self,
         model: nn.Module,
@@ -70,6 +72,7 @@ class AgentModel(nn.Module):
         self.observers: list[Observer] = []
         base = self.language_model
         check_unwrapped(base)
+        check_lora(base)
         alone = states_alone(base)
         self.layers = attach(base)
         self._changes = next((g.changes for g in self.layers.values() if g.changes), None)

@@ -207,7 +207,7 @@ def _probing(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _other_scales(model: PreTrainedModel) -> Iterator[None]:
-    """With other values in the vectors of attention modules: weights of one would hide a norm behind the rotation."""
+    """With other values in the vectors of attention modules: ones and zeros would hide a norm behind the rotation."""
     vectors = [
         p
         for module in model.modules()
@@ -219,7 +219,8 @@ def _other_scales(model: PreTrainedModel) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     try:
         for p in vectors:
-            p.mul_((0.5 + torch.rand(p.shape, generator=generator)).to(p))
+            scale, shift = torch.rand(2, *p.shape, generator=generator)
+            p.mul_((0.5 + scale).to(p)).add_(shift.to(p))
         yield
     finally:
         for p, value in zip(vectors, before, strict=True):

@@ -28,19 +28,19 @@ def fuse_lora(model: nn.Module) -> None:
     are then float32, and each result is rounded once. A layer is left to PEFT, call by call, while it is anything
     else: adapters disabled, merged or several, dropout, a variant such as DoRA, a quantised or hooked base layer,
     other mixtures of dtypes, a float32 base under autocast. Parameters and checkpoints stay PEFT's own.
-
-    Raises:
-        UnsupportedModelError: LoRA on a layer that PEFT takes for a linear one, and that is more.
     """
-    for name, module in model.named_modules():
-        if type(module) is not Linear:
-            continue
-        if (kind := type(module.base_layer)) is nn.Linear:
+    for module in model.modules():
+        if type(module) is Linear and type(module.base_layer) is nn.Linear:
             module.forward = types.MethodType(_forward, module)
-        elif more_than_linear(module.base_layer):
+
+
+def check_lora(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for LoRA on a layer that PEFT takes for a linear one, and that is more."""
+    for name, module in model.named_modules():
+        if type(module) is Linear and more_than_linear(module.base_layer):
             raise UnsupportedModelError(
-                f"LoRA is on {name}, a {kind.__name__}, whose forward is not that of a linear layer; "
-                "allowed: other target_modules, or exclude_modules with it"
+                f"LoRA is on {name}, a {type(module.base_layer).__name__}, whose forward is not that of a linear "
+                "layer; allowed: other target_modules, or exclude_modules with it"
             )
 
 

@@ -19,6 +19,7 @@ def run(model, monkeypatch, **options):
     fused, runs = decoder_layer._run, []
     monkeypatch.setattr(decoder_layer, "_run", lambda *args: runs.append(1) or fused(*args))
     system = MultiAgentSystem(model, TOPOLOGIES["sequential"], latent_steps=2, **options)
+    runs.clear()
     output = system(*arguments(*ragged([a.name for a in system.topology.agents], 3)))
     output.loss.backward()
     monkeypatch.undo()
