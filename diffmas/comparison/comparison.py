@@ -85,7 +85,7 @@ class Settings:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model, before it is loaded."""
-        return load_tokenizer(self.system.model_name_or_path)
+        return load_tokenizer(self.system.model_name_or_path, self.system.gguf_file)
 
     def topology_of(self, method: Method) -> Topology:
         """The topology of a method.

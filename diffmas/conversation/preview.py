@@ -60,7 +60,7 @@ def show(args: ShowArguments, flags: Sequence[str], prog: str) -> int:
     if not 0 <= args.index < len(items):
         allowed = f"0 to {len(items) - 1}, the {args.split} items of {task.name}"
         raise ValueError(f"index is {args.index}; allowed: {allowed}")
-    tokenizer = load_tokenizer(system.model_name_or_path)
+    tokenizer = load_tokenizer(system.model_name_or_path, system.gguf_file)
     print_date(tokenizer, prompts.date)
     collator = Collator(topology, prompts, tokenizer)
     console = Console(highlight=False, soft_wrap=True)
