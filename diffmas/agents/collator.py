@@ -46,7 +46,7 @@ class Collator:
             between = closing(own_options(self.prompts, self.topology), self.tokenizer)
             end = end_of_turn(self.tokenizer)
         texts = [[str(item.get("reasoning") or ""), item["answer"]] if between else [item["answer"]] for item in items]
-        return [ids + [end] for ids in encode_texts(self.tokenizer, texts, between)]
+        return [ids if end is None else [*ids, end] for ids in encode_texts(self.tokenizer, texts, between)]
 
     def encode_prompts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`prompt_ids` and `prompt_lengths` alone, for generation."""

@@ -66,8 +66,8 @@ def show(args: ShowArguments, flags: Sequence[str], prog: str) -> int:
     console = Console(highlight=False, soft_wrap=True)
     for line in preview(collator, items[args.index], system.latent_steps):
         console.print(line)
-    if line := cut_line(cut_summary(prompts)):
-        console.print(line)
+    if shortened := cut_line(cut_summary(prompts)):
+        console.print(shortened)
     return 0
 
 

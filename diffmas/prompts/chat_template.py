@@ -59,7 +59,8 @@ def render(
             f"chat_template_kwargs has {unread}, which the model's chat template never reads; allowed: what it asks for"
         )
     given = {**options, **template_options(tokenizer, date)}
-    return str(tokenizer.apply_chat_template([*chat], tokenize=False, add_generation_prompt=ready, **given))
+    turns = [dict(turn) for turn in chat]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready, **given))
 
 
 def reads(tokenizer: PreTrainedTokenizerBase, option: str) -> bool:
