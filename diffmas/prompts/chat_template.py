@@ -48,8 +48,9 @@ def render(
     date: str | None = None,
     *,
     ready: bool = True,
+    going_on: bool = False,
 ) -> str:
-    """The chat as the tokenizer's template writes it; `ready`: for an answer to follow.
+    """The chat as the tokenizer's template writes it, `ready` for an answer, or with its last message `going_on`.
 
     Raises:
         ValueError: an option that the template never reads.
@@ -59,7 +60,10 @@ def render(
             f"chat_template_kwargs has {unread}, which the model's chat template never reads; allowed: what it asks for"
         )
     given = {**options, **template_options(tokenizer, date)}
-    return str(tokenizer.apply_chat_template([*chat], tokenize=False, add_generation_prompt=ready, **given))
+    written = tokenizer.apply_chat_template(
+        [*chat], tokenize=False, add_generation_prompt=ready, continue_final_message=going_on, **given
+    )
+    return str(written)
 
 
 def reads(tokenizer: PreTrainedTokenizerBase, option: str) -> bool:
