@@ -48,8 +48,9 @@ def render(
     date: str | None = None,
     *,
     ready: bool = True,
+    going_on: bool = False,
 ) -> str:
-    """The chat as the tokenizer's template writes it; `ready`: for an answer to follow.
+    """The chat as the tokenizer's template writes it, `ready` for an answer, or with its last message `going_on`.
 
     Raises:
         ValueError: an option that the template never reads.
@@ -60,7 +61,10 @@ def render(
         )
     given = {**options, **template_options(tokenizer, date)}
     turns = [dict(turn) for turn in chat]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ready, **given))
+    written = tokenizer.apply_chat_template(
+        turns, tokenize=False, add_generation_prompt=ready, continue_final_message=going_on, **given
+    )
+    return str(written)
 
 
 def reads(tokenizer: PreTrainedTokenizerBase, option: str) -> bool:
