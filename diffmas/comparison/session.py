@@ -22,7 +22,8 @@ from diffmas.support.yaml_file import read_yaml
 
 #: What `diffmas.train` and an evaluation both can be told.
 _SHARED = (
-    "model_name_or_path", "gguf_file", "task", "eval_size", "eval_file", "data_dir", "max_new_tokens", "temperature", "top_p",
+    "model_name_or_path", "gguf_file", "task", "eval_size", "eval_file", "data_dir", "max_new_tokens",
+    "temperature", "top_p",
 )  # fmt: skip
 
 
