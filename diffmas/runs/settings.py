@@ -31,7 +31,7 @@ class SystemArguments:
     )
     topology: str = field(
         default="sequential",
-        metadata={"help": "sequential, hierarchical, stitch, relay, single, or the path of a .yaml file."},
+        metadata={"help": "sequential, hierarchical, stitch, relay, senders, single, or the path of a .yaml file."},
     )
     handover: str | None = field(
         default=None, metadata={"help": "What receivers attend to: full or latent; default: the topology's own."}

@@ -13,6 +13,8 @@ from diffmas.tasks import (
     aime,
     arc,
     commonsenseqa,
+    divided,
+    facts,
     gpqa,
     gsm8k,
     humaneval,
@@ -23,15 +25,26 @@ from diffmas.tasks import (
     openbookqa,
     procedural,
     relay,
+    tally,
+    two_hop,
 )
 from diffmas.tasks.base import JSONL, Item, Task, TaskArguments, gold
 
 __all__ = ["LOADERS", "Item", "Task", "TaskArguments", "as_asked", "as_kept", "gold", "load_task"]
 
+#: Built-in tasks whose items are drawn, by name; they have options and read no files.
+DRAWN: dict[str, Callable[[TaskArguments], Task]] = {
+    "relay": relay.load,
+    "facts": facts.load,
+    "two_hop": two_hop.load,
+    "tally": tally.load,
+}
 #: Built-in tasks by name.
 LOADERS: dict[str, Callable[[TaskArguments], Task]] = {
-    "relay": relay.load,
+    **DRAWN,
+    "svamp": divided.load_svamp,
     "gsm8k": gsm8k.load,
+    "gsm8k:split": divided.load_gsm8k,
     "math": math.load,
     "aime24": aime.load24,
     "aime25": aime.load25,
@@ -68,10 +81,10 @@ def load_task(args: TaskArguments) -> Task:
         )
     if args.checker is not None and load is not jsonl.load:
         raise ValueError(f"checker is {args.checker!r} with task {args.task!r}; allowed: where task is a .jsonl file")
-    if args.data_dir is not None and load in (relay.load, procedural.load, jsonl.load):
+    if args.data_dir is not None and load in (*DRAWN.values(), procedural.load, jsonl.load):
         raise ValueError(
             f"data_dir is {args.data_dir!r} with task {args.task!r}, which reads none; allowed: with "
-            f"{', '.join(name for name, reads in LOADERS.items() if reads is not relay.load)}"
+            f"{', '.join(name for name in LOADERS if name not in DRAWN)}"
         )
     task = load(args)
     task = replace(task, prompts=as_asked(task.prompts, args))
@@ -100,8 +113,8 @@ def _loader(task: str) -> Callable[[TaskArguments], Task]:
         return procedural.load
     if task.endswith(JSONL):
         return jsonl.load
-    if task.startswith("relay:"):
-        return relay.load
+    if (drawn := task.partition(":")[0]) in DRAWN:
+        return DRAWN[drawn]
     if task not in LOADERS:
         raise ValueError(f"task is {task!r}; allowed: {', '.join(LOADERS)}, rg:name, or the path of a .jsonl file")
     return LOADERS[task]

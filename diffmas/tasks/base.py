@@ -15,8 +15,8 @@ from diffmas.prompts.chat_template import parse_kwargs
 
 #: Built-in tasks, as the command line lists them.
 NAMES = (
-    "relay", "gsm8k", "math", "aime24", "aime25", "gpqa", "arc_easy", "arc_challenge", "openbookqa", "commonsenseqa",
-    "medqa", "humaneval", "humaneval+", "mbpp+",
+    "relay", "facts", "two_hop", "tally", "svamp", "gsm8k", "gsm8k:split", "math", "aime24", "aime25", "gpqa",
+    "arc_easy", "arc_challenge", "openbookqa", "commonsenseqa", "medqa", "humaneval", "humaneval+", "mbpp+",
 )  # fmt: skip
 
 #: How answers of a task that is a file are checked.
@@ -87,7 +87,7 @@ class TaskArguments:
         default="relay",
         metadata={
             "help": f"{', '.join(NAMES)}, rg:name (a data set of reasoning-gym), or the path of a .jsonl file; "
-            "relay:slots=8:values=16 and rg:name:option=value set options."
+            "relay:slots=8:values=16, facts:n=8 and rg:name:option=value set options."
         },
     )
     data_dir: str | None = field(
@@ -134,7 +134,7 @@ class TaskArguments:
     )
     train_size: int | None = field(default=None, metadata={"help": "Train on the first so many items only."})
     eval_size: int | None = field(default=None, metadata={"help": "Evaluate on the first so many items only."})
-    task_seed: int = field(default=0, metadata={"help": "relay, rg: which items are drawn."})
+    task_seed: int = field(default=0, metadata={"help": "Tasks that are drawn: which items."})
 
     def __post_init__(self) -> None:
         if self.chat_template_kwargs is not None:

@@ -7,19 +7,20 @@ one in ``values`` is information that came through the latent channel.
 
 from __future__ import annotations
 
+import functools
+import operator
 import random
 import re
 import string
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffmas.answers import reasoning
 from diffmas.prompts import Prompts
 from diffmas.tasks import base
+from diffmas.tasks.drawn import EVAL_SIZE, TRAIN_SIZE, Drawn
 
 SLOTS = string.ascii_uppercase[:16]
-SPLITS = ("train", "eval")
 OPTIONS = ("slots", "values")
 PAIR = re.compile(r"([A-P])(\d+)")
 
@@ -40,41 +41,21 @@ def make_row(rng: random.Random, slots: Sequence[str], values: int) -> dict[str,
     }
 
 
-class Relay(Sequence):
-    """``size`` rows ``{"evidence", "question", "answer"}`` of one split, drawn on demand.
-
-    Row i depends on ``(split, slots, values, seed, i)`` alone. The splits share no evidence whatever the seeds: a
-    checksum of the evidence decides to which of the two it belongs.
+class Relay(Drawn):
+    """``size`` rows ``{"evidence", "question", "answer"}`` of one split, drawn on demand; none share their evidence.
 
     Raises ``ValueError`` for an unknown split, ``slots`` outside 1 … 16, or so few slots and values (under 256
     different evidences) that the splits could not be kept apart.
     """
 
-    #: Made when looked at, with the same fields each.
-    drawn = True
-
     def __init__(self, split: str = "train", *, size: int = 1024, slots: int = 8, values: int = 16, seed: int = 0):
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-        if size < 0:
-            raise ValueError(f"size must be 0 or more, got {size}")
         if not 1 <= slots <= len(SLOTS):
             raise ValueError(f"slots must be 1 to {len(SLOTS)}, got {slots}")
         if values < 2 or values**slots < 256:
             raise ValueError(f"values must be 2 or more and values ** slots 256 or more, got {values} ** {slots}")
-        self.split, self.size, self.slots, self.values, self.seed = split, size, slots, values, seed
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, str]:
-        if not -self.size <= index < self.size:
-            raise IndexError(f"index must be in {-self.size} … {self.size - 1}, got {index}")
-        rng = random.Random(f"relay/{self.split}/{self.seed}/{index % self.size}")
-        while True:
-            row = make_row(rng, SLOTS[: self.slots], self.values)
-            if SPLITS[zlib.crc32(row["evidence"].encode()) % len(SPLITS)] == self.split:
-                return row
+        self.slots, self.values = slots, values
+        make = functools.partial(make_row, slots=SLOTS[:slots], values=values)
+        super().__init__("relay", split, make, operator.itemgetter("evidence"), size=size, seed=seed)
 
 
 def load(args: base.TaskArguments) -> base.Task:
@@ -90,7 +71,7 @@ def load(args: base.TaskArguments) -> base.Task:
         raise ValueError(f"task is {args.task!r}, with {wrong}; allowed: integers for {' and '.join(OPTIONS)}")
     train, evaluation = (
         Relay(split, size=size, seed=args.task_seed, **options)
-        for split, size in (("train", args.train_size or 131_072), ("eval", args.eval_size or 1024))
+        for split, size in (("train", args.train_size or TRAIN_SIZE), ("eval", args.eval_size or EVAL_SIZE))
     )
     prompts = Prompts.load(args.prompts or Path(__file__).with_suffix(".yaml"))
     return base.Task("relay", train, evaluation, prompts, check, extract)

@@ -6,7 +6,7 @@ import csv
 import functools
 import io
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,9 @@ def build(
     *,
     train: Source,
     evaluation: Source,
-    make: Callable[[Row], Item],
-    make_train: Callable[[Row], Item] | None = None,
+    make: Callable[[Row], Item | None],
+    make_train: Callable[[Row], Item | None] | None = None,
+    hold_out: Callable[[Item], Hashable] | None = None,
     keep: Callable[[Row, Sequence[Item]], bool] = lambda row, held_out: True,
     kind: Any,
     prompts: str,
@@ -145,26 +146,37 @@ def build(
 
     Args:
         make, make_train: an item from a row of `evaluation` and of `train` (default: the same); ValueError for a row
-            they cannot use.
+            they cannot use, None for one that is left out.
+        hold_out: of an item, what none that is trained on has in common with one that is evaluated.
         keep: whether a row may be trained on, given the evaluation's items.
         kind: module with `check` and `extract`. prompts: family of role prompts. ready: see :class:`Task`.
     """
-    held_out = [_made(make, row, name, evaluation, i) for i, row in enumerate(evaluation.rows(args.data_dir, name), 1)]
+    held_out = _made(make, evaluation.rows(args.data_dir, name), name, evaluation)
+    if not held_out:
+        raise ValueError(f"task {name} can use none of the rows of {evaluation.split}; allowed: at least one")
 
     def load() -> list[Item]:
         rows = [row for row in train.rows(args.data_dir, name) if keep(row, held_out)]
-        items = [_made(make_train or make, row, name, train, i) for i, row in enumerate(rows, 1)]
+        items = _made(make_train or make, rows, name, train)
+        if hold_out is not None:
+            known = {hold_out(item) for item in held_out}
+            items = [item for item in items if hold_out(item) not in known]
         return items[: args.train_size]
 
     loaded = Prompts.load(args.prompts or prompts)
     return Task(name, Items(load), held_out, loaded, kind.check, kind.extract, ready)
 
 
-def _made(make: Callable[[Row], Item], row: Row, task: str, source: Source, number: int) -> Item:
-    try:
-        return make(row)
-    except ValueError as error:
-        raise ValueError(f"task {task}, {source.split} item {number}: {error}") from None
+def _made(make: Callable[[Row], Item | None], rows: Sequence[Row], task: str, source: Source) -> list[Item]:
+    items = []
+    for number, row in enumerate(rows, 1):
+        try:
+            item = make(row)
+        except ValueError as error:
+            raise ValueError(f"task {task}, {source.split} item {number}: {error}") from None
+        if item is not None:
+            items.append(item)
+    return items
 
 
 def take(row: Row, *names: str, what: str | None = None) -> Any:

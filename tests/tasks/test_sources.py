@@ -12,7 +12,7 @@ import pytest
 
 from diffmas import train
 from diffmas.answers import choice, code, mathematics
-from diffmas.tasks import LOADERS, TaskArguments, load_task
+from diffmas.tasks import DRAWN, LOADERS, TaskArguments, load_task
 from diffmas.tasks.base import NAMES, gold
 from diffmas.tasks.math import SUBJECTS
 from diffmas.tasks.mbpp import called
@@ -22,6 +22,8 @@ ARC_ROW = {"id": "1", "question": "Hot?", "choices": {"text": ["ice", "sun", "fo
 BOOK_ROW = {"id": "1", "question_stem": "Hot?", "choices": {"text": ["ice", "sun"], "label": ["A", "B"]}}
 FIVE = {"text": ["v", "w", "x", "y", "z"], "label": ["A", "B", "C", "D", "E"]}
 MED_ROW = {"id": "1", "sent1": "A fever?", "sent2": "", "label": 2} | {f"ending{i}": f"cause {i}" for i in range(4)}
+SVAMP_ROW = {"ID": "chal-1", "Body": "Ana had 9 pens. She lost 2.", "Question": "How many has she?", "Answer": 7.0}
+SPLIT_ROW = {"question": "Dr. Li had 3.5 pies. She ate 1.5. How many are left?", "answer": "3.5-1.5=2\n#### 2"}
 GPQA_ROW = {"Question": "Spin?", "Correct Answer": "1/2", "Record ID": "rec1"}
 GPQA_ROW |= {f"Incorrect Answer {i}": str(i) for i in (1, 2, 3)}
 EVAL_ROW = {
@@ -39,6 +41,14 @@ PLUS_ROW = {
 
 #: Task: (training rows, evaluation rows, the evaluation's right answer, hub id and split of both)
 TASKS = {
+    "svamp": (
+        [SVAMP_ROW, {**SVAMP_ROW, "Body": "Bo had 4. He lost 2."}], [SVAMP_ROW], "7",
+        ("ChilleD/SVAMP", None, "train"), ("ChilleD/SVAMP", None, "test"),
+    ),
+    "gsm8k:split": (
+        [SPLIT_ROW, {**SPLIT_ROW, "question": "How many are 2?"}, {**SPLIT_ROW, "question": "Two pies. How many?"}],
+        [SPLIT_ROW], "2", ("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test"),
+    ),
     "gsm8k": (
         [{"question": "q", "answer": "work\n#### 1,000"}], [{"question": "q", "answer": "#### -7"}], "-7",
         ("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test"),
@@ -103,7 +113,7 @@ def write(path, rows):
 
 
 def test_every_task_is_listed_and_tested():
-    assert tuple(LOADERS) == NAMES and set(TASKS) == set(NAMES) - {"relay"}
+    assert tuple(LOADERS) == NAMES and set(TASKS) == set(NAMES) - set(DRAWN)
 
 
 def test_help_lists_the_tasks(capsys):
