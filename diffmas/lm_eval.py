@@ -175,7 +175,7 @@ class HarnessModel(LM):
             top_p=float(given.get("top_p") or 1.0),
         )
 
-    def _rows(self, values: list[Any]) -> Iterator[list[Any]]:
+    def _rows(self, values: Sequence[Any]) -> Iterator[Sequence[Any]]:
         for begin in range(0, len(values), self.size):
             yield values[begin : begin + self.size]
 

@@ -46,7 +46,8 @@ def check_agreement(model: AgentModel, alone: Tensor | None) -> None:
     Raises:
         UnsupportedModelError: a model that cannot read them so, writes over them, or comes to something else.
     """
-    if alone is None:
+    # What is not finite agrees with nothing: the first loss, or the first logits, are refused as that.
+    if alone is None or not alone.isfinite().all():
         return
     base = model.language_model
     with _looking_on(base), _named(base, "through a trace"):

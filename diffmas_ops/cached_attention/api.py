@@ -113,8 +113,8 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, call: Call, layer: int, sinks: Tensor | None) -> None:
-    if not 0 <= layer < (num_layers := call.storage.num_layers):
-        raise ValueError(f"layer is {layer}; allowed: 0 … {num_layers - 1}, the layers of the trace")
+    if not 0 <= layer < call.storage.num_layers:
+        raise ValueError(f"layer is {layer}; allowed: 0 … {call.storage.num_layers - 1}, the layers of the trace")
     _, num_kv_heads, _, head_dim = call.storage.layer(layer).keys.shape
     if q.dim() != 3 or q.shape[0] != call.total or q.shape[2] != head_dim or q.shape[1] % num_kv_heads:
         raise ValueError(
