@@ -92,6 +92,8 @@ def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
     for what, present in refused.items():
         if present:
             raise UnsupportedModelError(f"model {type(model).__name__} has {what}; this is not supported")
-    layers = geometry_of(model)
+    # A second system on a model finds it attached, and layers that cannot be looked at without a call.
+    if not hasattr(model, "trace_layers"):
+        model.trace_layers = geometry_of(model)
     model.set_attn_implementation(NAME)
-    return layers
+    return model.trace_layers

@@ -228,3 +228,10 @@ def test_other_recurrent_models_are_refused():
     mamba = transformers.MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2)
     with pytest.raises(UnsupportedModelError, match="recurrent layers and no attention"):
         MultiAgentSystem(transformers.MambaForCausalLM(mamba), CHAIN)
+
+
+def test_a_second_system_on_the_same_model():
+    model = hybrid("qwen3_next")
+    first, second = (MultiAgentSystem(model, CHAIN, latent_steps=steps) for steps in (1, 2))
+    assert first.agent_model.recurrent == second.agent_model.recurrent
+    assert first.agent_model.layers is second.agent_model.layers
