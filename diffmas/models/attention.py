@@ -93,7 +93,7 @@ def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         if present:
             raise UnsupportedModelError(f"model {type(model).__name__} has {what}; this is not supported")
     # A second system on a model finds it attached, and layers that cannot be looked at without a call.
-    if not hasattr(model, "trace_layers"):
-        model.trace_layers = geometry_of(model)
+    layers: dict[int, LayerGeometry] = vars(model).get("trace_layers") or geometry_of(model)
+    vars(model)["trace_layers"] = layers
     model.set_attn_implementation(NAME)
-    return model.trace_layers
+    return layers

@@ -12,7 +12,7 @@ from diffmas.answers import mathematics
 from diffmas.tasks import base, drawn, words
 
 ASKED = ("sum", "difference")
-OPTIONS = {"n": range(1, 17), "top": range(2, 10_001), "ask": (*ASKED, "both")}
+OPTIONS: dict[str, range | tuple[str, ...]] = {"n": range(1, 17), "top": range(2, 10_001), "ask": (*ASKED, "both")}
 #: Of one and of more.
 GOODS = {
     "apple": "apples", "pear": "pears", "egg": "eggs", "book": "books", "coin": "coins", "marble": "marbles",
