@@ -1,6 +1,7 @@
 """Models that think or do not, as asked: one agent in both modes, a longer budget, how many answers were cut."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -58,7 +59,8 @@ def test_one_agent_is_evaluated_in_the_other_mode_too(thinker, flags, tmp_path, 
     assert load_run(run).system.prompts.chat_template_kwargs == ({"enable_thinking": False} if off else {})
     copy = tmp_path / "copy"
     MultiAgentSystem.from_pretrained(run).save_pretrained(copy)
-    assert MultiAgentSystem.from_pretrained(copy).prompts == load_run(run).system.prompts
+    kept, own = MultiAgentSystem.from_pretrained(copy).prompts, load_run(run).system.prompts
+    assert replace(kept, source=own.source) == own
     assert evaluate.main([f"--run={run}", "--variants=single_thinking,single_no_thinking", "--disable_tqdm=true"]) == 0
     assert {"accuracy_single_thinking", "accuracy_single_no_thinking"} <= summary(run / "eval").keys()
 
