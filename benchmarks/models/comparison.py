@@ -211,7 +211,7 @@ def _generate(system: MultiAgentSystem | _Oracle, case: Case) -> dict[str, Tenso
 class _NoText:
     """A tokenizer for answers that nobody reads."""
 
-    eos_token_id = None
+    eos_token_id = chat_template = None
 
     def decode(self, tokens, **options) -> str:
         return ""
