@@ -91,54 +91,10 @@ def train(
     collator: MakeCollator = lambda system, task, tokenizer: Collator(system.topology, task.prompts, tokenizer),
 ) -> int:
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
-    with contextlib.ExitStack() as held:
-        return _train(system_args, task_args, decoding_args, args, topology, collator, held)
-
-
-def _train(
-    system_args: SystemArguments,
-    task_args: TaskArguments,
-    decoding_args: DecodingArguments,
-    args: TrainArguments,
-    topology: Topology | None,
-    collator: MakeCollator,
-    held: contextlib.ExitStack,
-) -> int:
     started = time.perf_counter()
-    check_source(system_args.model_name_or_path, system_args.gguf_file)
-    if args.output_dir is not None:
-        check_output(args.output_dir, "output_dir")
-    if settle_sharding(args) and system_args.quantization != "none":
-        raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
-    adapting = args.auto_batch or system_args.checkpointing == "auto"
-    if adapting and (sharding := asked_sharding(args)):
-        raise ValueError(
-            f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
-            "both without it, since they need whole weights in every process; with it, neither auto_batch nor auto"
-        )
-    if args.fsdp and processes() == 1:
-        raise ValueError("fsdp is True in one process; allowed: False, or several processes (torchrun)")
-    settle_precision(system_args, args)
-    # A text was read when the arguments were settled.
-    liger_parts = cast("Mapping[str, bool] | None", args.liger_kernel_config)
-    if args.use_liger_kernel:
-        check_liger(args.device, liger_parts)
-    # What is wrong with it is said before a model is loaded.
-    Decoding(**{name: value for name, value in asdict(decoding_args).items() if value is not None})
-    task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
-    task = load_task(task_args)
+    _check_arguments(system_args, decoding_args, args)
     topology = topology or load_topology(system_args.topology, system_args.handover)
-    task = replace(task, prompts=task.prompts.with_roles(topology.prompts))
-    task_args = replace(task_args, checker=task.checker)
-    if len(task.train) == 0:  # reads the items, before a model is loaded for nothing
-        raise ValueError("the training set is empty; allowed: at least one item")
-    check_batches(args, len(task.train))
-    check_prompts(task, roles_of(topology), training=True)
-    left_out = {} if args.disable_final_eval else variants_left_out(task, topology)
-    if process() == 0:
-        print_left_out(left_out)
-    if not args.disable_final_eval or args.eval_strategy != "no":
-        task.ready()
+    task, task_args, left_out = _load_task(task_args, topology, args)
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
     if decoding_args.max_new_tokens is None:
@@ -148,7 +104,7 @@ def _train(
     if process() == 0:
         print_date(tokenizer, task_args.date)
     if args.use_liger_kernel:
-        fuse_liger(system.agent_model.model, args.device, liger_parts)
+        fuse_liger(system.agent_model.model, args.device, _liger_parts(args))
         # Done: the Trainer would look for a transformers model and find a system.
         args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))
@@ -157,24 +113,133 @@ def _train(
     description |= content(task)
     collate = collator(system, task, tokenizer)
     lengths = ItemLengths(task.train, collate, show_progress=not args.disable_tqdm)
+    _check_size(system, task, tokenizer, collate, lengths, decoding, args)
+    fitted: dict[str, Any] = {}
+    if _adapting(system_args, args):
+        fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
+        print_fit(args, fitted["fit"])
+        check_batches(args, len(task.train))
+    evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
+    with contextlib.ExitStack() as held:
+        args.output_dir, checkpoint, description = decided_by_first(lambda: _open_folder(args, task, description, held))
+        trainer = _run(system, task, evaluator, collate, lengths, args, checkpoint)
+        if trainer is None:
+            return 130
+        folder = Path(args.output_dir)
+        save_weights(system, folder)
+        summary = {} if args.disable_final_eval else _final_evaluation(evaluator, topology, args, folder, left_out)
+        peak = max(gathered([peak_memory_mb()]))
+        cut = cut_summary(task.prompts)
+        if not trainer.is_world_process_zero():
+            return 0
+        if line := cut_line(cut):
+            print(line)
+        summary |= {
+            "seconds": round(time.perf_counter() - started, 1),
+            "peak_memory_mb": round(peak),
+            "steps": trainer.state.global_step,
+            **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
+            "parameters_trained": sum(p.numel() for p in system.parameters() if p.requires_grad),
+            "machine": machine(),
+            "parallel": ("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
+            **({"cut": cut} if cut else {}),
+            **fitted,
+            **{k: v for k, v in description.items() if k != "prompts"},
+        }
+        write_summary(folder, summary)
+        report = write_report(folder)
+    print_accuracies(summary)
+    Console().print(f"{summary['seconds']} s, {summary['peak_memory_mb']} MB at most; report: {report}")
+    return 0
+
+
+def _adapting(system_args: SystemArguments, args: TrainArguments) -> bool:
+    return args.auto_batch or system_args.checkpointing == "auto"
+
+
+def _liger_parts(args: TrainArguments) -> Mapping[str, bool] | None:
+    # A text was read when the arguments were settled.
+    return cast("Mapping[str, bool] | None", args.liger_kernel_config)
+
+
+def _check_arguments(system_args: SystemArguments, decoding_args: DecodingArguments, args: TrainArguments) -> None:
+    """What can be said of the arguments before anything is loaded; settles sharding and precision in them."""
+    check_source(system_args.model_name_or_path, system_args.gguf_file)
+    if args.output_dir is not None:
+        check_output(args.output_dir, "output_dir")
+    if settle_sharding(args) and system_args.quantization != "none":
+        raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
+    if _adapting(system_args, args) and (sharding := asked_sharding(args)):
+        raise ValueError(
+            f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
+            "both without it, since they need whole weights in every process; with it, neither auto_batch nor auto"
+        )
+    if args.fsdp and processes() == 1:
+        raise ValueError("fsdp is True in one process; allowed: False, or several processes (torchrun)")
+    settle_precision(system_args, args)
+    if args.use_liger_kernel:
+        check_liger(args.device, _liger_parts(args))
+    Decoding(**{name: value for name, value in asdict(decoding_args).items() if value is not None})
+
+
+def _load_task(
+    task_args: TaskArguments, topology: Topology, args: TrainArguments
+) -> tuple[Task, TaskArguments, dict[str, str]]:
+    """The task with the topology's prompts, its arguments with date and checker, and the variants that do not apply.
+
+    Its items are read and checked here, before a model is loaded for nothing.
+    """
+    task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
+    task = load_task(task_args)
+    task = replace(task, prompts=task.prompts.with_roles(topology.prompts))
+    if len(task.train) == 0:
+        raise ValueError("the training set is empty; allowed: at least one item")
+    check_batches(args, len(task.train))
+    check_prompts(task, roles_of(topology), training=True)
+    left_out = {} if args.disable_final_eval else variants_left_out(task, topology)
+    if process() == 0:
+        print_left_out(left_out)
+    if _evaluates(args):
+        task.ready()
+    return task, replace(task_args, checker=task.checker), left_out
+
+
+def _evaluates(args: TrainArguments) -> bool:
+    return not args.disable_final_eval or args.eval_strategy != "no"
+
+
+def _check_size(
+    system: MultiAgentSystem,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    collate: Collator,
+    lengths: ItemLengths,
+    decoding: Decoding,
+    args: TrainArguments,
+) -> None:
+    """Whether the longest row fits into memory and into the model's positions, in training and in evaluation."""
     own_prompts = Collator(system.topology, task.prompts, tokenizer)
     own_lengths = lengths if type(collate) in (Collator, TraceChannel) else ItemLengths(task.train, own_prompts)
     bound = length_bound(own_prompts, task.train)
     check_training_memory(system, args, 1 if args.auto_batch else args.per_device_train_batch_size, own_lengths, bound)
     check_training_positions(system, own_lengths, bound)
-    if not args.disable_final_eval or args.eval_strategy != "no":
+    if _evaluates(args):
         check_evaluation(system, own_prompts, task.eval, decoding, args.per_device_eval_batch_size)
-    fitted: dict[str, Any] = {}
-    if adapting:
-        fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
-        print_fit(args, fitted["fit"])
-        check_batches(args, len(task.train))
-    args.output_dir, checkpoint, description = decided_by_first(lambda: _open_folder(args, task, description, held))
+
+
+def _run(
+    system: MultiAgentSystem,
+    task: Task,
+    evaluator: Evaluator,
+    collate: Collator,
+    lengths: ItemLengths,
+    args: TrainArguments,
+    checkpoint: str | None,
+) -> SystemTrainer | None:
+    """The trainer after its last step; None where it was interrupted."""
     if checkpoint is not None:
         # It was evaluated before its first step.
         args.eval_on_start = False
-
-    evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
     stop = StopOnInterrupt()
     trainer = SystemTrainer(
         model=system,
@@ -197,47 +262,28 @@ def _train(
             if args.save_only_model:
                 way = "the checkpoint holds weights alone (save_only_model): nothing can go on from it"
             print(f"stopped at step {trainer.state.global_step}; {way}")
-        return 130
+        return None
     if first and args.load_best_model_at_end and trainer.state.best_model_checkpoint is None:
         print("load_best_model_at_end: no checkpoint was evaluated: these are the last weights")
-    folder = Path(args.output_dir)
-    save_weights(system, folder)
-    summary: dict[str, Any] = {}
-    if not args.disable_final_eval:
-        variants = [variant for variant in VARIANTS if variant not in left_out]
-        variants += other_modes(task, topology, tokenizer)
-        accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
-        if first:
-            write_records(folder, records)
-        summary.update(
-            accuracy_fields(accuracies),
-            cut_by_length=cut_by_length(records),
-            eval_items=len(task.eval),
-            left_out=left_out,
-        )
-    peak = max(gathered([peak_memory_mb()]))
-    cut = cut_summary(task.prompts)
-    if not first:
-        return 0
-    if line := cut_line(cut):
-        print(line)
-    summary.update(
-        seconds=round(time.perf_counter() - started, 1),
-        peak_memory_mb=round(peak),
-        steps=trainer.state.global_step,
-        **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
-        parameters_trained=sum(p.numel() for p in system.parameters() if p.requires_grad),
-        machine=machine(),
-        parallel=("fsdp2" if is_sharded(system) else "ddp") if processes() > 1 else None,
-        **({"cut": cut} if cut else {}),
-        **fitted,
-        **{k: v for k, v in description.items() if k != "prompts"},
-    )
-    write_summary(folder, summary)
-    report = write_report(folder)
-    print_accuracies(summary)
-    Console().print(f"{summary['seconds']} s, {summary['peak_memory_mb']} MB at most; report: {report}")
-    return 0
+    return trainer
+
+
+def _final_evaluation(
+    evaluator: Evaluator, topology: Topology, args: TrainArguments, folder: Path, left_out: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the summary says of every variant; the records are in the folder."""
+    first = process() == 0
+    variants = [variant for variant in VARIANTS if variant not in left_out]
+    variants += other_modes(evaluator.task, topology, evaluator.tokenizer)
+    accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
+    if first:
+        write_records(folder, records)
+    return {
+        **accuracy_fields(accuracies),
+        "cut_by_length": cut_by_length(records),
+        "eval_items": len(evaluator.task.eval),
+        "left_out": left_out,
+    }
 
 
 def _steps(args: TrainArguments, items: int) -> int:
