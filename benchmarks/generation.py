@@ -75,7 +75,7 @@ def build(case: Generation, device: str) -> Experiment:
     model.requires_grad_(False).generation_config.eos_token_id = None
     twin = copy.deepcopy(model)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PATH)
-    pad, tokenizer.eos_token = tokenizer.pad_token_id, None
+    pad, tokenizer.eos_token, tokenizer.chat_template = tokenizer.pad_token_id, None, None
     system = MultiAgentSystem(model, TOPOLOGIES["single"])
     decoding = Decoding(max_new_tokens=case.new, temperature=0)
     generator = torch.Generator().manual_seed(0)

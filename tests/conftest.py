@@ -1,5 +1,6 @@
 """Shared fixtures: backends to test, poisoned buffers, a hypothesis profile that repeats itself."""
 
+import gc
 import os
 import sys
 
@@ -29,6 +30,17 @@ def pytest_cmdline_main(config):
     if whole and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = min(4, os.cpu_count() or 1)
         config.option.dist = "worksteal"
+
+
+def pytest_collection_finish():
+    """What was imported is not looked through again at every collection; many tests ask for one."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    # Libraries count what they find left at the end.
+    gc.unfreeze()
 
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -88,13 +88,13 @@ def short(base, tmp_path):
 
 def test_a_training_says_so_before_its_first_step(short, caplog):
     with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
-        assert train.main([*short, "--task=relay", "--latent_steps=100", "--max_new_tokens=2"]) == 0
+        assert train.main([*short, "--task=relay", "--latent_steps=30", "--max_new_tokens=2", "--disable_final_eval"]) == 0
     assert len(told(caplog)) == 1 and "made for 32" in told(caplog)[0]
 
 
 def test_an_evaluation_says_so(short, caplog):
     with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
-        assert train.main([*short, "--task=relay", "--latent_steps=1", "--max_new_tokens=200"]) == 0
+        assert train.main([*short, "--task=relay", "--latent_steps=1", "--max_new_tokens=40"]) == 0
     assert len(told(caplog)) == 1
 
 

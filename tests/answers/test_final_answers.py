@@ -522,9 +522,10 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_long_texts_are_read_in_no_time(piece):
+    """Linear time: what grows with the square takes minutes here."""
     said = piece * (100_000 // len(piece))
     for kind in (mathematics, choice, code, text, exact):
         started = time.process_time()
         kind.extract(said)
-        assert time.process_time() - started < 1, kind.__name__
+        assert time.process_time() - started < 5, kind.__name__
     assert final.boxed(said) is None or piece.startswith("\\boxed")

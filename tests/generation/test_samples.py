@@ -126,7 +126,7 @@ def test_long_answers(tokenizer):
     system = MultiAgentSystem(model, TOPOLOGIES["single"])
     model.generation_config.eos_token_id = None
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.eos_token = None
+    tokenizer.eos_token = tokenizer.chat_template = None
     rows = [torch.tensor([3]), torch.tensor([4, 5])]
     decoding = dict(max_new_tokens=700, temperature=1.0, top_p=0.99)
     grown = decode(system, rows, tokenizer, **decoding)

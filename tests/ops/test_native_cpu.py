@@ -235,8 +235,9 @@ def test_attention_backward(case, heads, dtype):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("heads", ["gqa", "wide"])
-@pytest.mark.parametrize("case", ["single", "few", "primes", "blocks", "several tasks"])
+@pytest.mark.parametrize(
+    "case, heads", [("single", "wide"), ("few", "gqa"), ("primes", "wide"), ("blocks", "gqa"), ("several tasks", "gqa")]
+)
 def test_other_scores(case, heads, scores, dtype):
     q, _, _, keys, values, plan, scores = problem(case, heads, 64, dtype, **scores)
     arguments = (q, None, None, keys, values, plan, scores)
@@ -465,7 +466,7 @@ def test_other_instruction_sets(isa):
     """This file again, in a process that is held to a lesser instruction set than the machine's."""
     if os.environ.get("DIFFMAS_ISA"):
         pytest.skip("already in such a process")
-    selection = "head_dims or deferred or (gqa and (primes or single)) or (latent and 37) or merge"
+    selection = "head_dims or (deferred and gqa) or (attention and gqa and (primes or single)) or (latent and 37) or merge"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
     done = subprocess.run(command, env={**os.environ, "DIFFMAS_ISA": isa}, capture_output=True, text=True)
     if "allowed on this machine" in done.stdout:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from diffmas.evaluation.records import KEY, read_records
 
-KILLS = 20
+#: Moments of a test; more of them take only time.
+KILLS = int(os.environ.get("DIFFMAS_TEST_KILLS", 6))
 ROOT = Path(__file__).parents[2]
 
 
@@ -96,7 +97,7 @@ def test_a_killed_training_ends_as_if_it_had_not_been(server, flags, tmp_path, n
     whole = tmp_path / "whole"
     status, seconds = server.run("train", [*argv, f"--output_dir={whole}"])
     assert status == 0, server.said()
-    every = 1 if number == signal.SIGKILL else 4
+    every = 1 if number == signal.SIGKILL else 3
     for i, moment in list(enumerate(moments(number, seconds)))[::every]:
         run = tmp_path / f"run-{i}"
         status, _ = server.run("train", [*argv, f"--output_dir={run}"], moment, number)
@@ -111,7 +112,7 @@ def test_a_training_killed_again_and_again(server, flags, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     _, seconds = server.run("train", [*argv, f"--output_dir={whole}"])
     draw = random.Random(1)
-    for _ in range(8):
+    for _ in range(4):
         resume = [f"--resume_from_checkpoint={run}"] if (run / "system.json").is_file() else []
         server.run("train", [*argv, f"--output_dir={run}", *resume], seconds * (0.4 + 0.4 * draw.random()))
     go_on(server, argv, run)
