@@ -8,16 +8,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Several processes share the cores; said before torch reads it.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import interpreted  # noqa: F401  (before Triton)
+
+# isort: split
 import diffmas_ops  # noqa: F401  (before torch; see diffmas_ops.threads)
 
 # isort: split
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-if not torch.cuda.is_available():
-    # Without a GPU, Triton's kernels run through its interpreter; that has to be said before Triton is imported.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.hookimpl(tryfirst=True)

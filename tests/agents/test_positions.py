@@ -86,18 +86,6 @@ def short(base, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_training_says_so_before_its_first_step(short, caplog):
-    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
-        assert train.main([*short, "--task=relay", "--latent_steps=30", "--max_new_tokens=2", "--disable_final_eval"]) == 0
-    assert len(told(caplog)) == 1 and "made for 32" in told(caplog)[0]
-
-
-def test_an_evaluation_says_so(short, caplog):
-    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
-        assert train.main([*short, "--task=relay", "--latent_steps=1", "--max_new_tokens=40"]) == 0
-    assert len(told(caplog)) == 1
-
-
 @pytest.fixture
 def items(tmp_path):
     """A file with one item whose question is long."""
@@ -105,6 +93,18 @@ def items(tmp_path):
     rows = [{"question": "7 " * (400 if i == 2 else 1), "answer": "7"} for i in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [f"--task={path}", "--topology=single", "--latent_steps=0", "--max_new_tokens=2"]
+
+
+def test_a_training_says_so_before_its_first_step(short, items, caplog):
+    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
+        assert train.main([*short, *items, "--latent_steps=30", "--disable_final_eval"]) == 0
+    assert len(told(caplog)) == 1 and "made for 32" in told(caplog)[0]
+
+
+def test_an_evaluation_says_so(short, items, caplog):
+    with caplog.at_level(logging.WARNING, logger="diffmas.agents.positions"):
+        assert train.main([*short, *items, "--max_new_tokens=40"]) == 0
+    assert len(told(caplog)) == 1
 
 
 def test_prompts_are_cut_and_it_is_said(short, items, tmp_path, capsys):

@@ -466,7 +466,8 @@ def test_other_instruction_sets(isa):
     """This file again, in a process that is held to a lesser instruction set than the machine's."""
     if os.environ.get("DIFFMAS_ISA"):
         pytest.skip("already in such a process")
-    selection = "head_dims or (deferred and gqa) or (attention and gqa and (primes or single)) or (latent and 37) or merge"
+    attention = "head_dims or (deferred and gqa) or (attention and gqa and (primes or single))"
+    selection = f"{attention} or (latent and 37) or merge"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
     done = subprocess.run(command, env={**os.environ, "DIFFMAS_ISA": isa}, capture_output=True, text=True)
     if "allowed on this machine" in done.stdout:
