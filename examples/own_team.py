@@ -11,7 +11,7 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import set_seed
 
-from diffmas import MultiAgentSystem, SystemTrainer, TrainArguments
+from diffmas import Decoding, MultiAgentSystem, SystemTrainer, TrainArguments
 from diffmas.embedded import EMBEDDED_PATH
 
 TEAM = """
@@ -45,6 +45,7 @@ def main(steps: int = 30, folder: str = "runs/shop") -> None:
         str(home / "team.yaml"),
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         latent_steps=2,
+        decoding=Decoding(max_new_tokens=4, temperature=0),
     )
     data = [json.loads(line) for line in (home / "items.jsonl").open()]
     args = TrainArguments(

@@ -6,7 +6,7 @@ The sender reads the evidence, the solver only the question: what the answer nee
 from peft import LoraConfig
 from transformers import set_seed
 
-from diffmas import MultiAgentSystem, SystemTrainer, TrainArguments
+from diffmas import Decoding, MultiAgentSystem, SystemTrainer, TrainArguments
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.tasks import TaskArguments, load_task
 
@@ -22,6 +22,7 @@ def main(steps: int = STEPS, folder: str = "runs/ask") -> None:
         prompts=task.prompts,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         latent_steps=4,
+        decoding=Decoding(max_new_tokens=4, temperature=0),
     )
     args = TrainArguments(
         output_dir=folder, max_steps=steps, learning_rate=3e-3, per_device_train_batch_size=128, logging_steps=20
@@ -33,7 +34,7 @@ def main(steps: int = STEPS, folder: str = "runs/ask") -> None:
 
     system = MultiAgentSystem.from_pretrained(folder)
     item = {"evidence": "A3 B14 C4 D6", "question": "Recall B"}
-    print(item, "->", system.answer([item], max_new_tokens=4, temperature=0)[0])
+    print(item, "->", system.answer([item])[0])
 
 
 if __name__ == "__main__":

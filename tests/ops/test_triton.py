@@ -58,7 +58,10 @@ pytestmark = [
 ]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 SCORED = {f"{kind}, {name}": c for kind, group in KINDS.items() for name, c in group.items()}
-each_scores = pytest.mark.parametrize("case", SCORED.values(), ids=SCORED)
+# Every case in one of the types, every type in many cases: the interpreter is slow.
+each_scores = pytest.mark.parametrize(
+    "case, dtype", [(case, DTYPES[i % len(DTYPES)]) for i, case in enumerate(SCORED.values())], ids=SCORED
+)
 each_case = pytest.mark.parametrize("case", RAGGED.values(), ids=RAGGED)
 
 
@@ -135,7 +138,6 @@ def test_attention_backward(case, dtype):
     check_backward(case, dtype)
 
 
-@each_dtype
 @each_scores
 def test_attention_with_other_scores(case, dtype):
     check_forward(case, dtype)
