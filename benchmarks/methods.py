@@ -9,36 +9,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.relay import ROOT
-from diffmas.comparison.comparison import Comparison, Options
-from diffmas.comparison.report import (
-    by_name,
-    draw_accuracies,
-    markdown_table,
-    names,
-    print_comparison,
-    write_comparison_report,
-)
+from benchmarks.compared import Study, parser_of, run, sizes
+from diffmas.comparison.comparison import Options
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.embedded.pretrain import conversation, pretrain
 from diffmas.embedded.tokenizer import ASSISTANT, END, USER
-from diffmas.evaluation.methods import choose_methods
 from diffmas.support.atomic import write_atomically
-from diffmas.support.machine import machine
 from diffmas.tasks import TaskArguments, load_task
-
-RESULTS = ROOT / "benchmarks" / "results" / "methods"
-BEGIN, END_MARK = "<!-- methods: begin -->", "<!-- methods: end -->"
-PAGE = ROOT / "docs" / "methods.md"
 
 #: Two agents see the evidence, the solver only what they hand over.
 RELAY_TEAM = """name: relay
@@ -70,7 +55,6 @@ SHARED = {
     "gradient_accumulation_steps": 1, "checkpointing": "none", "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 6,
     "save_steps": 50, "save_total_limit": 1, "logging_steps": 20,
 }  # fmt: skip
-OPTIONS = Options(samples=4, batch_size=64, max_message_tokens=24)
 
 
 def task_flags(folder: Path, steps: float, items: int) -> dict[str, list[str]]:
@@ -115,95 +99,30 @@ def make_base(folder: Path, steps: int) -> None:
     write_atomically(folder / "pretraining.json", json.dumps(made, indent=2) + "\n")
 
 
-def section(summary: dict) -> str:
-    """What the page shows: accuracies, what the traces carry, where it comes from."""
-    cells = by_name(summary)
-    tasks, methods = names(summary)
-    lines = [markdown_table(summary), "", "| matched − mismatched trace, points | " + " | ".join(tasks) + " |"]
-    lines.append("|---|" + "---:|" * len(tasks))
-    found = {(d["task"], d["a"]): d for d in summary["differences"] if d["b_control"] == "mismatched"}
-    for method in methods:
-        row = [found.get((task, method)) for task in tasks]
-        if any(row):
-            values = (
-                "–" if d is None else f"{100 * d['mean']:+.1f} [{100 * d['low']:+.1f}, {100 * d['high']:+.1f}]"
-                for d in row
-            )
-            lines.append(f"| `{method}` | " + " | ".join(values) + " |")
-    sizes = ", ".join(f"{cells[task, methods[0], 'matched']['accuracy']['items']} of {task}" for task in tasks)
-    first, of = summary["cells"][0], summary["machine"]
-    lines += [
-        "",
-        f"Held-out items ({sizes}), {len(first['seeds'])} seeds, {first['samples']} samples each, temperature 0.6, "
-        f"top-p 0.95; in brackets 95 % bootstrap intervals, paired where they are differences. The base is the "
-        f"embedded one, pre-trained further on the training questions. {summary['minutes']} minutes; {of['device']}, "
-        f"{of['threads']} threads, torch {of['torch']}, transformers {of['transformers']}. "
-        "Made by `python -m benchmarks.methods`.",
-    ]
-    return "\n".join(lines)
-
-
-def render(summary: dict) -> None:
-    """Plot, table and page from a summary."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = draw_accuracies(plt, (by_name(summary), *names(summary)))
-        figure.savefig(RESULTS / "methods.png", dpi=140)
-    table = section(summary)
-    write_atomically(RESULTS / "methods.md", table + "\n")
-    before, rest = PAGE.read_text().split(BEGIN)
-    write_atomically(PAGE, f"{before}{BEGIN}\n{table}\n{END_MARK}{rest.split(END_MARK)[1]}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _said(summary: dict[str, Any]) -> tuple[str, str]:
+    first = summary["cells"][0]
+    return "", (
+        f"{sizes(summary)}, {first['samples']} samples each, temperature 0.6, top-p 0.95; in brackets 95 % bootstrap "
+        "intervals, paired where they are differences. The base is the embedded one, pre-trained further on the "
+        "training questions."
     )
-    parser.add_argument("--folder", default="runs/methods", help="where adapters and answers are kept between calls")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--items", type=int, default=200, help="held-out items a task")
-    parser.add_argument("--steps", type=float, default=1.0, help="scale of all training steps, for a quick try")
-    parser.add_argument("--methods", default="all", help="as for python -m diffmas.eval")
-    parser.add_argument("--tasks", default=",".join(("relay", *RG)), help="any of the default's")
-    parser.add_argument("--no-results", action="store_true", help="leave committed results and the page as they are")
-    parser.add_argument("--render-only", action="store_true", help="only draw and rewrite the page from kept results")
-    args = parser.parse_args()
-    os.chdir(ROOT)
-    if args.render_only:
-        return render(json.loads((RESULTS / "summary.json").read_text()))
-    folder, began = Path(args.folder), time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
-    make_base(folder / "base", int(480 * args.steps))
-    flags = task_flags(folder, args.steps, args.items)
-    unknown = set(args.tasks.split(",")) - set(flags)
-    if unknown:
-        parser.error(f"tasks has {sorted(unknown)}; allowed: {', '.join(flags)}")
-    flags = {name: flags[name] for name in args.tasks.split(",")}
-    comparison = Comparison(
-        folder, flags, choose_methods(args.methods), range(args.seeds), options=OPTIONS, show_progress=False,
-        narrate=Console().print,
-    )  # fmt: skip
-    spent = folder / "seconds.json"
-    earlier = json.loads(spent.read_text()) if spent.is_file() else 0.0
 
-    try:
-        summary = comparison.run()
-    finally:
-        seconds = earlier + time.perf_counter() - began
-        write_atomically(spent, json.dumps(round(seconds, 1)) + "\n")
-    summary = summary | {"minutes": round(seconds / 60, 1), "machine": machine()}
-    summary["pretraining"] = json.loads((folder / "base" / "pretraining.json").read_text())
-    print_comparison(summary)
-    print(f"{summary['minutes']} minutes; report: {write_comparison_report(folder, summary)}")
-    if not args.no_results:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        write_atomically(RESULTS / "summary.json", json.dumps(summary, indent=1) + "\n")
-        render(summary)
+
+STUDY = Study(
+    name="methods",
+    tasks=("relay", *RG),
+    seeds=3,
+    items=200,
+    controls=("matched", "mismatched", "zero", "noise"),
+    options=Options(samples=4, batch_size=64, max_message_tokens=24),
+    said=_said,
+)
+
+
+def _flags(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
+    make_base(folder / "base", int(480 * args.steps))
+    return task_flags(folder, args.steps, args.items)
 
 
 if __name__ == "__main__":
-    main()
+    run(STUDY, parser_of(STUDY, __doc__), _flags)

@@ -1,10 +1,10 @@
-"""The benchmark of all methods: the page gets the table once, and a result is drawn from its summary alone."""
+"""The comparisons of methods: the page gets the table once, and a result is drawn from its summary alone."""
 
 from dataclasses import replace
 
 import pytest
 
-from benchmarks import methods
+from benchmarks import compared, language, methods
 from diffmas.comparison.summary import summarise
 from diffmas.evaluation.records import Record
 
@@ -24,19 +24,32 @@ def summary():
     return summarise(records, ["latent"]) | {"minutes": 2.5, "machine": MACHINE}
 
 
-def test_the_page_gets_the_section_once(summary, tmp_path, monkeypatch):
+@pytest.mark.parametrize("study", [methods.STUDY, language.STUDY], ids=lambda s: s.name)
+def test_the_page_gets_the_section_once(study, summary, tmp_path, monkeypatch):
     page = tmp_path / "methods.md"
-    page.write_text(methods.PAGE.read_text())
-    (tmp_path / "results").mkdir()
-    monkeypatch.setattr(methods, "PAGE", page)
-    monkeypatch.setattr(methods, "RESULTS", tmp_path / "results")
-    first, _, rest = page.read_text().partition(methods.BEGIN)
-    around = first + rest.partition(methods.END_MARK)[2]
-    methods.render(summary)
+    page.write_text(compared.PAGE.read_text())
+    monkeypatch.setattr(compared, "PAGE", page)
+    monkeypatch.setattr(compared, "ROOT", tmp_path)
+    study.results.mkdir(parents=True)
+    begin, end = (f"<!-- {study.name}: {word} -->" for word in ("begin", "end"))
+    first, _, rest = page.read_text().partition(begin)
+    around = first + rest.partition(end)[2]
+    compared.render(study, summary)
     once = page.read_text()
-    assert once.count(methods.BEGIN) == once.count(methods.END_MARK) == 1
+    assert once.count(begin) == once.count(end) == 1
     assert "| latent steps, no training (`latent`) | 75.0 [" in once and "| `latent` | +50.0 [" in once
     assert "4 of relay" in once and "2.5 minutes; a processor" in once
-    methods.render(summary)
-    assert page.read_text() == once and (tmp_path / "results" / "methods.png").stat().st_size > 5000
+    compared.render(study, summary)
+    assert page.read_text() == once and (study.results / f"{study.name}.png").stat().st_size > 5000
     assert all(line in once for line in around.splitlines())
+
+
+def test_whether_text_does_better_comes_first(summary):
+    records = [
+        replace(ONE, method=method, index=i, correct=i < right)
+        for method, right in (("single+sft", 3), ("text+sft", 1), ("diffmas", 2))
+        for i in range(4)
+    ]
+    said = language.against_text(summarise(records, ["single+sft", "text+sft", "diffmas"]))
+    assert said.startswith("`diffmas` loses to `single+sft` on relay: relay -25.0 [")
+    assert "`diffmas` does not lose to `text+sft`: relay +25.0 [" in said
