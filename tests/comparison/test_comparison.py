@@ -334,7 +334,7 @@ def kill_when(process, condition):
 
 def test_kill_in_training_and_in_evaluation(flags, tmp_path):
     """Killed at both, and gone on with: the same answers as in one go, each once."""
-    given = [*flags(max_steps=30, eval_size=40), "--methods=single,diffmas", "--samples=2", "--batch_size=4"]
+    given = [*flags(max_steps=30, eval_size=16), "--methods=single,diffmas", "--samples=2", "--batch_size=4"]
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "diffmas.eval", *given, f"--run={out}", "--disable_tqdm=true"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -343,13 +343,13 @@ def test_kill_in_training_and_in_evaluation(flags, tmp_path):
     reached = latest(training)[0]
     assert reached.name != "checkpoint-30" and not (training / "summary.json").exists()
     single = (out / ITEMS_FILE).read_bytes()
-    assert single.count(b"\n") == 40 * 2
+    assert single.count(b"\n") == 16 * 2
 
     def answered():
         return (out / ITEMS_FILE).read_bytes().count(b"\n")
 
-    kill_when(subprocess.Popen(command, **pipes), lambda: answered() > 40 * 2)
-    assert 40 * 2 < answered() < 5 * 40 * 2
+    kill_when(subprocess.Popen(command, **pipes), lambda: answered() > 16 * 2)
+    assert 16 * 2 < answered() < 5 * 16 * 2
     with (out / ITEMS_FILE).open("ab") as file:
         file.write(b'{"task": "relay", "meth')
     partial = read_records(out / ITEMS_FILE)
@@ -357,12 +357,12 @@ def test_kill_in_training_and_in_evaluation(flags, tmp_path):
     assert (out / ITEMS_FILE).read_bytes().startswith(single)
     records = read_records(out / ITEMS_FILE)
     assert records[: len(partial)] == partial, "an answer that was there was taken again"
-    assert (out / ITEMS_FILE).read_bytes().count(b"\n") == len(records) == 5 * 40 * 2
+    assert (out / ITEMS_FILE).read_bytes().count(b"\n") == len(records) == 5 * 16 * 2
     assert evaluate.main([*given, f"--run={tmp_path / 'whole'}", "--disable_tqdm=true"]) == 0
     assert answers(records) == answers(read_records(tmp_path / "whole" / ITEMS_FILE))
     cells = [json.loads((tmp_path / p / "summary.json").read_text())["cells"] for p in ("killed", "whole")]
     assert [c["accuracy"] for c in cells[0]] == [c["accuracy"] for c in cells[1]]
-    assert all(c["answers"] == 80 for c in cells[0])
+    assert all(c["answers"] == 32 for c in cells[0])
 
 
 def test_what_was_cut_is_counted_once_an_item_and_kept(flags, tmp_path):

@@ -9,7 +9,7 @@ from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 from diffmas.agents.topology import load_topology
 from diffmas.system import MultiAgentSystem
 
-ROWS = 9
+ROWS = 16
 
 
 @pytest.mark.parametrize(

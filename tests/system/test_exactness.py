@@ -77,9 +77,12 @@ def check(family, tied, topology, handover, latent_steps, detach, checkpointing,
     assert bool(reached) == ("weight" in grads and bool(grads["weight"].any()))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "backend, checkpointing", [("auto", False), ("auto", True), ("reference", False)],
+    ids=["auto", "auto-checkpointing", "reference"],
+)  # fmt: skip
 @pytest.mark.parametrize("detach", [False, True], ids=["", "detach"])
-@pytest.mark.parametrize("latent_steps", [0, 1, 5])
+@pytest.mark.parametrize("latent_steps", [0, 1, 4])
 @pytest.mark.parametrize("handover", ["full", "latent"])
 @pytest.mark.parametrize("topology", DAGS)
 def test_product(topology, handover, latent_steps, detach, checkpointing, backend):
