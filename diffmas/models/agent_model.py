@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from diffmas.models.lora import check_lora, fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of
-from diffmas.models.recurrent import continue_states
+from diffmas.models.recurrent import continue_states, state_bytes
 from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
@@ -132,6 +133,11 @@ class AgentModel(nn.Module):
             dtype=torch.get_autocast_dtype(self.device.type) if autocast else self.language_model.dtype,
             device=self.device,
         )
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of what recurrent layers remember of one row."""
+        return state_bytes(self.language_model) if self.recurrent else 0
 
     @property
     def _sharded(self) -> bool:

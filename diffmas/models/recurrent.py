@@ -104,6 +104,26 @@ def _within(limit: tuple[float, float], state: Tensor, hidden: Tensor, dt: Tenso
 
 
 @torch.no_grad()
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of what the recurrent layers of `model`, as :func:`continue_states` left it, remember of one row."""
+    total = 0
+    for mixer in (m for m in model.modules() if _keeps_states(_kind(m))):
+        weight = next(p for p in mixer.parameters() if p.is_floating_point())
+        token = torch.zeros(1, 1, model.config.get_text_config(decoder=True).hidden_size, device=weight.device)
+        _, state = _run_module(mixer, token.to(model.dtype), {})
+        total += sum(x.numel() * x.element_size() for x in state.values())
+    return total
+
+
+def chunk_length(model: PreTrainedModel) -> int:
+    """Tokens that recurrent layers take at a time: prompts are filled up to a multiple of it. 1 where they are not."""
+    config = model.config.get_text_config(decoder=True)
+    sizes = [getattr(config, name, None) for name in ("mamba_chunk_size", "chunk_size")]
+    # What the delta rule's code takes, whatever the configuration.
+    return next(filter(None, sizes), 64 if hasattr(config, "linear_conv_kernel_dim") else 1)
+
+
+@torch.no_grad()
 def _try(module: nn.Module, model: PreTrainedModel) -> bool:
     """Run three tokens at once, and one by one; whether code for several begins at zero, whatever the state."""
     if model.device.type == "meta":
@@ -234,7 +254,8 @@ class _Cache:
         past = self.get_conv_state(layer_idx, state_idx)
         past = states.new_zeros(*states.shape[:-1], conv_kernel_size) if past is None else past
         whole = torch.cat((past, states), -1)
-        self._written[f"convolution {state_idx}"] = whole[..., -conv_kernel_size:]
+        # A view would keep all tokens, which checkpointing is there to let go of.
+        self._written[f"convolution {state_idx}"] = whole[..., -conv_kernel_size:].clone()
         return whole
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:
