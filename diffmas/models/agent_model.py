@@ -79,7 +79,7 @@ class AgentModel(nn.Module):
         self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
         self._silenced = silence(base)
         self._head = head_of(base)
-        vectors = input_vectors(base)
+        vectors, factor = input_vectors(base)
         self.recurrent = continue_states(base)
         fuse_lora(base)
         fuse_norms(base)
@@ -88,7 +88,7 @@ class AgentModel(nn.Module):
         weight, out = base.get_input_embeddings().weight, self.head.linear.weight
         tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
         self.alignment = Alignment(vectors, out, alignment, initial=alignment_initial, tied=tied, backend=backend)
-        check_agreement(self, alone)
+        check_agreement(self, alone, factor)
 
     def train(self, mode: bool = True) -> AgentModel:
         """As for any module; training says once what dropout of the model it goes without."""

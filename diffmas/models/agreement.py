@@ -40,8 +40,10 @@ def states_alone(model: PreTrainedModel) -> Tensor | None:
             model.set_attn_implementation(before)
 
 
-def check_agreement(model: AgentModel, alone: Tensor | None) -> None:
+def check_agreement(model: AgentModel, alone: Tensor | None, factor: float) -> None:
     """Read the same tokens through a trace: in two calls, the second as a latent step is given.
+
+    `factor`: of embeddings that are given, as :func:`~diffmas.models.embedding.input_vectors` finds it.
 
     Raises:
         UnsupportedModelError: a model that cannot read them so, writes over them, or comes to something else.
@@ -54,7 +56,7 @@ def check_agreement(model: AgentModel, alone: Tensor | None) -> None:
         trace = KVTrace.allocate(batch=1, capacity=sum(_CALLS), backend=model.backend, **model.trace_sizes)
         parts = _tokens(base).split(_CALLS)
         first = model.read(trace, [_CALLS[0]], input_ids=parts[0])
-        inputs = model.language_model.get_input_embeddings()(parts[1])
+        inputs = model.language_model.get_input_embeddings()(parts[1]) * factor
         given = inputs.clone()
         states = torch.cat((first, model.read(trace, [_CALLS[1]], inputs_embeds=inputs)))
     if not torch.equal(inputs, given):
