@@ -193,23 +193,32 @@ class AgentModel(nn.Module):
         return hidden
 
     def _check_lengths(self, call: Call) -> None:
-        """Raise where a row would get frequencies that it would not get alone.
+        """Raise where a row would get frequencies that it would not get alone, or others than its trace has.
 
         transformers takes those of the longest row of a forward for all of it, and "dynamic" ones also of what it has
         seen before.
         """
-        if self._changes is None or call.rows.max_seqlen_k <= (limit := self._changes[1]):
+        if self._changes is None:
             return
-        ends = (call.position_ids[0] + 1).tolist()
-        last = [ends[at - 1] for at in call.rows.q_end.tolist()]
-        kind, alike = self._changes[0], min(last) > limit
-        if kind == "longrope" and alike:
+        kind, limit = self._changes
+        positions = call.position_ids[0].tolist()
+        if max(positions) < limit:
             return
-        what = "rows on both sides of" if kind == "longrope" else "a row beyond"
-        raise UnsupportedModelError(
-            f"the call has {what} position {limit}, where frequencies of rope_type {kind!r} change (rows end at "
-            f"{sorted(set(last))}); allowed: rows up to it{' or rows behind it' if kind == 'longrope' else ''}"
-        )
+        rows = zip(call.rows.q_begin.tolist(), call.rows.q_end.tolist(), strict=True)
+        found = [(positions[begin], positions[end - 1] + 1) for begin, end in rows if begin < end]
+        begins, ends = (sorted(set(column)) for column in zip(*found, strict=True))
+        where = f"position {limit}, where frequencies of rope_type {kind!r} change (rows end at {ends})"
+        if kind != "longrope":
+            raise UnsupportedModelError(f"the call has a row beyond {where}; allowed: rows up to it")
+        if min(ends) <= limit:
+            raise UnsupportedModelError(
+                f"the call has rows on both sides of {where}; allowed: rows up to it or rows behind it"
+            )
+        if crossing := [begin for begin in begins if 0 < begin <= limit]:
+            raise UnsupportedModelError(
+                f"the call goes beyond {where}, and its rows have keys from before it ({crossing} of them); allowed: "
+                "rows up to it, or whose first prompt goes beyond it"
+            )
 
     @contextlib.contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
