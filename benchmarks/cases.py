@@ -238,7 +238,7 @@ class Step(Case):
     def shape(self) -> Shape:
         """Of the model, without LoRA."""
         heads = (self.heads, self.kv_heads, self.head_dim)
-        return Shape(self.layers, self.hidden, self.intermediate, *heads, self.vocab, self.item, _ACCUMULATOR)
+        return Shape.dense(self.layers, self.hidden, self.intermediate, *heads, self.vocab, self.item, _ACCUMULATOR)
 
     def step(self) -> Work:
         """Forward, and backward through frozen weights (no weight gradients; LoRA is left out)."""

@@ -85,11 +85,13 @@ class Call:
             others.
         outputs: the tokens whose results are wanted, where that is not all; a model's last layer need not
             compute the others beyond their keys and values.
-        attend: None, or `(q, k, v, layer, scores) -> (out, lse)` in the operator's place, for a call whose
-            keys and values are not all in its own storage. Without gradient.
+        attend: None, or `(q, k, v, layer, scores, sinks) -> (out, lse)` in the operator's place, for a call whose
+            keys and values are not all in its own storage. Without gradient; sinks are added to what it returns.
     """
 
-    attend: Callable[[Tensor, Tensor | None, Tensor | None, int, Scores], tuple[Tensor, Tensor]] | None = None
+    attend: (
+        Callable[[Tensor, Tensor | None, Tensor | None, int, Scores, Tensor | None], tuple[Tensor, Tensor]] | None
+    ) = None
 
     def __init__(
         self,

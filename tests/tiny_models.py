@@ -69,7 +69,7 @@ def clone(model):
     twin = copy.deepcopy(model).eval()
     for module in twin.modules():
         # The model's own forward, where a system has put a fused one in place.
-        if getattr(vars(module).get("forward"), "__module__", "").startswith("diffmas"):
+        if getattr(getattr(vars(module).get("forward"), "func", None), "__module__", "").startswith("diffmas"):
             del module.forward
         if isinstance(module, FusedLayer):
             module.__class__ = type(module).__mro__[type(module).__mro__.index(FusedLayer) + 1]

@@ -56,7 +56,10 @@ def _run(results: dict[str, Any], chosen: list[str], args: argparse.Namespace) -
     console = Console(width=None if terminal() else 200)
     columns = (*Progress.get_default_columns(), MofNCompleteColumn())
     cases = QUICK if args.quick else CASES
+    # Of the results that are kept, too.
+    kept = _devices(results) if args.only else []
     results |= {"machine": machine(), "cases": [str(case) for case in cases]}
+    results["devices"] = list(dict.fromkeys([*kept, results["machine"]["device"]]))
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with Progress(*columns, console=console) if terminal() else Lines(True) as progress:
         task = progress.add_task("model families", len(chosen))
@@ -69,6 +72,10 @@ def _run(results: dict[str, Any], chosen: list[str], args: argparse.Namespace) -
                 told += [f"oracle: {v.oracle}"] if v.oracle else []
                 console.print(" ".join(filter(None, told)), markup=False, highlight=False)
             progress.advance(task)
+
+
+def _devices(results: dict[str, Any]) -> list[str]:
+    return results.get("devices") or ([results["machine"]["device"]] if "machine" in results else [])
 
 
 def _finite(value: Any) -> Any:

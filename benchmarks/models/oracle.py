@@ -49,12 +49,27 @@ class RecomputedModel:
         self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = self.causal.get_decoder()
         self.decoder = self.causal.model if decoder is self.causal else decoder
-        self.embedding = self.causal.get_input_embeddings()
+        self.layers = _layers_of(self.decoder, self.causal.config.get_text_config(decoder=True).num_hidden_layers)
         with torch.no_grad():
-            vocabulary = torch.arange(self.embedding.weight.shape[0])
+            vocabulary = torch.arange(self.causal.get_input_embeddings().weight.shape[0])
+            self._factor = self._of_looked_up(vocabulary[:3])
             #: Mean norm of what the decoder gets for a token.
             self.rho = self.embedding(vocabulary).norm(dim=1).mean()
-        self.layers = _layers_of(self.decoder, self.causal.config.get_text_config(decoder=True).num_hidden_layers)
+
+    def embedding(self, ids: Tensor) -> Tensor:
+        """Tokens as the decoder has to be given them."""
+        return self.causal.get_input_embeddings()(ids) * self._factor
+
+    def _of_looked_up(self, ids: Tensor) -> float:
+        """What the decoder multiplies embeddings by that it looks up itself, and not those that it is given."""
+        entered = []
+        for inputs in ({"input_ids": ids[None]}, {"inputs_embeds": self.causal.get_input_embeddings()(ids)[None]}):
+            with self._set([]) as seen:
+                self.decoder(**inputs, use_cache=False)
+            entered.append(seen[0])
+        by_id, given = entered
+        factor = float((by_id * given).sum() / given.square().sum())
+        return 1.0 if torch.equal(by_id, given) else factor
 
     def read(
         self, received: Sequence[Segment], embeds: Tensor, *, detach: bool = False
@@ -76,7 +91,11 @@ class RecomputedModel:
             return self._read_behind_expanded(received, torch.cat((moved, embeds)), before)
         with torch.no_grad(), self._set(received):
             cache = DynamicCache(config=self.causal.config.get_text_config(decoder=True))
-            kept = self.causal(inputs_embeds=moved[None], past_key_values=cache, use_cache=True).past_key_values
+            try:
+                kept = self.causal(inputs_embeds=moved[None], past_key_values=cache, use_cache=True).past_key_values
+            except ValueError:
+                # A model with a kind of cache of its own makes one.
+                cache = kept = self.causal(inputs_embeds=moved[None], use_cache=True).past_key_values
         if kept is not cache:
             raise RuntimeError(f"{type(self.causal).__name__} kept no cache of what it received")
         return self._forward([], embeds, past_key_values=cache)
@@ -151,6 +170,13 @@ def _layers_of(decoder: nn.Module, count: int) -> list[nn.Module]:
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
+    # Layers that attend several times: what an attention gets is what its norm gets, and the rest of a received column
+    # is nothing that anyone sees.
+    norms = [getattr(layer, "input_layernorm", None) for layer in getattr(decoder, "layers", ())]
+    if norms and all(isinstance(each, nn.ModuleList) for each in norms):
+        found = [norm for each in norms for norm in each]
+        if len(found) == count:
+            return found
     raise RuntimeError(f"{type(decoder).__name__} has no list of {count} layers")
 
 

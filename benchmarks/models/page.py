@@ -30,10 +30,11 @@ def table(results: dict[str, Any]) -> str:
         whys |= dict.fromkeys(f"oracle: {v['oracle']}" for v in layouts.values() if v["oracle"])
         lines.append(f"| `{family}` | " + " | ".join(cells) + " | " + "; ".join(map(_escaped, whys)) + " |")
     of = results["machine"]
+    devices = results.get("devices") or [of["device"]]
     lines += [
         "",
         f"Compared: {'; '.join(results['cases'])}. Worst relative error beside each verdict; float64, at most 1e-10 is "
-        f"exact. {of['device']}, torch {of['torch']}, transformers {of['transformers']}. Made by "
+        f"exact. {', '.join(devices)}, torch {of['torch']}, transformers {of['transformers']}. Made by "
         "`python -m benchmarks.models`.",
     ]
     return "\n".join(lines)

@@ -54,8 +54,9 @@ def noise(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
 
 
 def _like_norm(x: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(x.shape, generator=generator).to(x.device)
-    return drawn * (x.float().norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
+    # What fills values up to the size of keys is no part of them: noise there would take its share of the norm.
+    drawn = torch.randn(x.shape, generator=generator).to(x.device) * (x != 0)
+    return drawn * (x.float().norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True).clamp_min(1e-30))
 
 
 CONTROLS: dict[str, Control] = {"matched": matched, "mismatched": mismatched, "zero": zero, "noise": noise}

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from diffmas.agents.topology import Topology
+from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.geometry import configured
 from diffmas.models.outline import decoder_of
 from diffmas_ops.dtypes import accumulation_dtype
-
-Lengths = Sequence[int]
+from diffmas_ops.scores import Scores
 
 #: Phases of a step, in order; each has a backward.
 PHASES = ("prefill", "latent", "answer")
@@ -41,56 +41,106 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Attention layers of one mask: numbers of a token's queries and of a trace's column, all of them together.
+
+    `window`, `chunk`: as a :class:`~diffmas.models.geometry.LayerGeometry` has them.
+    """
+
+    queries: int
+    column: int
+    window: int | None = None
+    chunk: int | None = None
+
+    def pairs(self, before: int, count: int) -> float:
+        """Of a query and a key it sees, for `count` queries behind `before` columns."""
+        return self._pairs(before + count) - self._pairs(before)
+
+    def columns(self, before: int, count: int) -> int:
+        """What `count` queries of one call behind `before` columns see together."""
+        return before + count - Scores(1.0, self.window, chunk=self.chunk).first_seen(before)
+
+    def _pairs(self, columns: int) -> float:
+        """For all queries of so many columns."""
+        if self.window is not None:
+            full = min(columns, self.window)
+            return full * (full + 1) / 2 + (columns - full) * full
+        chunks, rest = divmod(columns, self.chunk or max(columns, 1))
+        size = self.chunk or columns
+        return chunks * size * (size + 1) / 2 + rest * (rest + 1) / 2
+
+
+@dataclass(frozen=True)
 class Shape:
-    """Sizes of a dense decoder with a gated MLP: what of a model the counts depend on.
+    """Sizes of a decoder: what of a model the counts depend on.
 
     Attributes:
+        weights: of the linear layers of all decoder layers that a token goes through: of experts, as many as it takes.
         adapter: weights of adapters, all layers together; `trained`: whether the base model's weights train.
         item, accumulator: bytes of an element of the model and of a trace's gradient.
     """
 
-    layers: int
     hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocab: int
+    weights: int
+    attention: tuple[Attention, ...]
     item: int
     accumulator: int
     adapter: int = 0
     trained: bool = False
 
     @classmethod
-    def of(cls, model: PreTrainedModel, dtype: torch.dtype | None = None) -> Shape:
-        """Of a transformers causal language model, whose adapters are inside; `dtype`: what it computes in."""
-        config, dtype = model.config.get_text_config(decoder=True), dtype or model.dtype
-        adapters = {n: p for n, p in model.named_parameters() if "lora_" in n}
-        others = (p for n, p in decoder_of(model).named_parameters() if n not in adapters and p.dim() == 2)
+    def of(cls, model: AgentModel, dtype: torch.dtype | None = None) -> Shape:
+        """Of a model, whose adapters are inside; `dtype`: what it computes in."""
+        language_model = model.language_model
+        config, dtype = language_model.config.get_text_config(decoder=True), dtype or language_model.dtype
+        decoder = decoder_of(language_model)
+        adapters = {n: p for n, p in decoder.named_parameters() if "lora_" in n}
+        others = (p for n, p in decoder.named_parameters() if n not in adapters and p.dim() == 2)
+        kinds: dict[tuple[int | None, int | None], list[int]] = {}
+        for layer in model.layers.values():
+            sizes = kinds.setdefault((layer.window, layer.chunk), [0, 0])
+            sizes[0] += layer.num_heads * layer.head_dim
+            sizes[1] += 2 * layer.num_kv_heads * layer.head_dim
         return cls(
-            layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=configured(config, "intermediate_size") or 4 * config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=configured(config, "num_key_value_heads") or config.num_attention_heads,
-            head_dim=configured(config, "head_dim") or config.hidden_size // config.num_attention_heads,
             vocab=config.vocab_size,
+            weights=_weights(decoder, configured(config, "num_experts_per_tok") or 1),
+            attention=tuple(Attention(sizes[0], sizes[1], *kind) for kind, sizes in kinds.items()),
             item=dtype.itemsize,
             accumulator=accumulation_dtype(dtype).itemsize,
             adapter=sum(p.numel() for p in adapters.values()),
             trained=not adapters and any(p.requires_grad for p in others),
         )
 
-    @property
-    def weights(self) -> int:
-        """Of the linear layers of all decoder layers."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+    @classmethod
+    def dense(
+        cls, layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int, head_dim: int, vocab: int,
+        item: int, accumulator: int, adapter: int = 0, trained: bool = False,
+    ) -> Shape:  # fmt: skip
+        """Of uniform layers with a gated MLP, whose queries see everything."""
+        weights = layers * hidden * ((2 * heads + 2 * kv_heads) * head_dim + 3 * intermediate)
+        attention = Attention(layers * heads * head_dim, 2 * layers * kv_heads * head_dim)
+        return cls(hidden, vocab, weights, (attention,), item, accumulator, adapter, trained)
 
     @property
     def column(self) -> int:
         """Numbers in a trace's column, all layers together."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        return sum(layers.column for layers in self.attention)
+
+
+def _weights(decoder: nn.Module, experts: int) -> int:
+    """Of linear layers, adapters' own aside; stacks of experts count for the `experts` that a token takes."""
+    total = 0
+    for name, module in decoder.named_modules():
+        if "lora_" in name:
+            continue
+        if isinstance(module, nn.Linear):
+            total += module.in_features * module.out_features
+        elif "experts" in name.rpartition(".")[2]:
+            stacks = (p for p in module.parameters(recurse=False) if p.dim() == 3)
+            total += sum(p[0].numel() * min(experts, len(p)) for p in stacks)
+    return total
 
 
 @dataclass(frozen=True)
@@ -99,18 +149,29 @@ class Call:
 
     Attributes:
         phase: one of :data:`PHASES`. trace: index of the trace it writes.
-        tokens: of all rows and steps; `steps`: how often weights are read for them.
-        pairs: of a query and a key it sees, over rows and steps.
-        columns: of the trace that are read, over rows and steps.
+        rows: per row, the columns there are before it, and those that it writes.
+        steps: how often weights are read for them.
     """
 
     phase: str
     trace: int
-    tokens: int
+    rows: tuple[tuple[int, int], ...]
     steps: int
-    pairs: float
-    columns: int
     differentiated: bool
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows and steps."""
+        return sum(new for _, new in self.rows)
+
+    def pairs(self, layers: Attention) -> float:
+        """Of a query and a key it sees, over rows and steps."""
+        return sum(layers.pairs(before, new) for before, new in self.rows)
+
+    def columns(self, layers: Attention) -> float:
+        """Of the trace that are read, over rows and steps."""
+        # A step is one query: it reads what it sees.
+        return self.pairs(layers) if self.phase == "latent" else sum(layers.columns(*row) for row in self.rows)
 
 
 @dataclass(frozen=True)
@@ -148,13 +209,10 @@ class Plan:
             rows = lengths[home[agent.name]]
             new = [n + a for n, a in zip(own, answers, strict=True)] if last else list(own)
             call = partial(Call, trace=home[agent.name], differentiated=last or not detach_trace)
-            pairs = sum(n * (before + (n + 1) / 2) for before, n in zip(rows, new, strict=True))
+            calls.append(call("answer" if last else "prefill", rows=tuple(zip(rows, new, strict=True)), steps=1))
             rows = [before + n for before, n in zip(rows, new, strict=True)]
-            phase = "answer" if last else "prefill"
-            calls.append(call(phase, tokens=sum(new), steps=1, pairs=pairs, columns=sum(rows)))
             if not last and (m := latent_steps):
-                seen = sum(m * before + m * (m + 1) // 2 for before in rows)
-                calls.append(call("latent", tokens=m * len(rows), steps=m, pairs=seen, columns=seen))
+                calls.append(call("latent", rows=tuple((before, m) for before in rows), steps=m))
                 rows = [before + m for before in rows]
             lengths[home[agent.name]] = rows
         return cls(tuple(calls), tuple(len(row) * max(row) for row in lengths), sum(answers))
@@ -181,8 +239,8 @@ def floor_seconds(work: Mapping[str, Work], matmul: float, copy: float) -> float
 
 def _forward(shape: Shape, call: Call) -> Work:
     weights = shape.weights + shape.adapter
-    attention = 4 * shape.layers * shape.heads * shape.head_dim * call.pairs
-    moved = weights * call.steps + shape.column * (call.columns + call.tokens)
+    attention = 4 * sum(layers.queries * call.pairs(layers) for layers in shape.attention)
+    moved = weights * call.steps + _columns(shape, call) + shape.column * call.tokens
     return Work(2 * weights * call.tokens + attention, moved * shape.item)
 
 
@@ -192,7 +250,13 @@ def _backward(shape: Shape, call: Call) -> Work:
     A latent step reads the trace's columns; the accumulators are read and written once for all steps of a run.
     """
     weights = shape.weights * (1 + shape.trained) + 2 * shape.adapter
-    attention = 10 * shape.layers * shape.heads * shape.head_dim * call.pairs
-    moved = (shape.weights + shape.adapter) * call.steps + shape.column * call.columns
-    accumulators = 2 * shape.column * call.columns / call.steps * shape.accumulator
+    attention = 10 * sum(layers.queries * call.pairs(layers) for layers in shape.attention)
+    read = _columns(shape, call)
+    moved = (shape.weights + shape.adapter) * call.steps + read
+    accumulators = 2 * read / call.steps * shape.accumulator
     return Work(2 * weights * call.tokens + attention, moved * shape.item + accumulators)
+
+
+def _columns(shape: Shape, call: Call) -> float:
+    """Numbers of the trace that a call reads."""
+    return sum(layers.column * call.columns(layers) for layers in shape.attention)

@@ -1,6 +1,7 @@
 """How much memory there is, and requests that could never fit refused by name before anything is allocated.
 
-What is asked for is counted from below (a trace's columns, an adapter's weights), so that nothing is refused that fits.
+What is asked for is counted from below (a trace's columns and states, an adapter's weights), so that nothing is
+refused that fits.
 """
 
 from __future__ import annotations
@@ -100,10 +101,11 @@ def check_decoding(
         )
     at_once = decoding.max_rows if all_rows else math.ceil(decoding.max_rows / decoding.samples)
     prompts = [list(lengths[:at_once]) for lengths in prompt_lengths]
-    column = column_bytes(trajectory.model)
+    column, state = column_bytes(trajectory.model), trajectory.model.state_bytes
 
     def needed(rows: Sequence[Lengths], steps: int) -> int:
-        return column * sum(Plan.of(trajectory.topology, steps, rows, [1] * len(rows[0])).columns)
+        count = len(rows[0])
+        return column * sum(Plan.of(trajectory.topology, steps, rows, [1] * count).columns) + state * count
 
     if (bytes_ := needed(prompts, trajectory.latent_steps)) > (free := available_bytes(trajectory.model.device)):
         longest = max(range(len(prompts[0])), key=lambda row: sum(lengths[row] for lengths in prompts))

@@ -110,7 +110,8 @@ def _parts_table(found: Inspection) -> Table:
         table.add_column(column, justify="right")
     for part in found.parts:
         layers = f"{min(part.layers):.1%} … {max(part.layers):.1%}"
-        table.add_row(escape(part.agent), part.kind, str(part.columns), f"{part.mass:.1%}", layers)
+        columns = str(part.columns) if part.columns else "–"
+        table.add_row(escape(part.agent), part.kind, columns, f"{part.mass:.1%}", layers)
     return table
 
 

@@ -23,13 +23,13 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive columns of the trace that one agent wrote.
+    """Consecutive columns of the trace that one agent wrote, or what heads have beside all columns.
 
     Attributes:
-        kind: "prompt", "latent steps" or "answer".
+        agent: empty for a sink.
+        kind: "prompt", "latent steps", "answer", or "sink": the attention sinks of a model that has some, no column.
         mass: attention probability on them, averaged over layers, heads and the answer's tokens; all parts sum to 1.
-            What an attention sink takes is left out.
-        layers: the same of each layer.
+        layers: the same of each attention layer.
     """
 
     agent: str
@@ -58,7 +58,7 @@ class LatentStep:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Parts in the order of the trace, latent steps in the order of thinking."""
+    """Parts in the order of the trace, a sink behind them; latent steps in the order of thinking."""
 
     parts: list[Part]
     steps: list[LatentStep]
@@ -108,34 +108,35 @@ def inspect(
     call.attend = observed
     with evaluating(model):
         model.run(call, input_ids=own_ids)
-    masses = observed.mean()
+    masses, sink = observed.mean()
     found = [
-        Part(
-            name,
-            kind,
-            end - begin,
-            float(masses[:, begin:end].sum(1).mean()),
-            tuple(masses[:, begin:end].sum(1).tolist()),
-        )
-        for name, kind, begin, end in parts
+        _part(name, kind, end - begin, masses[:, begin:end].sum(1)) for name, kind, begin, end in parts if end > begin
     ]
-    return Inspection([part for part in found if part.columns], steps)
+    return Inspection(found if sink is None else [*found, _part("", "sink", 0, sink)], steps)
+
+
+def _part(agent: str, kind: str, columns: int, layers: Tensor) -> Part:
+    """`layers [num_layers]`: its share of every layer's attention."""
+    return Part(agent, kind, columns, float(layers.mean()), tuple(layers.tolist()))
 
 
 class _Masses:
-    """Runs a one-row call's attention and adds up what its last `queries` tokens pay to every column."""
+    """Runs a one-row call's attention and adds up what its last `queries` tokens pay to every column, and to sinks."""
 
     def __init__(self, call: Call, queries: int):
         self._call, self._queries = call, queries
         self._layers: dict[int, Tensor] = {}
+        #: Of the layers that have sinks.
+        self._sinks: dict[int, Tensor] = {}
 
     def __call__(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores, sinks: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         call = self._call
         keys, values = call.storage.layer(layer)
         ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None, scores=scores)
         out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scores)
+        whole = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype))
         keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
         columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)
         positions = call.position_ids[0]
@@ -143,14 +144,22 @@ class _Masses:
             some = slice(begin, begin + _BLOCK)
             grouped = q[some].to(lse.dtype).unflatten(1, (keys.shape[0], -1))
             products = torch.einsum("nhgd,hcd->nhgc", grouped, keys).flatten(1, 2) * scores.softmax_scale
-            probabilities = (scores.cap(products) - lse[some].unsqueeze(-1)).exp()
+            probabilities = (scores.cap(products) - whole[some].unsqueeze(-1)).exp()
             total += probabilities.masked_fill(~scores.sees(positions[some, None, None], columns), 0.0).sum((0, 1))
         self._layers[layer] = total / (self._queries * q.shape[1])
+        if sinks is not None:
+            self._sinks[layer] = (sinks.to(lse.dtype) - whole[-self._queries :]).exp().mean()
         return out, lse
 
-    def mean(self) -> Tensor:
-        """Probability `[num_layers, columns]`, averaged over heads and queries."""
-        return torch.stack([self._layers[layer] for layer in sorted(self._layers)]).cpu()
+    def mean(self) -> tuple[Tensor, Tensor | None]:
+        """Averaged over heads and queries, probability `[num_layers, columns]` and that of sinks `[num_layers]`.
+
+        The second is None where no layer has any.
+        """
+        layers = sorted(self._layers)
+        zero = self._layers[layers[0]].new_zeros(())
+        sinks = torch.stack([self._sinks.get(layer, zero) for layer in layers]).cpu() if self._sinks else None
+        return torch.stack([self._layers[layer] for layer in layers]).cpu(), sinks
 
 
 def _latent_steps(trajectory: Trajectory, states: list[Tensor], top: int) -> list[LatentStep]:

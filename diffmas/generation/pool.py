@@ -231,7 +231,7 @@ class SharedTraces(OwnTraces):
         self._parts: dict[Scores, tuple[list[tuple], list[tuple]]] = {}
 
     def attend(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores, sinks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Append `k, v [answers, num_kv_heads, D]` where given, attend with `q [answers, num_heads, D]`."""
         if scores not in self._parts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from diffmas.models.lora import check_lora, fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of
-from diffmas.models.recurrent import continue_states
+from diffmas.models.recurrent import continue_states, state_bytes
 from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
@@ -78,7 +79,7 @@ class AgentModel(nn.Module):
         self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
         self._silenced = silence(base)
         self._head = head_of(base)
-        vectors = input_vectors(base)
+        vectors, factor = input_vectors(base)
         self.recurrent = continue_states(base)
         fuse_lora(base)
         fuse_norms(base)
@@ -87,7 +88,7 @@ class AgentModel(nn.Module):
         weight, out = base.get_input_embeddings().weight, self.head.linear.weight
         tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
         self.alignment = Alignment(vectors, out, alignment, initial=alignment_initial, tied=tied, backend=backend)
-        check_agreement(self, alone)
+        check_agreement(self, alone, factor)
 
     def train(self, mode: bool = True) -> AgentModel:
         """As for any module; training says once what dropout of the model it goes without."""
@@ -132,6 +133,11 @@ class AgentModel(nn.Module):
             dtype=torch.get_autocast_dtype(self.device.type) if autocast else self.language_model.dtype,
             device=self.device,
         )
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of what recurrent layers remember of one row."""
+        return state_bytes(self.language_model) if self.recurrent else 0
 
     @property
     def _sharded(self) -> bool:
@@ -187,23 +193,32 @@ class AgentModel(nn.Module):
         return hidden
 
     def _check_lengths(self, call: Call) -> None:
-        """Raise where a row would get frequencies that it would not get alone.
+        """Raise where a row would get frequencies that it would not get alone, or others than its trace has.
 
         transformers takes those of the longest row of a forward for all of it, and "dynamic" ones also of what it has
         seen before.
         """
-        if self._changes is None or call.rows.max_seqlen_k <= (limit := self._changes[1]):
+        if self._changes is None:
             return
-        ends = (call.position_ids[0] + 1).tolist()
-        last = [ends[at - 1] for at in call.rows.q_end.tolist()]
-        kind, alike = self._changes[0], min(last) > limit
-        if kind == "longrope" and alike:
+        kind, limit = self._changes
+        positions = call.position_ids[0].tolist()
+        if max(positions) < limit:
             return
-        what = "rows on both sides of" if kind == "longrope" else "a row beyond"
-        raise UnsupportedModelError(
-            f"the call has {what} position {limit}, where frequencies of rope_type {kind!r} change (rows end at "
-            f"{sorted(set(last))}); allowed: rows up to it{' or rows behind it' if kind == 'longrope' else ''}"
-        )
+        rows = zip(call.rows.q_begin.tolist(), call.rows.q_end.tolist(), strict=True)
+        found = [(positions[begin], positions[end - 1] + 1) for begin, end in rows if begin < end]
+        begins, ends = (sorted(set(column)) for column in zip(*found, strict=True))
+        where = f"position {limit}, where frequencies of rope_type {kind!r} change (rows end at {ends})"
+        if kind != "longrope":
+            raise UnsupportedModelError(f"the call has a row beyond {where}; allowed: rows up to it")
+        if min(ends) <= limit:
+            raise UnsupportedModelError(
+                f"the call has rows on both sides of {where}; allowed: rows up to it or rows behind it"
+            )
+        if crossing := [begin for begin in begins if 0 < begin <= limit]:
+            raise UnsupportedModelError(
+                f"the call goes beyond {where}, and its rows have keys from before it ({crossing} of them); allowed: "
+                "rows up to it, or whose first prompt goes beyond it"
+            )
 
     @contextlib.contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:

@@ -20,41 +20,50 @@ if TYPE_CHECKING:
 
 #: New tokens of two calls that follow each other.
 _CALLS = (4, 2)
+#: Where a model keeps its states until they have agreed.
+_ALONE = "states_alone"
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
 def states_alone(model: PreTrainedModel) -> Tensor | None:
-    """Hidden states `[tokens, hidden]` of a few tokens, by the model's own code; None where its attention is ours.
+    """Hidden states `[tokens, hidden]` of a few tokens, by the model's own code; None where they have agreed already.
+
+    They stay with the model until they do: its attention is ours then, and another attempt on it is compared as well.
 
     Raises:
         UnsupportedModelError: a model that cannot read them.
     """
     if (before := model.config._attn_implementation) == NAME:
-        return None
+        return vars(model).get(_ALONE)
     with _looking_on(model), _named(model, "by itself"):
         # Other implementations may leave out what they lack: caps, in some versions.
         model.set_attn_implementation("eager")
         try:
-            return decoder_of(model)(input_ids=_tokens(model)[None], use_cache=False).last_hidden_state[0]
+            alone = decoder_of(model)(input_ids=_tokens(model)[None], use_cache=False).last_hidden_state[0]
         finally:
             model.set_attn_implementation(before)
+    vars(model)[_ALONE] = alone
+    return alone
 
 
-def check_agreement(model: AgentModel, alone: Tensor | None) -> None:
+def check_agreement(model: AgentModel, alone: Tensor | None, factor: float) -> None:
     """Read the same tokens through a trace: in two calls, the second as a latent step is given.
+
+    `factor`: of embeddings that are given, as :func:`~diffmas.models.embedding.input_vectors` finds it.
 
     Raises:
         UnsupportedModelError: a model that cannot read them so, writes over them, or comes to something else.
     """
     # What is not finite agrees with nothing: the first loss, or the first logits, are refused as that.
-    if alone is None or not alone.isfinite().all():
-        return
     base = model.language_model
+    if alone is None or not alone.isfinite().all():
+        vars(base).pop(_ALONE, None)
+        return
     with _looking_on(base), _named(base, "through a trace"):
         trace = KVTrace.allocate(batch=1, capacity=sum(_CALLS), backend=model.backend, **model.trace_sizes)
         parts = _tokens(base).split(_CALLS)
         first = model.read(trace, [_CALLS[0]], input_ids=parts[0])
-        inputs = model.language_model.get_input_embeddings()(parts[1])
+        inputs = model.language_model.get_input_embeddings()(parts[1]) * factor
         given = inputs.clone()
         states = torch.cat((first, model.read(trace, [_CALLS[1]], inputs_embeds=inputs)))
     if not torch.equal(inputs, given):
@@ -69,6 +78,7 @@ def check_agreement(model: AgentModel, alone: Tensor | None) -> None:
             f"model {type(base).__name__} comes to something else through a trace than by itself (relative difference "
             f"{error:.1g} of its hidden states): it has positions, a mask or a state that a trace does not see"
         )
+    del vars(base)[_ALONE]
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:

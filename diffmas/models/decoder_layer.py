@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from diffmas.models.in_place import put_in_front
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
@@ -43,16 +43,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
         # transformers has a SiLU class of its own.
         kind: Any = type(module)
         if kind.__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
-            module.__class__ = _fused(kind)
-
-
-@cache
-def _fused(kind: type) -> type:
-    """A subclass and no patched method, since transformers wraps a layer class's `forward` for checkpointing.
-
-    It bears the original's name, by which layers are chosen to be sharded.
-    """
-    return kind if issubclass(kind, FusedLayer) else type(kind.__name__, (FusedLayer, kind), {})
+            module.__class__ = put_in_front(FusedLayer, kind)
 
 
 class FusedLayer(nn.Module):

@@ -16,10 +16,11 @@ _TOKENS = 8
 
 
 @torch.no_grad()
-def input_vectors(model: PreTrainedModel) -> Tensor:
+def input_vectors(model: PreTrainedModel) -> tuple[Tensor, float]:
     """`[vocab, hidden]`: every token as `inputs_embeds` has to have it, with the scale its embedding module applies.
 
-    What the model does to all embeddings later (another scale, a norm), it does to latent inputs too.
+    Beside them, the factor among these by which the model itself multiplies what it looks up, but not what it is given
+    (Falcon-H1). What it does to all embeddings later (another scale, a norm), it does to latent inputs too.
 
     Raises:
         UnsupportedModelError: a model whose layers get something else of a token than of its embedding.
@@ -30,8 +31,8 @@ def input_vectors(model: PreTrainedModel) -> Tensor:
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None
     vocab = torch.arange(embedding.weight.shape[0], device=embedding.weight.device)
     vectors = embedding.weight.detach() if plain else embedding(vocab)
-    _check_entry(model, vocab[:_TOKENS], vectors[:_TOKENS])
-    return vectors
+    factor = _check_entry(model, vocab[:_TOKENS], vectors[:_TOKENS])
+    return (vectors if factor == 1 else vectors * factor), factor
 
 
 def proportional(vectors: Tensor, weight: Tensor) -> bool:
@@ -41,21 +42,27 @@ def proportional(vectors: Tensor, weight: Tensor) -> bool:
     return bool((some - scale * others).norm() <= 2 * torch.finfo(vectors.dtype).eps * some.norm())
 
 
-def _check_entry(model: PreTrainedModel, ids: Tensor, vectors: Tensor) -> None:
+def _check_entry(model: PreTrainedModel, ids: Tensor, vectors: Tensor) -> float:
+    """The factor with which tokens given by their vectors enter the first layer as those given by their ids."""
     name = type(model).__name__
     if (layer := first_layer(model)) is None:
         raise UnsupportedModelError(f"model {name} has no list of layers; this is not supported")
-    entering = {"input_ids": ids[None], "inputs_embeds": vectors[None]}
-    by_id, by_vector = (_entered(model, layer, **{key: value}) for key, value in entering.items())
-    same = len(by_id) == len(by_vector) and all(
-        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-5)
-        for a, b in zip(by_id, by_vector, strict=True)
+    by_id = _entered(model, layer, input_ids=ids[None])
+    described = getattr(model.config.get_text_config(decoder=True), "embedding_multiplier", None) or 1.0
+    for factor in dict.fromkeys((1.0, float(described))):
+        if _same(by_id, _entered(model, layer, inputs_embeds=vectors[None] * factor)):
+            return factor
+    raise UnsupportedModelError(
+        f"model {name} gives its layers something else of a token than of its embedding, and a latent step has no "
+        "token; this is not supported"
     )
-    if not same:
-        raise UnsupportedModelError(
-            f"model {name} gives its layers something else of a token than of its embedding, and a latent step has no "
-            "token; this is not supported"
-        )
+
+
+def _same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(
+        a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-5)
+        for a, b in zip(left, right, strict=True)
+    )
 
 
 class _Entered(Exception):

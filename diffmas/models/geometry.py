@@ -40,7 +40,8 @@ class LayerGeometry:
 
     Attributes:
         slot: which of a trace's layers it writes.
-        num_kv_heads: of its keys and values. head_dim: of a trace's columns: the larger of the two sizes.
+        num_heads: of its queries; num_kv_heads: of its keys and values.
+        head_dim: of a trace's columns: the larger of the sizes of keys and values.
         value_dim: of its values, and of what it returns.
         window: columns a query sees, the last of them its own; None: all.
         chunk: a query sees the columns of its own chunk of so many; None: all.
@@ -51,6 +52,7 @@ class LayerGeometry:
     """
 
     slot: int
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
@@ -260,7 +262,7 @@ def _sizes(model: PreTrainedModel, slot: int, seen: _Sighting) -> LayerGeometry:
         raise UnsupportedModelError(
             f"model {type(model).__name__} has {key_heads} heads of keys and {kv_heads} of values; allowed: as many"
         )
-    return LayerGeometry(slot, kv_heads, max(key_dim, value_dim), value_dim)
+    return LayerGeometry(slot, seen.query.shape[1], kv_heads, max(key_dim, value_dim), value_dim)
 
 
 def _mask(model: PreTrainedModel, seen: _Sighting) -> dict[str, Any]:

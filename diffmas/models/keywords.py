@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 from torch import nn
+
+from diffmas.models.in_place import put_in_front
 
 #: Of the layer that is running; None outside one.
 _KEYWORDS: ContextVar[dict[str, Any] | None] = ContextVar("keywords", default=None)
@@ -17,7 +18,7 @@ def carry_keywords(layers: Iterable[nn.Module]) -> None:
     """Keep what `layers` are given while they run, also when checkpointing runs them again."""
     for layer in layers:
         kind: Any = type(layer)
-        layer.__class__ = _carrying(kind)
+        layer.__class__ = put_in_front(CarryingLayer, kind)
 
 
 def carried(name: str) -> Any:
@@ -34,9 +35,3 @@ class CarryingLayer:
             return super().forward(*args, **kwargs)
         finally:
             _KEYWORDS.reset(token)
-
-
-@cache
-def _carrying(kind: type) -> type:
-    """A subclass of the same name, as :func:`diffmas.models.decoder_layer._fused` makes one, for the same reasons."""
-    return kind if issubclass(kind, CarryingLayer) else type(kind.__name__, (CarryingLayer, kind), {})

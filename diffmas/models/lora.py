@@ -7,7 +7,6 @@ intermediates cost more than the arithmetic.
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.in_place import replace_forward
 from diffmas_ops import few_rows_matmul
 
 
@@ -31,7 +31,7 @@ def fuse_lora(model: nn.Module) -> None:
     """
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) is nn.Linear:
-            module.forward = types.MethodType(_forward, module)
+            replace_forward(module, _forward)
 
 
 def check_lora(model: nn.Module) -> None:

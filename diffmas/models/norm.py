@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import types
-
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from diffmas.models.in_place import replace_forward
 
 
 def fuse_norms(model: nn.Module) -> None:
@@ -16,7 +16,7 @@ def fuse_norms(model: nn.Module) -> None:
     """
     for module in model.modules():
         if "forward" not in vars(module) and _is_rms_norm(module):
-            module.forward = types.MethodType(_forward, module)
+            replace_forward(module, _forward)
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:

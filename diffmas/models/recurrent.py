@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import types
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.in_place import replace_forward
 from diffmas.models.keywords import carried, carry_keywords
 from diffmas_ops.states import State
 
@@ -34,8 +34,6 @@ _SINGLE_STEPS = (
     "torch_recurrent_gated_delta_rule",
     "recurrent_kimi_delta_attention",
 )
-#: Classes whose code for several tokens begins at zero, whatever the state.
-_ONE_BY_ONE: set[type[nn.Module]] = set()
 
 
 def continue_states(model: PreTrainedModel) -> str:
@@ -58,10 +56,10 @@ def continue_states(model: PreTrainedModel) -> str:
         return what
     for module in {type(m): m for m in found}.values():
         _choose_steps(module)
-        _try(module, model)
+    one_by_one = {kind: _try(module, model) for kind, module in {type(m): m for m in found}.items()}
     carry_keywords(m for m in model.modules() if any(_keeps_states(_kind(child)) for child in m.children()))
     for mixer in found:
-        mixer.forward = types.MethodType(_forward, mixer)
+        replace_forward(mixer, _forward, one_by_one=one_by_one[type(mixer)])
     return what
 
 
@@ -106,10 +104,30 @@ def _within(limit: tuple[float, float], state: Tensor, hidden: Tensor, dt: Tenso
 
 
 @torch.no_grad()
-def _try(module: nn.Module, model: PreTrainedModel) -> None:
-    """Run three tokens at once, and one by one; note whether several may follow a state."""
+def state_bytes(model: PreTrainedModel) -> int:
+    """Bytes of what the recurrent layers of `model`, as :func:`continue_states` left it, remember of one row."""
+    total = 0
+    for mixer in (m for m in model.modules() if _keeps_states(_kind(m))):
+        weight = next(p for p in mixer.parameters() if p.is_floating_point())
+        token = torch.zeros(1, 1, model.config.get_text_config(decoder=True).hidden_size, device=weight.device)
+        _, state = _run_module(mixer, token.to(model.dtype), {})
+        total += sum(x.numel() * x.element_size() for x in state.values())
+    return total
+
+
+def chunk_length(model: PreTrainedModel) -> int:
+    """Tokens that recurrent layers take at a time: prompts are filled up to a multiple of it. 1 where they are not."""
+    config = model.config.get_text_config(decoder=True)
+    sizes = [getattr(config, name, None) for name in ("mamba_chunk_size", "chunk_size")]
+    # What the delta rule's code takes, whatever the configuration.
+    return next(filter(None, sizes), 64 if hasattr(config, "linear_conv_kernel_dim") else 1)
+
+
+@torch.no_grad()
+def _try(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Run three tokens at once, and one by one; whether code for several begins at zero, whatever the state."""
     if model.device.type == "meta":
-        return
+        return False
     name = f"{type(module).__name__} of model {type(model).__name__}"
     generator, training = torch.Generator().manual_seed(0), module.training
     width = model.config.get_text_config(decoder=True).hidden_size
@@ -129,8 +147,7 @@ def _try(module: nn.Module, model: PreTrainedModel) -> None:
         module.train(training)
     if not _agree(torch.cat((first, rest), 1), whole):
         raise UnsupportedModelError(f"{name} does not continue its state; this is not supported")
-    if not _agree(several, each):
-        _ONE_BY_ONE.add(type(module))
+    return not _agree(several, each)
 
 
 def _agree(actual: Tensor, expected: Tensor) -> bool:
@@ -145,28 +162,34 @@ def _cache_name(kind: Any) -> str:
     return "cache_params" if "cache_params" in names else "past_key_values"
 
 
-def _forward(self: nn.Module, hidden_states: Tensor, *, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
+def _forward(
+    self: nn.Module, hidden_states: Tensor, *, one_by_one: bool, attention_mask: Tensor | None = None, **kwargs
+) -> Tensor:
     """`hidden_states [1, total, hidden]` of the packed rows of a call, to what the module makes of every row."""
+    # Nothing has been chosen yet where the model was unpickled.
+    _choose_steps(self)
     if (call := carried("trace_call")) is None:
         raise ValueError("trace_call is None; this model remembers through a trace: call it via MultiAgentSystem")
     if attention_mask is not None:
         raise ValueError("attention_mask is given; allowed: None, packed inputs need no mask")
     before = call.remembered(self.layer_idx)
-    out, after = _run_rows(self, hidden_states[0], call.lengths, before)
+    out, after = _run_rows(self, hidden_states[0], call.lengths, before, one_by_one)
     call.remember(self.layer_idx, before, after)
     return out.unsqueeze(0)
 
 
-def _run_rows(module: nn.Module, hidden: Tensor, lengths: list[int], before: State) -> tuple[Tensor, State]:
+def _run_rows(
+    module: nn.Module, hidden: Tensor, lengths: list[int], before: State, one_by_one: bool
+) -> tuple[Tensor, State]:
     """`hidden [total, hidden]` of packed rows, every row from its own state."""
     if min(lengths) == max(lengths):
-        out, after = _run(module, hidden.unflatten(0, (len(lengths), -1)), before)
+        out, after = _run(module, hidden.unflatten(0, (len(lengths), -1)), before, one_by_one)
         return out.flatten(0, 1), after
     outs, states = list(hidden.split(lengths)), [{k: x[row] for k, x in before.items()} for row in range(len(lengths))]
     for n in sorted(set(lengths) - {0}):
         rows = [row for row, length in enumerate(lengths) if length == n]
         state = {k: torch.stack([states[row][k] for row in rows]) for k in before}
-        out, after = _run(module, torch.stack([outs[row] for row in rows]), state)
+        out, after = _run(module, torch.stack([outs[row] for row in rows]), state, one_by_one)
         for i, row in enumerate(rows):
             outs[row], states[row] = out[i], {k: x[i] for k, x in after.items()}
     # A row without a token yet stands where all begin: at zero.
@@ -174,10 +197,13 @@ def _run_rows(module: nn.Module, hidden: Tensor, lengths: list[int], before: Sta
     return torch.cat(outs), {k: torch.stack([state.get(k, zeros) for state in states]) for k, zeros in empty.items()}
 
 
-def _run(module: nn.Module, hidden: Tensor, before: State) -> tuple[Tensor, State]:
-    """`hidden [rows, n, hidden]`, from the states and to those behind the last token."""
-    one_by_one = before and hidden.shape[1] > 1 and type(module) in _ONE_BY_ONE
-    return (_run_each if one_by_one else _run_module)(module, hidden, before)
+def _run(module: nn.Module, hidden: Tensor, before: State, one_by_one: bool) -> tuple[Tensor, State]:
+    """`hidden [rows, n, hidden]`, from the states and to those behind the last token.
+
+    `one_by_one`: the module's code for several tokens begins at zero, whatever the state.
+    """
+    each = one_by_one and before and hidden.shape[1] > 1
+    return (_run_each if each else _run_module)(module, hidden, before)
 
 
 def _run_each(module: nn.Module, hidden: Tensor, before: State) -> tuple[Tensor, State]:
@@ -228,7 +254,8 @@ class _Cache:
         past = self.get_conv_state(layer_idx, state_idx)
         past = states.new_zeros(*states.shape[:-1], conv_kernel_size) if past is None else past
         whole = torch.cat((past, states), -1)
-        self._written[f"convolution {state_idx}"] = whole[..., -conv_kernel_size:]
+        # A view would keep all tokens, which checkpointing is there to let go of.
+        self._written[f"convolution {state_idx}"] = whole[..., -conv_kernel_size:].clone()
         return whole
 
     def update_recurrent_state(self, state: Tensor, layer_idx: int, state_idx: int = 0) -> Tensor:

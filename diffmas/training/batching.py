@@ -155,7 +155,7 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
     choice = fit(
         models,
         lambda count: plan_of(system, *lengths.longest(count)),
-        Shape.of(system.agent_model.language_model, autocast),
+        Shape.of(system.agent_model, autocast),
         rows=[n for n in range(1, asked + 1) if asked % n == 0]
         if args.auto_batch
         else [args.per_device_train_batch_size],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,14 +17,16 @@ from typing import Any
 import torch
 
 from diffmas.agents.costs import Call, Lengths, Plan, Shape
+from diffmas.agents.positions import position_limit
 from diffmas.models.loss import chunk_tokens, token_bytes
+from diffmas.models.recurrent import chunk_length
 from diffmas.support.quiet import quiet_profiler
 from diffmas.system import MultiAgentSystem
 
-#: Rows, and lengths of prompts and answer, of the trajectories that are measured.
-_SAMPLES = ((1, 16), (1, 64), (4, 16))
-#: Latent steps they take at most.
+#: Latent steps that the trajectories that are measured take at most.
 _STEPS = 4
+#: Their rows, lengths of prompts and answer, and latent steps.
+_SAMPLES = ((1, 16, _STEPS), (1, 64, _STEPS), (4, 16, _STEPS))
 
 
 def measure(run: Callable[[], Any], device: torch.device | str) -> tuple[Any, int, int]:
@@ -60,7 +63,9 @@ class MemoryModel:
         column, accumulator: of a trace's column and of its gradient, over all layers.
         read, latent: what a token that is read, or a latent step of one row, leaves for the backward.
         call: what every call leaves besides, whatever its tokens.
-        work: what differentiating a call needs besides, a token.
+        row, filled: what recurrent layers leave besides, of every row that reads and of every token, where rows are
+            filled up to multiples of `chunk` tokens. state: what they remember of a row.
+        work: what differentiating a call needs besides, a token (filled up).
         fixed: what does not grow with lengths, among it the parameters' gradients.
         logit_chunk: tokens whose logits exist at a time; `logit`: bytes of one token's.
     """
@@ -69,16 +74,21 @@ class MemoryModel:
     accumulator: int
     logit: int
     logit_chunk: int
+    state: int = 0
+    chunk: int = 1
     read: float = 0.0
     latent: float = 0.0
     call: float = 0.0
+    row: float = 0.0
+    filled: float = 0.0
     work: float = 0.0
     fixed: float = 0.0
 
     def saved(self, plan: Plan) -> float:
         """What is there when the forward is done: a trace that no gradient reaches is gone."""
         kept = {call.trace for call in plan.calls if call.differentiated}
-        return self.column * sum(plan.columns[i] for i in kept) + sum(map(self._kept, plan.calls))
+        traces = self.column * sum(plan.columns[i] for i in kept) + self.state * len(plan.calls[-1].rows)
+        return traces + sum(map(self._kept, plan.calls))
 
     def backward(self, plan: Plan) -> float:
         """The most there is in the backward; calls are differentiated last to first."""
@@ -88,7 +98,7 @@ class MemoryModel:
                 break
             reached.add(call.trace)
             accumulators = self.accumulator * sum(plan.columns[i] for i in reached)
-            peak = max(peak, now + accumulators + self.work * call.tokens / call.steps)
+            peak = max(peak, now + accumulators + self.work * self.filled_up(call) / call.steps)
             now -= self._kept(call)
         return peak + self.fixed
 
@@ -98,8 +108,22 @@ class MemoryModel:
         return max(self.column * sum(plan.columns), self.saved(plan) + logits, self.backward(plan))
 
     def _kept(self, call: Call) -> float:
-        each = self.latent if call.phase == "latent" else self.read
-        return call.differentiated * (call.tokens * each + call.steps * self.call)
+        weights = (self.read, self.latent, self.call, self.row, self.filled)
+        return sum(w * x for w, x in zip(weights, self.features(call), strict=True))
+
+    def features(self, call: Call) -> list[float]:
+        """What a call leaves follows from: tokens read, latent steps of rows, calls, rows that read, filled tokens."""
+        if not call.differentiated:
+            return [0.0] * 5
+        if call.phase == "latent":
+            return [0.0, call.tokens, call.steps, 0.0, 0.0]
+        filled = self.filled_up(call) if self.chunk > 1 else 0.0
+        return [call.tokens, 0.0, 1.0, len(call.rows) if self.state else 0.0, filled]
+
+    def filled_up(self, call: Call) -> int:
+        """Tokens, as recurrent layers take them."""
+        latent = call.phase == "latent"
+        return call.tokens if latent else sum(math.ceil(new / self.chunk) * self.chunk for _, new in call.rows)
 
 
 def plan_of(
@@ -113,13 +137,15 @@ def plan_of(
 def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
     """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
     model = system.agent_model.language_model
-    shape, dtype = Shape.of(model, autocast), autocast or model.dtype
+    shape, dtype = Shape.of(system.agent_model, autocast), autocast or model.dtype
     capped = system.agent_model.head.cap is not None
     return MemoryModel(
         column=shape.column * shape.item,
         accumulator=shape.column * shape.accumulator,
         logit=token_bytes(shape.vocab, dtype, capped),
         logit_chunk=chunk_tokens(shape.vocab, dtype, capped),
+        state=system.agent_model.state_bytes,
+        chunk=chunk_length(model) if system.agent_model.recurrent else 1,
     )
 
 
@@ -129,16 +155,21 @@ def calibrate(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> 
     Leaves weights, gradients and the state of random numbers as they were. `autocast`: the dtype that training computes
     in, where it is not the model's own.
     """
-    samples = [_Sample.measure(system, rows, length, autocast) for rows, length in _SAMPLES]
     bare = counted(system, autocast)
+    sizes = _SAMPLES
+    if bare.state:
+        # Rows that fill a recurrent layer's chunks, and states that few latent steps continue, are told apart by more.
+        limit = position_limit(system.agent_model.language_model) or math.inf
+        longest = min(max(128, 2 * bare.chunk), limit // (len(system.topology.agents) + 1) - _STEPS)
+        sizes = (_SAMPLES[0], (1, int(longest), _STEPS), *_SAMPLES[1:], (2, 16, 1))
+    samples = [_Sample.measure(system, *size, autocast) for size in sizes]
     kept = torch.tensor([s.held - bare.saved(s.plan) for s in samples], dtype=torch.float64)
-    features = torch.tensor([s.features for s in samples], dtype=torch.float64)
-    if not features[0, 1]:
-        kept, features = kept[:2], features[:2, ::2]
-    solved = torch.linalg.solve(features, kept).tolist()
-    bare = replace(bare, read=solved[0], latent=solved[1] if len(solved) == 3 else 0.0, call=solved[-1])
+    features = torch.tensor([s.features(bare) for s in samples], dtype=torch.float64)
+    # What there is nothing of, or always as much as of another, has no weight of its own.
+    solved = torch.linalg.lstsq(features, kept[:, None], driver="gelsd").solution[:, 0].tolist()
+    bare = replace(bare, **dict(zip(("read", "latent", "call", "row", "filled"), solved, strict=True)))
     over = [s.peak - bare.backward(s.plan) for s in samples[:2]]
-    answers = [s.plan.calls[-1].tokens for s in samples[:2]]
+    answers = [bare.filled_up(s.plan.calls[-1]) for s in samples[:2]]
     work = max(0.0, (over[1] - over[0]) / (answers[1] - answers[0]))
     return replace(bare, work=work, fixed=over[1] - work * answers[1])
 
@@ -149,15 +180,14 @@ class _Sample:
     held: int
     peak: int
 
-    @property
-    def features(self) -> list[float]:
-        """Tokens read, latent steps of rows, and calls, as far as they are differentiated."""
-        calls = [c for c in self.plan.calls if c.differentiated]
-        latent = sum(c.tokens for c in calls if c.phase == "latent")
-        return [sum(c.tokens for c in calls) - latent, latent, sum(c.steps for c in calls)]
+    def features(self, model: MemoryModel) -> list[float]:
+        """Of all its calls together."""
+        return [sum(column) for column in zip(*map(model.features, self.plan.calls), strict=True)]
 
     @classmethod
-    def measure(cls, system: MultiAgentSystem, rows: int, length: int, autocast: torch.dtype | None) -> _Sample:
+    def measure(
+        cls, system: MultiAgentSystem, rows: int, length: int, steps: int, autocast: torch.dtype | None
+    ) -> _Sample:
         device = system.agent_model.language_model.device
         ids = (
             torch.arange(rows * length, device=device)
@@ -167,7 +197,7 @@ class _Sample:
         prompts = [[length] * rows] * agents
         training, whole, gradients = system.training, system.trajectory, [(p, p.grad) for p in system.parameters()]
         system.train().zero_grad(set_to_none=True)
-        system.trajectory = replace(whole, latent_steps=min(whole.latent_steps, _STEPS))
+        system.trajectory = replace(whole, latent_steps=min(whole.latent_steps, steps))
         context = torch.autocast(device.type, autocast) if autocast else contextlib.nullcontext()
 
         def forward():

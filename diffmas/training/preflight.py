@@ -105,7 +105,8 @@ def check_evaluation(system: MultiAgentSystem, collator: Collator, items, decodi
     *prompts, _ = length_bound(collator, items, answers=False)
     model, trajectory = system.agent_model, system.trajectory
     limit, longest = position_limit(model.language_model), row_positions(trajectory, prompts, decoding.max_new_tokens)
-    least = decoding.max_rows * column_bytes(model) * row_positions(trajectory, prompts, 1) * len(prompts)
+    least = column_bytes(model) * row_positions(trajectory, prompts, 1) * len(prompts) + model.state_bytes
+    least *= decoding.max_rows
     if least <= available_bytes(model.device) and (limit is None or longest <= limit):
         return
     for indices in batches(len(items), batch_size):

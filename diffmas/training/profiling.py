@@ -178,7 +178,7 @@ class ProfileStep(TrainerCallback):
     def _summarise(self, seconds: float, device: torch.device) -> dict[str, Any]:
         model = self.system.agent_model.language_model
         dtype = self.autocast or model.dtype
-        shape, mode = Shape.of(model, dtype), self.system.agent_model.checkpointing.mode
+        shape, mode = Shape.of(self.system.agent_model, dtype), self.system.agent_model.checkpointing.mode
         plans = [plan_of(self.system, *batch) for batch in self._batches]
         work = {name: Work() for phase in PHASES for name in (phase, phase + BACKWARD)}
         for plan in plans:

@@ -73,7 +73,7 @@ def cached_attention(
 def _forward(q, k, v, sinks, call, layer, scores) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp."""
     if call.attend is not None:
-        out, lse = call.attend(q, k, v, layer, scores)
+        out, lse = call.attend(q, k, v, layer, scores, sinks)
     else:
         ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None, scores=scores)
         out, lse = ops.cached_attention(q, k, v, *call.storage.layer(layer), call.rows, scores)

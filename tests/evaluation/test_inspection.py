@@ -1,11 +1,15 @@
 """What an inspection reports is what a plain transformers model with eager attention computes."""
 
+import copy
+
 import pytest
 import torch
+import transformers
 from tiny_models import VOCAB, causal_lm, clone, packed, ragged
 from transformers import DynamicCache
 
 from diffmas.agents.topology import load_topology
+from diffmas.conversation.terminal import _parts_table
 from diffmas.evaluation.inspection import _Masses, inspect
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace, cached_attention
@@ -69,6 +73,37 @@ def test_against_eager_attention(topology, tokens):
             assert [value for _, value in pairs] == pytest.approx(values.topk(2).values.tolist(), abs=1e-5)
 
 
+def test_what_goes_to_sinks_is_a_share_of_its_own():
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=512,
+        sliding_window=512, initializer_range=0.3, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).double().eval()
+    model.config._experts_implementation = "eager"
+    for n, layer in enumerate(model.model.layers):
+        layer.self_attn.sinks.data.copy_(torch.tensor([0.5, -1, 2, n]))
+    twin = copy.deepcopy(model)
+    twin.set_attn_implementation("eager")
+    system = MultiAgentSystem(model, load_topology("sequential"), latent_steps=M)
+    prompts, _ = ragged([a.name for a in system.topology.agents], 1)
+    ids, lengths = zip(*(packed(rows) for rows in prompts.values()), strict=True)
+    found = inspect(system, ids, lengths, [3, 5, 7])
+    # What transformers leaves out of a query's probabilities is the sink's.
+    attention, _ = by_hand(twin, prompts, [3, 5, 7])
+    *parts, sink = found.parts
+    at = 0
+    for part in parts:
+        assert part.layers == pytest.approx(attention[:, at : at + part.columns].sum(1).tolist(), abs=1e-6)
+        at += part.columns
+    assert at == attention.shape[1] and (sink.agent, sink.kind, sink.columns) == ("", "sink", 0)
+    assert sink.layers == pytest.approx((1 - attention.sum(1)).tolist(), abs=1e-6) and min(sink.layers) > 0.05
+    assert sum(p.mass for p in found.parts) == pytest.approx(1, abs=1e-10)
+    kinds, shares = (list(_parts_table(found).columns[n].cells) for n in (1, 3))
+    assert kinds[-1] == "sink" and shares[-1] == f"{sink.mass:.1%}"
+
+
 def test_latent_hand_over_has_no_prompt_parts():
     system = MultiAgentSystem(causal_lm("llama"), load_topology("stitch", "latent"), latent_steps=M)
     prompts, _ = ragged([a.name for a in system.topology.agents], 1)
@@ -109,4 +144,5 @@ def test_masses_of_other_scores(scores):
             if cap := scores.get("softcap"):
                 made = cap * torch.tanh(made / cap)
             paid[first : position + 1] += made.softmax(0) / 12
-    assert torch.allclose(call.attend.mean()[0], paid, rtol=0, atol=1e-12)
+    masses, _ = call.attend.mean()
+    assert torch.allclose(masses[0], paid, rtol=0, atol=1e-12)

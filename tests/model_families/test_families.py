@@ -6,7 +6,7 @@ from benchmarks.models.comparison import EXACT, QUICK, REFUSED, check
 
 #: Plain, biased, head norms, norms behind, interleaved and partly rotated heads, experts; layers without rotation,
 #: windows and chunks, two kinds of frequencies, sinks and caps, scaled inputs and logits, values smaller than keys,
-#: layers that keep their keywords to themselves.
+#: layers that keep their keywords to themselves, layers that attend twice.
 SERVED = [
     ("llama", "own"),
     ("qwen2", "own"),
@@ -21,6 +21,8 @@ SERVED = [
     ("gemma3_text", "own"),
     ("gpt_oss", "own"),
     ("granite", "own"),
+    ("phi3", "own"),
+    ("longcat_flash", "own"),
     ("deepseek_v3", "own"),
     ("stablelm", "own"),
 ]
@@ -29,11 +31,14 @@ CHAINS = [
     ("hunyuan_v1_dense", "own", "keys cannot be moved, in layer 0: no rotation explains"),
     ("gpt2", "own", "keys cannot be moved, in layer 0: no rotation explains"),
     ("qwen3_next", "own", "recurrent layers"),
+    ("falcon_h1", "own", "recurrent layers"),
+    ("granitemoehybrid", "own", "recurrent layers"),
 ]
 UNSERVED = [
     ("bloom", "own", "ALiBi"),
     ("diffllama", "own", "attends more than once"),
     ("bart", "own", "something else through a trace"),
+    ("minimax_m3_vl_text", "own", "an indexer chooses"),
 ]
 
 

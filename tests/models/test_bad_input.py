@@ -154,3 +154,15 @@ def test_the_trace_keeps_its_room_tight():
     ids, lengths = zip(*(packed(rows) for rows in prompts.values()), strict=True)
     trace = s.trajectory.communicate(ids, lengths, [len(a) for a in answers]).trace
     assert trace.capacity == max(3 + len(p) + len(a) for p, a in zip(prompts["solver"], answers, strict=True))
+
+
+def test_a_model_that_was_refused_is_refused_again():
+    config = transformers.BartConfig(
+        vocab_size=37, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=24, pad_token_id=0,
+        init_std=0.5, is_decoder=True, is_encoder_decoder=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForCausalLM(config)
+    for _ in range(3):
+        with pytest.raises(UnsupportedModelError, match="comes to something else through a trace than by itself"):
+            MultiAgentSystem(model, TOPOLOGIES["relay"], latent_steps=1)

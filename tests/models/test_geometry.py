@@ -1,10 +1,13 @@
 """A model's attention layers as they are found by running it."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from tiny_models import arguments, ragged
 
+from diffmas.generation import Decoding
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.geometry import geometry_of
 from diffmas.system import MultiAgentSystem
@@ -22,6 +25,15 @@ def model_of(kind, dtype=torch.float32, **options):
     return transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(kind, **SIZES | options), dtype=dtype
     )
+
+
+class NoText:
+    """A tokenizer for answers that nobody reads."""
+
+    eos_token_id = chat_template = None
+
+    def decode(self, tokens, **options):
+        return ""
 
 
 def turns(layer):
@@ -120,13 +132,17 @@ def test_keys_that_cannot_be_moved(kind, options, why):
     assert system(*arguments(prompts, answers)).loss.isfinite()
 
 
-def test_rows_on_both_sides_of_other_frequencies():
+def longrope(dtype=torch.float32):
+    """Other frequencies from position 16 on."""
     rope = dict(
         rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
         original_max_position_embeddings=16,
     )  # fmt: skip
-    model = model_of("phi3", original_max_position_embeddings=16, rope_parameters=rope)
-    system = MultiAgentSystem(model, "single", latent_steps=1)
+    return model_of("phi3", dtype, original_max_position_embeddings=16, rope_parameters=rope)
+
+
+def test_rows_on_both_sides_of_other_frequencies():
+    system = MultiAgentSystem(longrope(), "single", latent_steps=1)
 
     def loss(*lengths):
         prompts = [torch.arange(n) % 37 for n in lengths]
@@ -135,6 +151,42 @@ def test_rows_on_both_sides_of_other_frequencies():
     assert loss(4, 15).isfinite() and loss(20, 30).isfinite()
     with pytest.raises(UnsupportedModelError, match=r"rows on both sides of position 16, .*\[5, 21\]"):
         loss(4, 20)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_answers_that_would_go_on_with_other_frequencies(samples):
+    """A trace is written with the frequencies of its length; what goes beyond with others is refused, not mixed."""
+    model = longrope(torch.float64)
+    system = MultiAgentSystem(model, "single", latent_steps=0).eval()
+    decoding = Decoding(max_new_tokens=4, temperature=0, samples=samples)
+
+    def answered(length):
+        (found,) = system.generate([torch.arange(length) % 37], [[length]], NoText(), decoding)
+        return found
+
+    with pytest.raises(UnsupportedModelError, match=r"goes beyond position 16, .*longrope.*keys from before it"):
+        answered(15)
+    stock = copy.deepcopy(model)
+    stock.set_attn_implementation("eager")
+    for length in (12, 17):
+        ids = torch.arange(length) % 37
+        with torch.no_grad():
+            for _ in range(4):
+                ids = torch.cat((ids, stock(input_ids=ids[None], use_cache=False).logits[0, -1:].argmax(-1)))
+        assert all(completion.tokens == ids[length:].tolist() for completion in answered(length))
+
+
+def test_agents_that_would_go_on_with_other_frequencies():
+    system = MultiAgentSystem(longrope(), "sequential", latent_steps=1)
+    names = [agent.name for agent in system.topology.agents]
+
+    def loss(*lengths):
+        prompts = {name: [torch.arange(n) % 37] for name, n in zip(names, lengths, strict=True)}
+        return system(*arguments(prompts, [torch.tensor([3])])).loss
+
+    assert loss(2, 2, 2, 2).isfinite() and loss(17, 2, 2, 2).isfinite()
+    with pytest.raises(UnsupportedModelError, match=r"goes beyond position 16, .*rows end at \[18\].*\[12\] of them"):
+        loss(5, 5, 6, 2)
 
 
 def test_attention_twice_a_layer_is_refused():

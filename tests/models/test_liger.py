@@ -59,7 +59,7 @@ def test_which_modules_are_patched(monkeypatch):
     assert layer.mlp.forward.__func__ is LigerSwiGLUMLP.forward
     assert modeling_qwen3.apply_rotary_pos_emb is liger_rotary_pos_emb
     # LoRA layers keep their fused forward, the model its own loss.
-    assert layer.mlp.gate_proj.forward == before and before.__func__.__module__ == "diffmas.models.lora"
+    assert layer.mlp.gate_proj.forward == before and before.func.__module__ == "diffmas.models.lora"
     assert patched.agent_model.language_model.forward == own
     fuse_liger(patched.agent_model.model, CUDA, {"rope": False})
     patched.agent_model.model.config.model_type = "unheard-of"

@@ -68,6 +68,25 @@ def test_chain(family, checkpointing):
     check(system_of(family, checkpointing=checkpointing), family)
 
 
+def worst(actual, wanted):
+    """Of the gradients, on a scale of 1e-3 of the largest."""
+    largest = max(float(g.norm()) for g in wanted.values())
+    return max(error(actual[name], gradient, 1e-3 * largest) for name, gradient in wanted.items())
+
+
+@pytest.mark.parametrize("family, most", [("qwen3_next", 3e-3), ("lfm2", 3e-4)])
+def test_float32_is_as_far_off_as_the_model_alone(family, most):
+    """A gated delta rule is ill-conditioned; three times as far is the limit for gradients in low precision."""
+    model = stock(adapted(family)).float()
+    batch(model.get_base_model(), *ragged(NAMES, ROWS), STEPS)[0].backward()
+    system = MultiAgentSystem(copy.deepcopy(adapted(family)).float().train(), CHAIN, latent_steps=STEPS)
+    system(*arguments(*ragged(NAMES, ROWS))).loss.backward()
+    wanted = expected(family)[2]
+    ours, alone = worst(gradients(system.agent_model.model), wanted), worst(gradients(model), wanted)
+    print(f"\n{family}: {ours:.1e} over a trace, {alone:.1e} alone")
+    assert ours <= 3 * alone <= 3 * most
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "bamba"])
 def test_detached_trace(family, monkeypatch):
     # transformers writes over the state that autograd has saved.

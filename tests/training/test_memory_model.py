@@ -1,15 +1,22 @@
 """The memory model against measured peaks, what it counts against real traces, and what is chosen from it."""
 
+import contextlib
+
 import pytest
 import torch
+import transformers
+from hybrids import TARGETS, hybrid
 from tiny_models import causal_lm, with_lora
 
-from diffmas.agents.costs import BACKWARD, PHASES, Plan, Shape, Work
+from diffmas.agents import room
+from diffmas.agents.costs import BACKWARD, PHASES, Attention, Plan, Shape, Work
 from diffmas.agents.topology import TOPOLOGIES, Agent, Topology
+from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
 from diffmas.training.batching import ItemLengths, LengthGrouped, fit
-from diffmas.training.memory import MemoryModel, calibrate, measure, plan_of
+from diffmas.training.memory import MemoryModel, calibrate, counted, measure, plan_of
 from diffmas_ops import KVTrace
+from diffmas_ops.scores import Scores
 
 VOCAB = 300
 SIZES = dict(
@@ -52,7 +59,85 @@ def reality(system, prompts, answers):
     ],
 )
 def test_predicts_what_is_measured(topology, latent_steps, checkpointing, dtype, detach):
-    system = build(topology, latent_steps, checkpointing, dtype, detach_trace=detach)
+    check_predictions(build(topology, latent_steps, checkpointing, dtype, detach_trace=detach))
+
+
+CHAIN = Topology("chain", (Agent("reader"), Agent("solver", ("reader",))))
+
+
+def recurrent(family, latent_steps=3, checkpointing="none"):
+    model = hybrid(family, **SIZES).float()
+    model = with_lora(model, targets=TARGETS, embeddings=False).train()
+    return MultiAgentSystem(model, CHAIN, latent_steps=latent_steps, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("family, latent_steps, checkpointing", [("qwen3_next", 0, "none"), ("lfm2", 2, "all")])
+def test_predicts_what_recurrent_layers_keep(family, latent_steps, checkpointing):
+    """States row by row, and chunks that short prompts do not fill."""
+    check_predictions(recurrent(family, latent_steps, checkpointing), ((70, 30, [1.0] * 5),))
+
+
+def sizes_by_layer(family):
+    """Layers of different heads and sizes, and values smaller than keys."""
+    options = dict(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+        num_hidden_layers=3, max_position_embeddings=512,
+    )  # fmt: skip
+    if family == "gemma4":
+        options |= dict(
+            head_dim=8, global_head_dim=16, num_global_key_value_heads=1, hidden_size_per_layer_input=0,
+            num_kv_shared_layers=0, vocab_size_per_layer_input=VOCAB, sliding_window=5,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+        )  # fmt: skip
+        model = transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**options))
+    else:
+        options |= dict(
+            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+            v_head_dim=6, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1,
+            moe_intermediate_size=12,
+        )  # fmt: skip
+        model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**options))
+    model.config._experts_implementation = "eager"
+    return MultiAgentSystem(model, CHAIN, latent_steps=3)
+
+
+@pytest.mark.parametrize("family", ["gemma4", "deepseek_v3", "qwen3_next", "lfm2"])
+def test_counts_what_a_trace_holds(family):
+    system = recurrent(family) if family in ("qwen3_next", "lfm2") else sizes_by_layer(family)
+    prompts = [[5, 90], [7, 3]]
+    ids = [torch.arange(sum(p)) % VOCAB for p in prompts]
+    bare, plan = counted(system), plan_of(system, prompts, [1, 1])
+    with torch.no_grad():
+        state, held, _ = measure(lambda: system.trajectory.communicate(ids, prompts, [1, 1]), "cpu")
+    kept = [x for buffers in (state.trace.storage.buffers(), state.trace.states) for x in buffers]
+    exactly = sum(x.numel() * x.element_size() for x in kept)
+    assert bare.column * sum(plan.columns) + bare.state * 2 == exactly == pytest.approx(held, abs=600)
+    assert (bare.state > 1000) == bool(system.agent_model.recurrent)
+    # Experts that a token does not take are no work of its.
+    if family == "deepseek_v3":
+        linear = [p for n, p in system.agent_model.language_model.model.layers.named_parameters() if p.dim() > 1]
+        stacks = [p for p in linear if p.dim() == 3]
+        routers = 2 * 4 * 32
+        expected = sum(p.numel() for p in linear) - sum(p.numel() // 2 for p in stacks) - routers
+        assert Shape.of(system.agent_model).weights == expected
+
+
+def test_states_count_where_decoding_is_refused(monkeypatch):
+    system, prompts = recurrent("qwen3_next"), [[5, 9], [7, 3]]
+    columns = room.column_bytes(system.agent_model) * sum(plan_of(system, prompts, [1, 1]).columns)
+    least = columns + 2 * system.agent_model.state_bytes
+    for free in (least, least - 1):
+        monkeypatch.setattr(room, "available_bytes", lambda device, free=free: free)
+        with contextlib.nullcontext() if free == least else pytest.raises(ValueError, match="2 rows are decoded"):
+            room.check_decoding(system.trajectory, prompts, Decoding(max_rows=2), all_rows=False)
+
+
+#: Long prompts before a short one and the other way round; many rows; ragged rows.
+BATCHES = ((200, 40, [1.0, 0.4]), (60, 150, [1.0] * 4))
+
+
+def check_predictions(system, batches=BATCHES):
+    latent_steps = system.latent_steps
     parameter = next(p for p in system.parameters() if p.requires_grad)
     parameter.grad = torch.ones_like(parameter)
     numbers = torch.random.get_rng_state()
@@ -60,8 +145,7 @@ def test_predicts_what_is_measured(topology, latent_steps, checkpointing, dtype,
     assert torch.equal(torch.random.get_rng_state(), numbers) and system.latent_steps == latent_steps
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
     agents = len(system.topology.agents)
-    # Long prompts before a short one and the other way round; many rows; ragged rows.
-    for first, last, rows in ((200, 40, [1.0, 0.4]), (60, 150, [1.0] * 4)):
+    for first, last, rows in batches:
         prompts = [[int(r * (first if k + 1 < agents else last)) for r in rows] for k in range(agents)]
         answers = [24] * len(rows)
         held, peak = reality(system, prompts, answers)
@@ -101,15 +185,15 @@ def test_plan_is_what_a_trajectory_does(topology, handover, monkeypatch):
     for call in plan.calls:
         steps = [next(done) for _ in range(call.steps)]
         assert call.tokens == sum(tokens for tokens, _ in steps)
-        assert call.columns == sum(columns for _, columns in steps)
+        assert call.columns(Attention(1, 1)) == sum(columns for _, columns in steps)
     assert next(done, None) is None
 
 
 def test_flops_by_enumeration():
     """Every token through every weight, every query with every key before it."""
     plan = Plan.of(TOPOLOGIES["relay"], 2, [[3, 1], [2, 4]], [1, 2])
-    shape = Shape(layers=2, hidden=8, intermediate=12, heads=4, kv_heads=2, head_dim=3, vocab=11, item=2,
-                  accumulator=4, adapter=5)  # fmt: skip
+    shape = Shape.dense(layers=2, hidden=8, intermediate=12, heads=4, kv_heads=2, head_dim=3, vocab=11, item=2,
+                        accumulator=4, adapter=5)  # fmt: skip
     layer = 8 * (4 + 2 + 2) * 3 + 4 * 3 * 8 + 3 * 8 * 12
     assert shape.weights == 2 * layer
     per_token, per_pair = 2 * (2 * layer + 5), 4 * 2 * 4 * 3
@@ -130,6 +214,16 @@ def test_flops_by_enumeration():
     assert Work(6, 4).seconds(2, 1) == 4
 
 
+@pytest.mark.parametrize("mask", [{}, {"window": 3}, {"chunk": 4}], ids=str)
+def test_what_queries_see_by_enumeration(mask):
+    layers = Attention(1, 1, **mask)
+    for before in range(10):
+        for count in range(1, 8):
+            first = [Scores(1.0, **mask).first_seen(p) for p in range(before, before + count)]
+            assert layers.pairs(before, count) == sum(before + i + 1 - f for i, f in enumerate(first))
+            assert layers.columns(before, count) == before + count - min(first)
+
+
 class Rows:
     """A collator whose items are `(prompt lengths, answer length)`."""
 
@@ -148,7 +242,7 @@ def test_lengths_of_items():
     assert counted.longest(3) == ([[57, 57, 57], [5, 5, 5]], [4, 4, 4])
 
 
-SHAPE = Shape(2, 8, 12, 4, 2, 3, 11, 2, 4)
+SHAPE = Shape.dense(2, 8, 12, 4, 2, 3, 11, 2, 4)
 MODELS = {
     mode: MemoryModel(column=24, accumulator=48, logit=66, logit_chunk=5, read=read, latent=latent)
     for mode, read, latent in (("none", 1000, 1000), ("prefill", 100, 1000), ("all", 100, 100))

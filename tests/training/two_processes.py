@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from tiny_models import arguments, causal_lm, ragged, with_lora
-from transformers import TrainerCallback
+from tiny_models import VOCAB, arguments, causal_lm, ragged, with_lora
+from transformers import GptOssConfig, GptOssForCausalLM, TrainerCallback
 
 from diffmas import eval as evaluate
 from diffmas import train
@@ -34,8 +34,22 @@ CASES = {
     "sweeps": (CHAIN, dict(latent_steps=3, alignment="learned", checkpointing="all", latent_backward="sweeps:2")),
     "no steps": (CHAIN, dict(latent_steps=0, alignment="learned")),
     "detached": (FORK, dict(latent_steps=2, alignment="learned", detach_trace=True)),
+    # Layers with windows, sinks and experts.
+    "windows": (FORK, dict(latent_steps=2, checkpointing="prefill")),
 }
 ROWS = 8
+
+
+def windows():
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1, sliding_window=5, initializer_range=0.3,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = GptOssForCausalLM(config).double()
+    model.config._experts_implementation = "eager"
+    return model
 
 
 class Gradients(TrainerCallback):
@@ -49,7 +63,8 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
     """Gradients of one optimizer step over 8 rows in two micro-batches, whatever the number of processes."""
     agents, options = CASES[case]
     # transformers' norms are not exact in float64 and the tests' are not fused; embeddings are tied.
-    model = with_lora(causal_lm("qwen3", tied=True), embeddings=False)
+    model = windows() if case == "windows" else causal_lm("qwen3", tied=True)
+    model = with_lora(model, embeddings=False)
     topology = Topology(case, tuple(Agent(*item) for item in agents.items()), "full")
     prompts, answers = ragged(list(agents), ROWS)
     rows = [{"prompts": {n: p[i] for n, p in prompts.items()}, "answer": a} for i, a in enumerate(answers)]
