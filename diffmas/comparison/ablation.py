@@ -23,7 +23,7 @@ class AblateArguments:
     lora_r: str | None = field(default=None, metadata={"help": "Ranks of the adapter."})
     detach_trace: str | None = field(default=None, metadata={"help": "false,true."})
     handover: str | None = field(default=None, metadata={"help": "full,latent."})
-    alignment: str | None = field(default=None, metadata={"help": "identity,ridge,learned."})
+    alignment: str | None = field(default=None, metadata={"help": "identity,ridge,learned,soft."})
     seeds: str = field(default="0", metadata={"help": "Seeds of training and sampling."})
     samples: int = field(default=1, metadata={"help": "Answers an item."})
     batch_size: int = field(default=64, metadata={"help": "Rows decoded together."})

@@ -97,7 +97,13 @@ def test_training_is_that_of_step_by_step(topology, handover, backend):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(detach_trace=True), dict(checkpointing="prefill"), dict(alignment="identity")]
+    "options",
+    [
+        dict(detach_trace=True),
+        dict(checkpointing="prefill"),
+        dict(alignment="identity"),
+        dict(alignment="soft", alignment_temperature_learned=True, latent_grad_clip=0.8),
+    ],
 )
 def test_with_other_options(options):
     runs = on_cpu()

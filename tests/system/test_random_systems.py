@@ -4,7 +4,7 @@ import pytest
 from compare import assert_same, error, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import batch
+from oracle import Soft, batch
 from tiny_models import VOCAB, arguments, causal_lm, clone, with_lora
 from torch import tensor
 
@@ -47,11 +47,15 @@ def test_random_systems(backend, data):
     topology = Topology("random", tuple(Agent(*a) for a in dag.items()), data.draw(st.sampled_from(["full", "latent"])))
     latent_steps, detach, checkpointing = (data.draw(s) for s in (st.integers(0, 3), st.booleans(), st.booleans()))
     prompts, answers = data.draw(batches([a.name for a in topology.agents]))
+    soft = data.draw(st.none() | st.builds(Soft, st.floats(0.5, 2), st.integers(0, 5), st.none() | st.floats(0.3, 3)))
 
     model = with_lora(causal_lm("qwen3")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    system = MultiAgentSystem(model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend)
+    alignment = {} if soft is None else soft.options()
+    system = MultiAgentSystem(
+        model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend, **alignment
+    )
     output = system(*arguments(prompts, answers))
     output.loss.backward()
 
@@ -59,7 +63,7 @@ def test_random_systems(backend, data):
     twin.zero_grad()
     # Handed-over segments stand in the topology's order, which is the oracle's only word of ours.
     dag = {a.name: a.senders for a in topology.agents}
-    options = dict(handover=topology.handover, latent_steps=latent_steps, detach=detach)
+    options = dict(handover=topology.handover, latent_steps=latent_steps, detach=detach, soft=soft)
     loss, logits = batch(twin, dag, prompts, answers, **options)
     loss.backward()
     assert error(output.loss, loss) <= TOLERANCE
