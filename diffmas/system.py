@@ -19,9 +19,10 @@ from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
 from diffmas.agents.positions import check_positions
+from diffmas.agents.sink import find_sink
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.thinking import budget
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.topology import AUTO, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.models.agent_model import AgentModel, Lengths
@@ -147,6 +148,13 @@ class MultiAgentSystem(nn.Module):
                 f"latent_backward is {latent_backward!r}, and the model has recurrent layers "
                 f"({self.agent_model.recurrent}), which cannot go back over latent steps; allowed: exact"
             )
+        if topology.handover_sink == AUTO:
+            if tokenizer is None:
+                raise ValueError(
+                    f"handover_sink is {AUTO!r} without a tokenizer; allowed: tokenizer=…, which it is found with, or "
+                    "a number"
+                )
+            topology = replace(topology, handover_sink=find_sink(self.agent_model, tokenizer))
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
         self.trajectory = Trajectory(
             self.agent_model,

@@ -89,7 +89,7 @@ class Soft(NamedTuple):
         return expected
 
 
-def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None, soft=None):
+def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None, soft=None, sink=0):
     """Logits `[answer tokens, vocab]` of one row.
 
     Args:
@@ -98,6 +98,7 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
         prompts: agent name -> int64 `[n]`.
         answer: int64 `[n]`.
         weight: Wₐ, or None for the identity; `soft`: instead of either.
+        sink: columns of the first agent before a receiver that go in front of a latent hand-over.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = causal.get_decoder()
@@ -111,6 +112,11 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
     written: dict[str, tuple[int, int, list[tuple[Tensor, Tensor]]]] = {}
     for name in dag:
         cache, length = DynamicCache(), 0
+        if sink and handover == "latent" and dag[name]:
+            length = sink
+            for layer, (k, v) in enumerate(written[ancestors(dag, name)[0]][2]):
+                k, v = k[:, :, :sink], v[:, :, :sink]
+                cache.update(*((k.detach(), v.detach()) if detach else (k, v)), layer)
         for sender in ancestors(dag, name):
             position, prompt, pairs = written[sender]
             skip = 0 if handover == "full" else prompt

@@ -75,7 +75,7 @@ class Settings:
         # Trainings of a comparison are not evaluated on the way: what needs that is refused before the first.
         self.flags = [*flags, "--eval_strategy=no"]
         self.system, self.task, self.decoding, training = parse_training(self.flags, prog)
-        self.topology = load_topology(self.system.topology, self.system.handover)
+        self.topology = load_topology(self.system.topology, self.system.handover, self.system.handover_sink)
         self.training = weight_settings(training)
 
     def load_task(self) -> Task:

@@ -13,12 +13,9 @@ from torch import Tensor
 from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.agents.trajectory import Trajectory
 from diffmas.models.agent_model import Lengths, evaluating
+from diffmas.models.attention_masses import AttentionMasses
 from diffmas.system import MultiAgentSystem
-from diffmas_ops import Call, KVTrace, backends
-from diffmas_ops.scores import Scores
-
-# Queries whose probabilities are held at once.
-_BLOCK = 64
+from diffmas_ops import KVTrace
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Part:
     """Consecutive columns of the trace that one agent wrote.
 
     Attributes:
-        kind: "prompt", "latent steps" or "answer".
+        kind: "sink", "prompt", "latent steps" or "answer".
         mass: attention probability on them, averaged over layers, heads and the answer's tokens; all parts sum to 1.
             What an attention sink takes is left out.
         layers: the same of each layer.
@@ -96,15 +93,16 @@ def inspect(
 
     answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
     own_ids = torch.cat((ids[-1], answer))
-    parts, at = [], 0
-    for name in system.topology.ancestors(system.topology.last.name):
+    senders, at = system.topology.ancestors(system.topology.last.name), system.topology.sink_columns
+    parts = [(senders[0], "sink", 0, at)] if at and senders else []
+    for name in senders:
         _, (prompt_end,), (end,) = received.segments[name]
         parts += [(name, "prompt", at, prompt_end), (name, "latent steps", prompt_end, end)]
         at = end
     own = system.topology.last.name, at + prompt_lengths[-1][0]
     parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(own_ids))]
     call = received.trace.open([len(own_ids)])
-    observed = _Masses(call, len(answer) + 1)
+    observed = AttentionMasses(call, len(answer) + 1)
     call.attend = observed
     with evaluating(model):
         model.run(call, input_ids=own_ids)
@@ -120,37 +118,6 @@ def inspect(
         for name, kind, begin, end in parts
     ]
     return Inspection([part for part in found if part.columns], steps)
-
-
-class _Masses:
-    """Runs a one-row call's attention and adds up what its last `queries` tokens pay to every column."""
-
-    def __init__(self, call: Call, queries: int):
-        self._call, self._queries = call, queries
-        self._layers: dict[int, Tensor] = {}
-
-    def __call__(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores
-    ) -> tuple[Tensor, Tensor]:
-        call = self._call
-        keys, values = call.storage.layer(layer)
-        ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None, scores=scores)
-        out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scores)
-        keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
-        columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)
-        positions = call.position_ids[0]
-        for begin in range(len(q) - self._queries, len(q), _BLOCK):
-            some = slice(begin, begin + _BLOCK)
-            grouped = q[some].to(lse.dtype).unflatten(1, (keys.shape[0], -1))
-            products = torch.einsum("nhgd,hcd->nhgc", grouped, keys).flatten(1, 2) * scores.softmax_scale
-            probabilities = (scores.cap(products) - lse[some].unsqueeze(-1)).exp()
-            total += probabilities.masked_fill(~scores.sees(positions[some, None, None], columns), 0.0).sum((0, 1))
-        self._layers[layer] = total / (self._queries * q.shape[1])
-        return out, lse
-
-    def mean(self) -> Tensor:
-        """Probability `[num_layers, columns]`, averaged over heads and queries."""
-        return torch.stack([self._layers[layer] for layer in sorted(self._layers)]).cpu()
 
 
 def _latent_steps(trajectory: Trajectory, states: list[Tensor], top: int) -> list[LatentStep]:

@@ -36,6 +36,13 @@ class SystemArguments:
     handover: str | None = field(
         default=None, metadata={"help": "What receivers attend to: full or latent; default: the topology's own."}
     )
+    handover_sink: str | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the first sender's first columns go in front of latent steps handed over: a number, "
+            "or auto (as many as the model's attention rests on); default: the topology's own."
+        },
+    )
     latent_steps: int = field(default=10, metadata={"help": "Latent steps m of every agent but the last."})
     alignment: str = field(default="identity", metadata={"help": "identity, ridge, learned or soft."})
     alignment_initial: str = field(

@@ -127,7 +127,7 @@ def _train(
     Decoding(**{name: value for name, value in asdict(decoding_args).items() if value is not None})
     task_args = decided_by_first(lambda: replace(task_args, date=task_args.date or today()))
     task = load_task(task_args)
-    topology = topology or load_topology(system_args.topology, system_args.handover)
+    topology = topology or load_topology(system_args.topology, system_args.handover, system_args.handover_sink)
     task = replace(task, prompts=task.prompts.with_roles(topology.prompts))
     task_args = replace(task_args, checker=task.checker)
     if len(task.train) == 0:  # reads the items, before a model is loaded for nothing

@@ -102,6 +102,39 @@ def test_families(family, tied, topology, handover, latent_steps, detach, checkp
 
 
 @cache
+def expected_with_sink(topology, sink, latent_steps, detach):
+    model = clone(lora_model())
+    model.zero_grad()
+    prompts, answers = longer(topology)
+    options = dict(handover="latent", latent_steps=latent_steps, detach=detach, sink=sink)
+    loss, logits = batch(model, DAGS[topology], prompts, answers, **options)
+    loss.backward()
+    return loss.detach(), logits.detach(), gradients(model)
+
+
+def longer(topology):
+    """Ragged prompts that begin alike and are longer than any sink."""
+    prompts, answers = ragged(list(DAGS[topology]), 3)
+    return {n: [torch.cat((torch.tensor([5, 7]), p)) for p in rows] for n, rows in prompts.items()}, answers
+
+
+@pytest.mark.parametrize("options", [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:5")], ids=str)
+@pytest.mark.parametrize("detach", [False, True], ids=["", "detach"])
+@pytest.mark.parametrize("latent_steps", [0, 1, 3])
+@pytest.mark.parametrize("sink", [1, 3])
+@pytest.mark.parametrize("topology", DAGS)
+def test_a_sink_in_front_of_a_latent_hand_over(topology, sink, latent_steps, detach, options):
+    model = clone(lora_model()).train()
+    shape = Topology(topology, tuple(Agent(*item) for item in DAGS[topology].items()), "latent", sink)
+    system = MultiAgentSystem(model, shape, latent_steps=latent_steps, detach_trace=detach, **options)
+    output = system(*arguments(*longer(topology)))
+    output.loss.backward()
+    loss, logits, grads = expected_with_sink(topology, sink, latent_steps, detach)
+    assert error(output.loss, loss) <= TOLERANCE and error(output.logits, logits) <= TOLERANCE
+    assert_same(gradients(model), grads, TOLERANCE)
+
+
+@cache
 def expected_soft(tied, topology, handover, soft):
     model = clone(lora_model("qwen3", tied))
     model.zero_grad()
