@@ -56,6 +56,7 @@ from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.training.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.training.checkpoints import clear_staging, put_in_place, set_aside, stage_best, step_of, trained_with
+from diffmas.training.latent_gradients import LatentGradients
 from diffmas.training.precision import check_base, settle_precision
 from diffmas.training.preflight import (
     adapter_copies,
@@ -175,7 +176,8 @@ def _train(
         args.eval_on_start = False
 
     evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
-    stop = StopOnInterrupt()
+    stop, gradients = StopOnInterrupt(), LatentGradients(system)
+    profiling = [ProfileStep(system, autocast_dtype(args))] if args.profile else []
     trainer = SystemTrainer(
         model=system,
         args=args,
@@ -184,7 +186,7 @@ def _train(
         data_collator=collate,
         evaluator=evaluator,
         lengths=lengths,
-        callbacks=[MetricsFile(), stop, *([ProfileStep(system, autocast_dtype(args))] if args.profile else [])],
+        callbacks=[gradients, MetricsFile(gradients.take), stop, *profiling],
     )
     if checkpoint is not None and step_of(checkpoint) >= _steps(args, len(task.train)):
         trainer.finish_from(checkpoint)
