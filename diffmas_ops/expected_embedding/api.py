@@ -60,13 +60,15 @@ def expected_embedding(
             raise ValueError(f"{name} is on {tensor.device}; allowed: {hidden.device}, the device of hidden")
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap is {softcap}; allowed: above 0 and finite, or None")
+    acc = accumulation_dtype(hidden.dtype)
     if not isinstance(temperature, Tensor):
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature is {temperature}; allowed: above 0 and finite")
-        temperature = torch.tensor([temperature], dtype=torch.float64)
+        # Filled in on the device: a copy from the host could not be captured in a CUDA graph.
+        temperature = torch.full((1,), temperature, dtype=acc, device=hidden.device)
     if temperature.numel() != 1:
         raise ValueError(f"temperature has shape {tuple(temperature.shape)}; allowed: one element")
-    temperature = temperature.reshape(1).to(hidden.device, accumulation_dtype(hidden.dtype))
+    temperature = temperature.reshape(1).to(hidden.device, acc)
     return _ExpectedEmbedding.apply(
         hidden.contiguous(), keys.contiguous(), values.contiguous(), bias, temperature, float(scale), softcap, backend
     )
