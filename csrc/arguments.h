@@ -39,6 +39,12 @@ inline void check_gather(const Tensor& keys, const Tensor& values, const Rows& r
       torch::headeronly::toString(keys.scalar_type()), ")");
 }
 
+inline void check_softcap(std::optional<double> softcap) {
+  STD_TORCH_CHECK(
+      softcap.value_or(1) > 0 && std::isfinite(softcap.value_or(1)), "softcap is ", *softcap,
+      "; allowed: above 0 and finite, or None");
+}
+
 /// What all attention operators share. Returns the accumulation dtype.
 inline ScalarType check_attention(
     const Tensor& q, const Tensor& keys, const Tensor& values, const Rows& rows, const Scores& scores) {
@@ -53,9 +59,7 @@ inline ScalarType check_attention(
   check_rows(rows, keys);
   STD_TORCH_CHECK(scores.window.value_or(1) >= 1, "window is ", *scores.window, "; allowed: 1 and above, or None");
   STD_TORCH_CHECK(scores.chunk.value_or(1) >= 1, "chunk is ", *scores.chunk, "; allowed: 1 and above, or None");
-  STD_TORCH_CHECK(
-      scores.softcap.value_or(1) > 0 && std::isfinite(scores.softcap.value_or(1)), "softcap is ", *scores.softcap,
-      "; allowed: above 0 and finite, or None");
+  check_softcap(scores.softcap);
   return acc;
 }
 
@@ -175,6 +179,32 @@ inline void check_concat_plan(
   STD_TORCH_CHECK(
       2 * cos->size(2) <= keys.size(4), "cos has ", cos->size(2), " pairs; allowed: at most ", keys.size(4) / 2,
       ", half the head dim");
+}
+
+/// Returns the accumulation dtype.
+inline ScalarType check_expected(
+    const Tensor& hidden, const Tensor& keys, const Tensor& values, const OptionalTensor& bias,
+    const Tensor& temperature, std::optional<double> softcap) {
+  const ScalarType dtype = hidden.scalar_type(), acc = accumulation_dtype("hidden", dtype);
+  check_dim("hidden", hidden, 2);
+  check_tensor("hidden", hidden, {ANY, ANY}, dtype, hidden);
+  check_tensor("keys", keys, {ANY, hidden.size(1)}, dtype, hidden);
+  STD_TORCH_CHECK(keys.size(0) > 0, "keys has no token; allowed: 1 and above");
+  check_tensor("values", values, {keys.size(0), ANY}, dtype, hidden);
+  if (bias.has_value()) check_tensor("bias", *bias, {keys.size(0)}, dtype, hidden);
+  check_tensor("temperature", temperature, {1}, acc, hidden);
+  check_softcap(softcap);
+  return acc;
+}
+
+inline ScalarType check_expected_backward(
+    const Tensor& grad_out, const Tensor& hidden, const Tensor& keys, const Tensor& values, const OptionalTensor& bias,
+    const Tensor& temperature, const Tensor& out, const Tensor& lse, std::optional<double> softcap) {
+  const ScalarType acc = check_expected(hidden, keys, values, bias, temperature, softcap);
+  check_tensor("grad_out", grad_out, {hidden.size(0), values.size(1)}, hidden.scalar_type(), hidden);
+  check_tensor("out", out, {hidden.size(0), values.size(1)}, hidden.scalar_type(), hidden);
+  check_tensor("lse", lse, {hidden.size(0)}, acc, hidden);
+  return acc;
 }
 
 /// Returns the accumulation dtype.

@@ -42,6 +42,12 @@ STABLE_TORCH_LIBRARY(diffmas, m) {
       "Tensor(c!) pending_lse, Tensor(d!) pending_delta, Tensor pending_starts, " ROWS SCORES
       ") -> "
       "(Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "expected_embedding(Tensor hidden, Tensor keys, Tensor values, Tensor? bias, Tensor temperature, float scale, "
+      "float? softcap) -> (Tensor out, Tensor lse)");
+  m.def(
+      "expected_embedding_backward(Tensor grad_out, Tensor hidden, Tensor keys, Tensor values, Tensor? bias, "
+      "Tensor temperature, Tensor out, Tensor lse, float scale, float? softcap) -> (Tensor, Tensor)");
   m.def("few_rows_matmul(Tensor x, Tensor weight, bool transposed) -> Tensor");
   m.def("merge_states(Tensor outs, Tensor lses) -> (Tensor out, Tensor lse)");
 }

@@ -60,6 +60,14 @@ std::tuple<Tensor, Tensor, Tensor> cached_attention_backward_token(
     const Tensor& values, const Tensor& grad_keys, const Tensor& grad_values, const Pending& pending, const Rows& rows,
     const Scores& scores);
 
+std::tuple<Tensor, Tensor> expected_embedding(
+    const Tensor& hidden, const Tensor& keys, const Tensor& values, const OptionalTensor& bias,
+    const Tensor& temperature, double scale, std::optional<double> softcap);
+
+std::tuple<Tensor, Tensor> expected_embedding_backward(
+    const Tensor& grad_out, const Tensor& hidden, const Tensor& keys, const Tensor& values, const OptionalTensor& bias,
+    const Tensor& temperature, const Tensor& out, const Tensor& lse, double scale, std::optional<double> softcap);
+
 Tensor few_rows_matmul(const Tensor& x, const Tensor& weight, bool transposed);
 
 std::tuple<Tensor, Tensor> merge_states(const Tensor& outs, const Tensor& lses);

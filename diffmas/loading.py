@@ -28,7 +28,7 @@ def build_system(
 
     `copies` of the adapter's weights have to fit: a training keeps gradients and the optimizer's moments beside them.
     """
-    topology = topology or load_topology(args.topology, args.handover)
+    topology = topology or load_topology(args.topology, args.handover, args.handover_sink)
     if args.lora_r < 1:
         raise ValueError(f"lora_r is {args.lora_r}; allowed: integers ≥ 1")
     with announced(f"loading {args.model_name_or_path or 'the embedded base'}"):

@@ -19,12 +19,14 @@ from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
 from diffmas.agents.positions import check_positions
+from diffmas.agents.sink import find_sink
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.thinking import budget
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.topology import AUTO, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.models.agent_model import AgentModel, Lengths
+from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.loss import plain_loss
 from diffmas.models.pretrained import load_base
 from diffmas.prompts import Prompts
@@ -70,7 +72,9 @@ class MultiAgentSystem(nn.Module):
         decoding: how text is answered, where nothing else is asked for; default: :class:`Decoding`'s own, and
             up to 32,768 tokens where the chat template says that the model thinks.
         latent_steps: m ≥ 0, for every agent but the last.
-        alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
+        alignment: "identity", "ridge", "learned" or "soft"; `alignment_initial`, `alignment_temperature`,
+            `alignment_temperature_learned`, `alignment_top_k` and `latent_grad_clip`: as in
+            :class:`~diffmas.models.alignment.AlignmentOptions`.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_backward: "exact", or "sweeps:k": the gradient of each latent rollout by k parallel backward passes
             (:class:`diffmas.agents.sweeps.Sweeps`).
@@ -100,6 +104,10 @@ class MultiAgentSystem(nn.Module):
         latent_steps: int = 10,
         alignment: str = "identity",
         alignment_initial: str = "identity",
+        alignment_temperature: float = 0.7,
+        alignment_temperature_learned: bool = False,
+        alignment_top_k: int = 0,
+        latent_grad_clip: float = 0.0,
         detach_trace: bool = False,
         latent_backward: str = "exact",
         cuda_graphs: str = "off",
@@ -123,8 +131,14 @@ class MultiAgentSystem(nn.Module):
                 model = get_peft_model(model, peft_config)
         self.agent_model = AgentModel(
             model,
-            alignment=alignment,
-            alignment_initial=alignment_initial,
+            alignment=AlignmentOptions(
+                alignment,
+                alignment_initial,
+                alignment_temperature,
+                alignment_temperature_learned,
+                alignment_top_k,
+                latent_grad_clip,
+            ),
             checkpointing=checkpointing,
             backend=backend,
             loss=loss,
@@ -134,6 +148,13 @@ class MultiAgentSystem(nn.Module):
                 f"latent_backward is {latent_backward!r}, and the model has recurrent layers "
                 f"({self.agent_model.recurrent}), which cannot go back over latent steps; allowed: exact"
             )
+        if topology.handover_sink == AUTO:
+            if tokenizer is None:
+                raise ValueError(
+                    f"handover_sink is {AUTO!r} without a tokenizer; allowed: tokenizer=…, which it is found with, or "
+                    "a number"
+                )
+            topology = replace(topology, handover_sink=find_sink(self.agent_model, tokenizer))
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
         self.trajectory = Trajectory(
             self.agent_model,
@@ -154,8 +175,7 @@ class MultiAgentSystem(nn.Module):
             model,
             topology,
             latent_steps=settings.latent_steps,
-            alignment=settings.alignment,
-            alignment_initial=settings.alignment_initial,
+            **asdict(AlignmentOptions.of(settings)),
             detach_trace=settings.detach_trace,
             latent_backward=settings.latent_backward,
             # What auto finds is set before training starts.
@@ -213,7 +233,7 @@ class MultiAgentSystem(nn.Module):
                 adapted, topology, settings, tokenizer=tokenizer, prompts=as_asked(prompts, task),
                 decoding=Decoding(**description["decoding"]),
             )  # fmt: skip
-        if system.agent_model.alignment.kind == "learned":
+        if system.agent_model.alignment.options.trains:
             load_alignment(system, folder)
         system.description = description
         return system.eval()
@@ -270,8 +290,7 @@ class MultiAgentSystem(nn.Module):
         return replace(
             known(SystemArguments, self.description["system"]) if self.description else given,
             latent_steps=trajectory.latent_steps,
-            alignment=model.alignment.kind,
-            alignment_initial=model.alignment.initial,
+            **asdict(model.alignment.options),
             detach_trace=trajectory.detach_trace,
             checkpointing=model.checkpointing.mode,
             backend=model.backend,
@@ -292,9 +311,9 @@ class MultiAgentSystem(nn.Module):
 
     @property
     def has_unreached_parameters(self) -> bool:
-        """Whether a learned Wₐ takes no part in the gradient."""
+        """Whether an alignment that is trained takes no part in the gradient."""
         reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
-        return self.agent_model.alignment.kind == "learned" and not reached
+        return self.agent_model.alignment.options.trains and not reached
 
     def forward(
         self,

@@ -6,6 +6,7 @@ import diffmas_ops.threads  # noqa: F401  (before anything that imports torch)
 from diffmas_ops.cached_attention.api import cached_attention
 from diffmas_ops.call import Call
 from diffmas_ops.errors import CapacityError, UnsupportedError
+from diffmas_ops.expected_embedding.api import expected_embedding
 from diffmas_ops.few_rows_matmul.api import few_rows_matmul
 from diffmas_ops.kv_concat.api import Rotary, Segment, kv_concat
 from diffmas_ops.latent_project.api import latent_project
@@ -20,6 +21,7 @@ __all__ = [
     "Segment",
     "UnsupportedError",
     "cached_attention",
+    "expected_embedding",
     "few_rows_matmul",
     "kv_concat",
     "latent_project",

@@ -55,6 +55,17 @@ def _(grad_out, hidden: Tensor, weight: Tensor | None, out, norm: Tensor, target
     return hidden.new_empty(hidden.shape), norm.new_empty(weight.shape if needed else 0)
 
 
+@register_fake("diffmas::expected_embedding")
+def _(hidden: Tensor, keys, values: Tensor, *rest):
+    lse = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden.dtype))
+    return hidden.new_empty(hidden.shape[0], values.shape[1]), lse
+
+
+@register_fake("diffmas::expected_embedding_backward")
+def _(grad_out, hidden: Tensor, keys, values, bias, temperature: Tensor, *rest):
+    return hidden.new_empty(hidden.shape), temperature.new_empty(1)
+
+
 @register_fake("diffmas::few_rows_matmul")
 def _(x: Tensor, weight: Tensor, transposed: bool):
     return x.new_empty(x.shape[0], weight.shape[0 if transposed else 1])

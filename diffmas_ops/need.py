@@ -11,6 +11,7 @@ OPERATORS = {
     "kv_append": ("kv_append", "kv_gather"),
     "kv_concat": ("kv_concat", "kv_concat_backward"),
     "latent_project": ("latent_project", "latent_project_backward"),
+    "expected_embedding": ("expected_embedding", "expected_embedding_backward"),
     "few_rows_matmul": ("few_rows_matmul",),
     "decoder_layer": ("decoder_layer", "decoder_layer_backward_output", "decoder_layer_backward_input"),
     "cached_attention": (

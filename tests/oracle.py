@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +46,50 @@ def entering(decoder, **inputs) -> Tensor:
     return seen[0]
 
 
-def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None):
+class Soft(NamedTuple):
+    """A soft alignment: `top_k` 0: all tokens; `limit`: how much a gradient may grow, relative to what it is of."""
+
+    temperature: float | Tensor = 0.7
+    top_k: int = 0
+    limit: float | None = None
+
+    def options(self) -> dict:
+        """What a system is told of it."""
+        return dict(
+            alignment="soft", alignment_temperature=self.temperature, alignment_top_k=self.top_k,
+            latent_grad_clip=self.limit or 0.0,
+        )  # fmt: skip
+
+    def __call__(self, causal, **inputs) -> Tensor:
+        """`[hidden]`: the embedding expected of the next token, of the model's own logits for it."""
+        seen: list[Tensor] = []
+
+        def hold(head, args):
+            seen.append(args[0].view_as(args[0]))
+            return (seen[0],)
+
+        handle = causal.get_output_embeddings().register_forward_pre_hook(hold)
+        scores = causal(**inputs, use_cache=True).logits[0, -1] / self.temperature
+        handle.remove()
+        if self.top_k:
+            scores = scores.masked_fill(scores < scores.topk(self.top_k).values[-1], -torch.inf)
+        # Called, an embedding would give the row of a padding token no gradient.
+        embedding = causal.get_input_embeddings()
+        expected = scores.softmax(-1) @ (embedding.weight * getattr(embedding, "embed_scale", 1.0))
+        if self.limit is not None and expected.requires_grad:
+            lengths = float(expected.detach().norm()), float(seen[0][0, -1].detach().norm())
+            arrived: list[float] = []
+            expected.register_hook(lambda g: arrived.append(float(g.norm())))
+
+            def cut(gradient):
+                most = self.limit * arrived[0] * lengths[0] / lengths[1]
+                return gradient * min(1.0, most / float(gradient.norm())) if gradient.any() else gradient
+
+            seen[0].register_hook(cut)
+        return expected
+
+
+def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None, soft=None, sink=0):
     """Logits `[answer tokens, vocab]` of one row.
 
     Args:
@@ -52,7 +97,8 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
         dag: agent name -> senders, in topological order; the last one answers.
         prompts: agent name -> int64 `[n]`.
         answer: int64 `[n]`.
-        weight: Wₐ, or None for the identity.
+        weight: Wₐ, or None for the identity; `soft`: instead of either.
+        sink: columns of the first agent before a receiver that go in front of a latent hand-over.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = causal.get_decoder()
@@ -66,6 +112,11 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
     written: dict[str, tuple[int, int, list[tuple[Tensor, Tensor]]]] = {}
     for name in dag:
         cache, length = DynamicCache(), 0
+        if sink and handover == "latent" and dag[name]:
+            length = sink
+            for layer, (k, v) in enumerate(written[ancestors(dag, name)[0]][2]):
+                k, v = k[:, :, :sink], v[:, :, :sink]
+                cache.update(*((k.detach(), v.detach()) if detach else (k, v)), layer)
         for sender in ancestors(dag, name):
             position, prompt, pairs = written[sender]
             skip = 0 if handover == "full" else prompt
@@ -82,6 +133,14 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
             prompt = prompts[name]
             ids = torch.cat((prompt, answer))[None]
             return causal(input_ids=ids, past_key_values=cache, use_cache=True).logits[0, len(prompt) - 1 : -1]
+        if soft is not None:
+            inputs = dict(input_ids=prompts[name][None])
+            for _ in range(latent_steps):
+                inputs = dict(inputs_embeds=soft(causal, **inputs, past_key_values=cache)[None, None])
+            read(**inputs)
+            pairs = [(cache.layers[i].keys[:, :, length:], cache.layers[i].values[:, :, length:]) for i in layers]
+            written[name] = (length, len(prompts[name]), pairs)
+            continue
         hidden = read(input_ids=prompts[name][None])[-1]
         for _ in range(latent_steps):
             y = hidden if weight is None else hidden @ weight

@@ -258,56 +258,92 @@ struct FewRowsAdapter {
   T scaling;
 };
 
-#define DIFFMAS_DECLARE_KERNELS(isa)                                                                       \
-  namespace isa {                                                                                          \
-  template <class S>                                                                                       \
-  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                                        \
-  template <class S>                                                                                       \
-  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);                         \
-  template <class S>                                                                                       \
-  void sum_partials(const QueryGradient<S>&, const SplitTile&, Acc<S>* scratch);                           \
-  template <class S>                                                                                       \
-  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch);                      \
-  template <class S>                                                                                       \
-  void attention_gradient(const AttentionGradient<S>&, const GradientTile&, Acc<S>* scratch);              \
-  template <class S>                                                                                       \
-  void sum_query_gradients(const AttentionGradient<S>&, const SplitTile&, Acc<S>* scratch);                \
-  template <class S>                                                                                       \
-  void deltas(const Deltas<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                              \
-  template <class S>                                                                                       \
-  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                                                   \
-  template <class S, class Out>                                                                            \
-  void merge_row(const MergeRow<S, Out>&, Acc<S>* scratch);                                                \
-  template <class S>                                                                                       \
-  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                         \
-  template <class S>                                                                                       \
-  void project_streamed(const Projection<S>&, int64_t begin, int64_t end, int64_t width, Acc<S>* scratch); \
-  template <class S>                                                                                       \
-  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);              \
-  template <class T>                                                                                       \
-  void outer_product(const OuterProduct<T>&, int64_t begin, int64_t end, T* scratch);                      \
-  template <class S, class T>                                                                              \
-  void move_columns(const MoveColumns<S, T>&, Acc<S>* scratch);                                            \
-  template <class T>                                                                                       \
-  void rms_norm(const RmsNorm<T>&, int64_t begin, int64_t end);                                            \
-  template <class T>                                                                                       \
-  void rms_norm_gradient(const RmsNorm<T>&, int64_t begin, int64_t end);                                   \
-  template <class T>                                                                                       \
-  void rotate_heads(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);                        \
-  template <class T>                                                                                       \
-  void rotate_heads_gradient(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);               \
-  template <class T>                                                                                       \
-  void swiglu(const SwiGlu<T>&, int64_t begin, int64_t end);                                               \
-  template <class T>                                                                                       \
-  void swiglu_gradient(const SwiGlu<T>&, int64_t begin, int64_t end);                                      \
-  template <class T>                                                                                       \
-  void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                            \
-  template <class T>                                                                                       \
-  void few_rows_outer(const FewRowsOuter<T>&);                                                             \
-  template <class T>                                                                                       \
-  void few_rows_adapter(const FewRowsAdapter<T>&, T* scratch);                                             \
-  template <class T>                                                                                       \
-  void few_rows_adapter_gradient(const FewRowsAdapter<T>&, T* scratch);                                    \
+/// Attention of `rows` rows x [rows, depth] over a vocabulary: keys [tokens, depth], values [tokens, width]. x and what
+/// else is given by rows is zero beyond its size, up to whole vectors.
+template <class S>
+struct Vocabulary {
+  Matrix<const Acc<S>> x;
+  Matrix<const S> keys, values;
+  const S* bias;  // or null
+  int64_t rows, depth, width;
+  Acc<S> scale, softcap, temperature;  // softcap is 0 where there is none
+};
+
+/// Of some of the tokens, by rows: their highest score, the sum of all scores' exponentials relative to it, and that of
+/// the values weighted so. Not a log-sum-exp, whose rounding would become a relative error of the part.
+template <class S>
+struct ExpectedEmbedding : Vocabulary<S> {
+  Acc<S>*out, *highest, *total;
+  int64_t out_stride;
+};
+
+/// Of some of the tokens: the gradient of x, and each row's sum of scores times their gradients.
+template <class S>
+struct ExpectedEmbeddingGradient : Vocabulary<S> {
+  Matrix<const Acc<S>> grad_out;
+  const Acc<S>*lse, *delta;
+  Acc<S>*grad_x, *grad_scores;
+  int64_t grad_stride;
+};
+
+inline __attribute__((always_inline)) int64_t vocabulary_scratch(int64_t rows, int64_t stride) {
+  return STEP * (stride + 2 * rows + 1) + 4 * PADDING;
+}
+
+#define DIFFMAS_DECLARE_KERNELS(isa)                                                                                  \
+  namespace isa {                                                                                                     \
+  template <class S>                                                                                                  \
+  void attend(const Attend<S>&, const QueryTile&, Acc<S>* scratch);                                                   \
+  template <class S>                                                                                                  \
+  void query_gradient(const QueryGradient<S>&, const QueryTile&, Acc<S>* scratch);                                    \
+  template <class S>                                                                                                  \
+  void sum_partials(const QueryGradient<S>&, const SplitTile&, Acc<S>* scratch);                                      \
+  template <class S>                                                                                                  \
+  void column_gradient(const ColumnGradient<S>&, const ColumnTile&, Acc<S>* scratch);                                 \
+  template <class S>                                                                                                  \
+  void attention_gradient(const AttentionGradient<S>&, const GradientTile&, Acc<S>* scratch);                         \
+  template <class S>                                                                                                  \
+  void sum_query_gradients(const AttentionGradient<S>&, const SplitTile&, Acc<S>* scratch);                           \
+  template <class S>                                                                                                  \
+  void deltas(const Deltas<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                                         \
+  template <class S>                                                                                                  \
+  void own_column(const OwnColumn<S>&, Acc<S>* scratch);                                                              \
+  template <class S, class Out>                                                                                       \
+  void merge_row(const MergeRow<S, Out>&, Acc<S>* scratch);                                                           \
+  template <class S>                                                                                                  \
+  void project(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                                    \
+  template <class S>                                                                                                  \
+  void project_streamed(const Projection<S>&, int64_t begin, int64_t end, int64_t width, Acc<S>* scratch);            \
+  template <class S>                                                                                                  \
+  void project_transposed(const Projection<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                         \
+  template <class T>                                                                                                  \
+  void outer_product(const OuterProduct<T>&, int64_t begin, int64_t end, T* scratch);                                 \
+  template <class S>                                                                                                  \
+  void expected_embedding(const ExpectedEmbedding<S>&, int64_t begin, int64_t end, Acc<S>* scratch);                  \
+  template <class S>                                                                                                  \
+  void expected_embedding_gradient(const ExpectedEmbeddingGradient<S>&, int64_t begin, int64_t end, Acc<S>* scratch); \
+  template <class S, class T>                                                                                         \
+  void move_columns(const MoveColumns<S, T>&, Acc<S>* scratch);                                                       \
+  template <class T>                                                                                                  \
+  void rms_norm(const RmsNorm<T>&, int64_t begin, int64_t end);                                                       \
+  template <class T>                                                                                                  \
+  void rms_norm_gradient(const RmsNorm<T>&, int64_t begin, int64_t end);                                              \
+  template <class T>                                                                                                  \
+  void rotate_heads(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);                                   \
+  template <class T>                                                                                                  \
+  void rotate_heads_gradient(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);                          \
+  template <class T>                                                                                                  \
+  void swiglu(const SwiGlu<T>&, int64_t begin, int64_t end);                                                          \
+  template <class T>                                                                                                  \
+  void swiglu_gradient(const SwiGlu<T>&, int64_t begin, int64_t end);                                                 \
+  template <class T>                                                                                                  \
+  void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                                       \
+  template <class T>                                                                                                  \
+  void few_rows_outer(const FewRowsOuter<T>&);                                                                        \
+  template <class T>                                                                                                  \
+  void few_rows_adapter(const FewRowsAdapter<T>&, T* scratch);                                                        \
+  template <class T>                                                                                                  \
+  void few_rows_adapter_gradient(const FewRowsAdapter<T>&, T* scratch);                                               \
   }
 
 DIFFMAS_DECLARE_KERNELS(baseline)

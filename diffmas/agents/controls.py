@@ -12,6 +12,19 @@ from diffmas_ops import KVTrace
 Control = Callable[[KVTrace, Sequence[int]], KVTrace]
 
 
+def behind(columns: int, control: Control) -> Control:
+    """`control` of what stands behind the first `columns`: those, a sink, stay every row's own."""
+
+    def controlled(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
+        own = [buffer[:, :, :, :columns].clone() for buffer in trace.storage.buffers()]
+        trace = control(trace, seeds)
+        for buffer, sink in zip(trace.storage.buffers(), own, strict=True):
+            buffer[:, :, :, :columns] = sink
+        return trace
+
+    return controlled if columns else control
+
+
 def matched(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
     """The row's own trace."""
     return trace

@@ -204,7 +204,8 @@ class Plan:
                 home[agent.name] = len(lengths)
                 full = topology.handover == "full"
                 given = [written[n] if full else [latent_steps] * len(own) for n in topology.ancestors(agent.name)]
-                lengths.append([sum(column) for column in zip(*given, strict=True)] if given else [0] * len(own))
+                sink = topology.sink_columns if given else 0
+                lengths.append([sink + sum(column) for column in zip([0] * len(own), *given, strict=True)])
             last = agent is topology.last
             rows = lengths[home[agent.name]]
             new = [n + a for n, a in zip(own, answers, strict=True)] if last else list(own)

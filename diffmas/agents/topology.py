@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.support.yaml_file import read_yaml
 
 HANDOVERS = ("full", "latent")
+#: A sink whose size the model is asked for.
+AUTO = "auto"
 #: What the YAML form says of an agent.
 _KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs")
 
@@ -50,20 +52,25 @@ class Topology:
         agents: in any order; senders refer to names.
         handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
             "latent" (latent steps only).
+        handover_sink: how many columns go in front of latent steps that are handed over: the first ones of the first
+            agent before a receiver, where a model's attention rests; "auto": as many as the model is found to rest on.
 
     Raises:
         TopologyError: no agent, a name twice, an unknown or repeated sender, a cycle, more than one last agent,
-            an unknown hand-over.
+            an unknown hand-over, a sink that is neither.
     """
 
     name: str
     agents: tuple[Agent, ...]
     handover: str = "full"
+    handover_sink: int | str = 0
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.handover not in HANDOVERS:
             raise TopologyError(f"handover is {self.handover!r}; allowed: {', '.join(HANDOVERS)}")
+        if (sink := self.handover_sink) != AUTO and (type(sink) is not int or sink < 0):
+            raise TopologyError(f"handover_sink is {sink!r}; allowed: integers ≥ 0, or {AUTO}")
         _check_names(self.agents)
         ordered = _sort(self.agents)
         received = {s for agent in ordered for s in agent.senders}
@@ -93,6 +100,25 @@ class Topology:
         return sender if len(receivers) == 1 else None
 
     @property
+    def sink_columns(self) -> int:
+        """Columns in front of what every receiver attends to that are its sink; 0 where prompts are handed over.
+
+        Raises:
+            TopologyError: how many is still to be found.
+        """
+        if self.handover == "full":
+            return 0
+        if isinstance(self.handover_sink, str):
+            raise TopologyError(f"handover_sink is {self.handover_sink!r}; allowed: the number that a system finds")
+        return self.handover_sink
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The agents whose first columns are somebody's sink."""
+        first = {self.ancestors(agent.name)[0] for agent in self.agents if agent.senders}
+        return tuple(agent.name for agent in self.agents if agent.name in first)
+
+    @property
     def moves(self) -> bool:
         """Whether an agent attends to columns elsewhere than where their writer stood."""
         return any(a.senders and (self.handover != "full" or len(a.senders) > 1) for a in self.agents)
@@ -110,11 +136,13 @@ class Topology:
             | ({"chat_template_kwargs": dict(a.chat_template_kwargs)} if a.chat_template_kwargs else {})
             for a in self.agents
         ]
-        return {"name": self.name, "handover": self.handover, "agents": agents}
+        return {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], handover: str | None = None) -> Topology:
-        """From the YAML form: `{name, handover, agents: [{name, receives: [names], role or prompt or fields}]}`.
+    def from_dict(
+        cls, data: Mapping[str, Any], handover: str | None = None, handover_sink: int | str | None = None
+    ) -> Topology:
+        """From the YAML form: `{name, handover, handover_sink, agents: [{name, receives, role or prompt or fields}]}`.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
@@ -122,7 +150,7 @@ class Topology:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
             raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
-        _check_keys("the topology", data, ("name", "handover", "agents"))
+        _check_keys("the topology", data, ("name", "handover", "handover_sink", "agents"))
         agents = []
         for entry in data["agents"]:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
@@ -136,7 +164,8 @@ class Topology:
             agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry), _options(entry)))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
-        return cls(name, tuple(agents), handover or data.get("handover", "full"))
+        sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
+        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink)
 
 
 def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
@@ -226,15 +255,20 @@ def alone(topology: Topology) -> Topology:
     return topology if len(topology.agents) == 1 else TOPOLOGIES["single"]
 
 
-def load_topology(name_or_path: str, handover: str | None = None) -> Topology:
-    """A built-in topology by name, or one from a YAML file; `handover` overrides the topology's own.
+def load_topology(name_or_path: str, handover: str | None = None, handover_sink: int | str | None = None) -> Topology:
+    """A built-in topology by name, or one from a YAML file; hand-over and sink, where given, are instead of its own.
+
+    `handover_sink`: a number may be written out, as in a flag.
 
     Raises:
         TopologyError: an unknown name, or a file that describes no valid topology.
         FileNotFoundError: a path that does not exist. ValueError: a file that is no YAML.
     """
+    if isinstance(handover_sink, str) and handover_sink.isdecimal():
+        handover_sink = int(handover_sink)
     if (built_in := TOPOLOGIES.get(name_or_path)) is not None:
-        return Topology(built_in.name, built_in.agents, handover or built_in.handover)
+        sink = built_in.handover_sink if handover_sink is None else handover_sink
+        return replace(built_in, handover=handover or built_in.handover, handover_sink=sink)
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         allowed = ", ".join(TOPOLOGIES)
@@ -243,6 +277,6 @@ def load_topology(name_or_path: str, handover: str | None = None) -> Topology:
         raise TopologyError(f"handover is {handover!r}; allowed: {', '.join(HANDOVERS)}")
     data = read_yaml(path, "topology")
     try:
-        return Topology.from_dict(data, handover)
+        return Topology.from_dict(data, handover, handover_sink)
     except TopologyError as error:
         raise TopologyError(f"topology {path}: {error}") from None

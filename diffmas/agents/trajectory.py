@@ -8,8 +8,9 @@ executed (:data:`~diffmas.agents.latent_rollouts.LatentRollout`), how answers ar
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 
 import torch
@@ -20,6 +21,8 @@ from diffmas.agents.topology import Agent, Topology
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.errors import UnsupportedModelError
 from diffmas_ops import KVTrace, Segment, kv_concat
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -47,7 +50,7 @@ class Trajectory:
         allocate: makes traces, as :meth:`KVTrace.allocate` does.
 
     Raises:
-        ValueError: `latent_steps` below 0.
+        ValueError: `latent_steps` below 0, or a sink whose size is still to be found.
         UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all.
     """
 
@@ -57,10 +60,13 @@ class Trajectory:
     detach_trace: bool = False
     latent_rollout: LatentRollout = step_by_step
     allocate: Callable[..., KVTrace] = KVTrace.allocate
+    #: The first tokens of agents whose columns are handed over as a sink; None once they were seen to differ.
+    _sinks: dict[str, Tensor] | None = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
+        self._sink = self.topology.sink_columns
         if (why := self.model.immovable) is not None and self.topology.moves:
             raise UnsupportedModelError(
                 f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "
@@ -100,6 +106,8 @@ class Trajectory:
         states: dict[str, AgentState] = {}
         agents = self.topology.agents
         lengths = dict(zip((a.name for a in agents), prompt_lengths, strict=True))
+        if self._sink:
+            self._compare_sinks(prompt_ids, lengths)
         for agent, ids in zip(agents[:-1], prompt_ids[:-1], strict=True):
             with torch.no_grad() if self.detach_trace else contextlib.nullcontext():
                 state = self._receive(agent, states, lengths, reserve)
@@ -130,6 +138,10 @@ class Trajectory:
         length = [0] * len(lengths[agent.name])
         for name in self.topology.ancestors(agent.name):
             holder = next(states[s] for s in agent.senders if name in states[s].segments)
+            if self._sink and not segments:
+                # Every trace begins with a sink: its writer's own first tokens, or the one that was received.
+                segments.append(Segment(holder.trace, length, [self._sink] * len(length)))
+                length = segments[0].end
             begin, prompt_end, end = holder.segments[name]
             begin = begin if self.topology.handover == "full" else prompt_end
             segments.append(Segment(holder.trace, begin, end))
@@ -143,6 +155,20 @@ class Trajectory:
         else:
             trace = self.allocate(batch=len(length), **self.model.trace_sizes, **options)
         return AgentState(trace, located)
+
+    def _compare_sinks(self, prompt_ids: Sequence[Tensor], lengths: dict[str, Lengths]) -> None:
+        """Say once where what goes along as a sink is not the same for all rows, and so tells something of them."""
+        for agent, ids in zip(self.topology.agents, prompt_ids, strict=True):
+            if self._sinks is None or agent.name not in self.topology.leading:
+                continue
+            first = torch.stack([own[: self._sink] for own in ids.split(list(lengths[agent.name]))])
+            if not (first == self._sinks.setdefault(agent.name, first[:1].clone())).all():
+                self._sinks = None
+                _logger.warning(
+                    "the first %d tokens of agent %s's prompts differ by row: the sink that is handed over "
+                    "(handover_sink) carries them, and trace controls leave it in place",
+                    self._sink, agent.name,
+                )  # fmt: skip
 
     def _room(self, agent: Agent, lengths: dict[str, Lengths], reserve: Lengths | None) -> list[int]:
         """Columns a row that `agent`, and those who go on writing its trace, will add."""
@@ -168,4 +194,9 @@ class Trajectory:
                 raise ValueError(
                     f"prompt_lengths of agent {name} is {list(lengths)} for {ids.numel()} tokens; allowed: "
                     f"{len(prompt_lengths[0])} lengths ≥ 1 that sum to the number of tokens"
+                )
+            if name in self.topology.leading and min(lengths) < self._sink:
+                raise ValueError(
+                    f"handover_sink is {self._sink}, and a prompt of agent {name} has {min(lengths)} tokens; allowed: "
+                    "as many as its shortest prompt has"
                 )

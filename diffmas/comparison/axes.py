@@ -12,7 +12,8 @@ from diffmas.models.alignment import ALIGNMENTS
 
 #: What can be swept, and what a value is read as.
 AXES = {
-    "latent_steps": int, "agents": int, "lora_r": int, "detach_trace": bool, "handover": str, "alignment": str,
+    "latent_steps": int, "agents": int, "lora_r": int, "detach_trace": bool, "handover": str, "handover_sink": str,
+    "alignment": str,
 }  # fmt: skip
 
 
@@ -46,6 +47,8 @@ def point(axis: str, value: Any, agents: int, topology: Topology) -> Method:
     shape = first_agents(topology, agents)
     if axis == "handover":
         shape = replace(shape, handover=value)
+    elif axis == "handover_sink":
+        shape = replace(shape, handover_sink=int(value) if value.isdecimal() else value)
     settings = {} if axis == "agents" else {axis: value}
     controls = ALL_CONTROLS if agents > 1 else ("matched",)
     return Method(f"{axis}={value}", f"{axis} {value}", True, settings, lambda _: shape, controls=controls)
@@ -69,4 +72,4 @@ def first_agents(topology: Topology, count: int) -> Topology:
     agents = [
         replace(agent, senders=tuple(dict.fromkeys(s for name in agent.senders for s in reach(name)))) for agent in kept
     ]
-    return Topology(topology.name, tuple(agents), topology.handover)
+    return replace(topology, agents=tuple(agents))

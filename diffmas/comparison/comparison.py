@@ -25,6 +25,7 @@ from diffmas.evaluation.needs import ONE_ITEM, check_prompts, method_left_out, m
 from diffmas.evaluation.records import Record, RecordFile
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
+from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.pretrained import load_tokenizer
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
@@ -74,7 +75,7 @@ class Settings:
         # Trainings of a comparison are not evaluated on the way: what needs that is refused before the first.
         self.flags = [*flags, "--eval_strategy=no"]
         self.system, self.task, self.decoding, training = parse_training(self.flags, prog)
-        self.topology = load_topology(self.system.topology, self.system.handover)
+        self.topology = load_topology(self.system.topology, self.system.handover, self.system.handover_sink)
         self.training = weight_settings(training)
 
     def load_task(self) -> Task:
@@ -276,9 +277,7 @@ class Comparison:
 
     def _system_args(self, method: Method, settings: Settings):
         args = replace(settings.system, **method.settings)
-        if not method.trained and args.alignment == "learned":
-            args = replace(args, alignment=args.alignment_initial)
-        return args
+        return args if method.trained else replace(args, **asdict(AlignmentOptions.of(args).untrained))
 
     def _controls(self, name: str, method: Method) -> list[str]:
         others = several(self.tasks[name].eval)

@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.collator import Collator
-from diffmas.agents.topology import Agent, Topology, load_topology
+from diffmas.agents.topology import AUTO, Agent, Topology, load_topology
 from diffmas.command_line import parse_training
 from diffmas.generation.text import TextStream
 from diffmas.models.pretrained import load_tokenizer
@@ -49,7 +49,7 @@ def show(args: ShowArguments, flags: Sequence[str], prog: str) -> int:
         raise ValueError(f"split is {args.split!r}; allowed: {' or '.join(SPLITS)}")
     if args.run is None:
         system, task_args, _, _ = parse_training(flags, prog)
-        topology = load_topology(system.topology, system.handover)
+        topology = load_topology(system.topology, system.handover, system.handover_sink)
     else:
         description = read_description(args.run)
         system, task_args = known(SystemArguments, description["system"]), known(TaskArguments, description["task"])
@@ -120,7 +120,11 @@ def _received(topology: Topology, agent: Agent, latent_steps: int) -> str:
     if not senders:
         return "behind nothing"
     prompt = "prompt and " if topology.handover == "full" else ""
-    return f"behind {prompt}{latent_steps} latent steps of {', '.join(senders)}"
+    steps = f"{prompt}{latent_steps} latent steps of {', '.join(senders)}"
+    if topology.handover == "full" or not (sink := topology.handover_sink):
+        return f"behind {steps}"
+    count = "as many of the first tokens as the model rests on" if sink == AUTO else f"the first {sink} tokens"
+    return f"behind {count} of {senders[0]}, then {steps}"
 
 
 def _control(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

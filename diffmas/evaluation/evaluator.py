@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -80,7 +80,7 @@ class Evaluator:
             elif variant == "single":
                 system = _on_same_model(system, topology=alone(system.topology))
             elif variant == "training_free":
-                system = _on_same_model(system, alignment=system.agent_model.alignment.initial)
+                system = _on_same_model(system, **asdict(system.agent_model.alignment.options.untrained))
             with evaluating(system, adapter=variant in CONTROLS):
                 return self._share(system, variant, items, advance)
 
@@ -117,11 +117,11 @@ def evaluate_all(
     return accuracies, records
 
 
-def _on_same_model(system: MultiAgentSystem, topology=None, alignment: str = "identity") -> MultiAgentSystem:
+def _on_same_model(system: MultiAgentSystem, topology=None, **alignment) -> MultiAgentSystem:
     return MultiAgentSystem(
         system.agent_model.model,
         topology or system.topology,
         latent_steps=system.latent_steps,
-        alignment=alignment,
         backend=system.agent_model.backend,
+        **alignment,
     )

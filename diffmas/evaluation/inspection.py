@@ -13,12 +13,9 @@ from torch import Tensor
 from diffmas.agents.latent_rollouts import step_by_step
 from diffmas.agents.trajectory import Trajectory
 from diffmas.models.agent_model import Lengths, evaluating
+from diffmas.models.attention_masses import AttentionMasses
 from diffmas.system import MultiAgentSystem
-from diffmas_ops import Call, KVTrace, backends
-from diffmas_ops.scores import Scores
-
-# Queries whose probabilities are held at once.
-_BLOCK = 64
+from diffmas_ops import KVTrace
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,9 @@ class Part:
     """Consecutive columns of the trace that one agent wrote, or what heads have beside all columns.
 
     Attributes:
-        agent: empty for a sink.
-        kind: "prompt", "latent steps", "answer", or "sink": the attention sinks of a model that has some, no column.
+        agent: empty for the sinks of a model.
+        kind: "prompt", "latent steps", "answer", or "sink": columns handed over for attention to rest on, or, of no
+            agent and no column, the attention sinks of a model that has some.
         mass: attention probability on them, averaged over layers, heads and the answer's tokens; all parts sum to 1.
         layers: the same of each attention layer.
     """
@@ -96,15 +94,16 @@ def inspect(
 
     answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
     own_ids = torch.cat((ids[-1], answer))
-    parts, at = [], 0
-    for name in system.topology.ancestors(system.topology.last.name):
+    senders, at = system.topology.ancestors(system.topology.last.name), system.topology.sink_columns
+    parts = [(senders[0], "sink", 0, at)] if at and senders else []
+    for name in senders:
         _, (prompt_end,), (end,) = received.segments[name]
         parts += [(name, "prompt", at, prompt_end), (name, "latent steps", prompt_end, end)]
         at = end
     own = system.topology.last.name, at + prompt_lengths[-1][0]
     parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(own_ids))]
     call = received.trace.open([len(own_ids)])
-    observed = _Masses(call, len(answer) + 1)
+    observed = AttentionMasses(call, len(answer) + 1)
     call.attend = observed
     with evaluating(model):
         model.run(call, input_ids=own_ids)
@@ -118,48 +117,6 @@ def inspect(
 def _part(agent: str, kind: str, columns: int, layers: Tensor) -> Part:
     """`layers [num_layers]`: its share of every layer's attention."""
     return Part(agent, kind, columns, float(layers.mean()), tuple(layers.tolist()))
-
-
-class _Masses:
-    """Runs a one-row call's attention and adds up what its last `queries` tokens pay to every column, and to sinks."""
-
-    def __init__(self, call: Call, queries: int):
-        self._call, self._queries = call, queries
-        self._layers: dict[int, Tensor] = {}
-        #: Of the layers that have sinks.
-        self._sinks: dict[int, Tensor] = {}
-
-    def __call__(
-        self, q: Tensor, k: Tensor | None, v: Tensor | None, layer: int, scores: Scores, sinks: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        call = self._call
-        keys, values = call.storage.layer(layer)
-        ops = backends.functions("cached_attention", q, call.backend, many=call.streak is None, scores=scores)
-        out, lse = ops.cached_attention(q, k, v, keys, values, call.rows, scores)
-        whole = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype))
-        keys = keys[0, :, : call.rows.max_seqlen_k].to(lse.dtype)
-        columns, total = torch.arange(call.rows.max_seqlen_k, device=q.device), keys.new_zeros(call.rows.max_seqlen_k)
-        positions = call.position_ids[0]
-        for begin in range(len(q) - self._queries, len(q), _BLOCK):
-            some = slice(begin, begin + _BLOCK)
-            grouped = q[some].to(lse.dtype).unflatten(1, (keys.shape[0], -1))
-            products = torch.einsum("nhgd,hcd->nhgc", grouped, keys).flatten(1, 2) * scores.softmax_scale
-            probabilities = (scores.cap(products) - whole[some].unsqueeze(-1)).exp()
-            total += probabilities.masked_fill(~scores.sees(positions[some, None, None], columns), 0.0).sum((0, 1))
-        self._layers[layer] = total / (self._queries * q.shape[1])
-        if sinks is not None:
-            self._sinks[layer] = (sinks.to(lse.dtype) - whole[-self._queries :]).exp().mean()
-        return out, lse
-
-    def mean(self) -> tuple[Tensor, Tensor | None]:
-        """Averaged over heads and queries, probability `[num_layers, columns]` and that of sinks `[num_layers]`.
-
-        The second is None where no layer has any.
-        """
-        layers = sorted(self._layers)
-        zero = self._layers[layers[0]].new_zeros(())
-        sinks = torch.stack([self._sinks.get(layer, zero) for layer in layers]).cpu() if self._sinks else None
-        return torch.stack([self._layers[layer] for layer in layers]).cpu(), sinks
 
 
 def _latent_steps(trajectory: Trajectory, states: list[Tensor], top: int) -> list[LatentStep]:

@@ -15,7 +15,7 @@ from diffmas.evaluation.evaluator import LABELS, variant_of
 from diffmas.evaluation.records import Record
 from diffmas.runs import profile as profiles
 from diffmas.runs.files import METRICS_FILE, PROFILE_FILE, RECORDS_FILE, REPORT_FILE, SUMMARY_FILE
-from diffmas.runs.metrics import read_metrics
+from diffmas.runs.metrics import LATENT_NORMS, read_metrics
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import writing
 from diffmas.support.page import heading, note, page, svg, table
@@ -81,6 +81,12 @@ def write_report(folder: str | Path) -> Path:
         body.append(note(" ".join([f"{summary['eval_items']} held-out items.", *missing])))
     if any("loss" in entry for entry in metrics):
         body += [heading("Training"), svg(_curves, metrics)]
+    if any(LATENT_NORMS in entry for entry in metrics):
+        body += [
+            heading("Gradients at latent steps"),
+            svg(_gradients, (metrics, [agent["name"] for agent in topology["agents"]])),
+        ]
+        body.append(note("The norm of the gradient of every latent step's input, on its way back from the answer."))
     if (folder / PROFILE_FILE).is_file():
         profile = json.loads((folder / PROFILE_FILE).read_text())
         body += [heading("One step"), table(profiles.COLUMNS, profiles.rows(profile))]
@@ -111,6 +117,23 @@ def _bars(plt, rows: Sequence[tuple[str, float, float | None]]):
     colors = ["#1f6feb" if label == LABELS["matched"] else "#afb8c1" for label in labels]
     axes.bar_label(axes.barh(labels, values, color=colors), fmt="%.1f", padding=3)
     axes.set(xlim=(0, 108), xlabel="accuracy, %")
+    return figure
+
+
+def _gradients(plt, found: tuple[Sequence[dict[str, Any]], Sequence[str]]):
+    metrics, agents = found
+    entries = [e for e in metrics if LATENT_NORMS in e]
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    norms = [[value for agent in e[LATENT_NORMS] for value in agent] for e in entries]
+    labels = [f"{agents[i]} {t + 1}" for i, of in enumerate(entries[0][LATENT_NORMS]) for t in range(len(of))]
+    for i, label in enumerate(labels):
+        color = plt.cm.viridis(i / max(1, len(labels) - 1))
+        axes.plot([e["step"] for e in entries], [row[i] for row in norms], color=color, label=label)
+    axes.set(xlabel="training step", ylabel="norm of the gradient", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    # Of many, the first and the last say which way they go.
+    shown = axes.lines if len(labels) <= 12 else [axes.lines[0], axes.lines[-1]]
+    figure.legend(handles=shown, loc="outside right upper", frameon=False)
     return figure
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.agents.controls import Control
+from diffmas.agents.controls import Control, behind
 from diffmas.agents.positions import check_positions, longest_row
 from diffmas.agents.room import check_decoding
 from diffmas.agents.trajectory import Trajectory
@@ -193,7 +193,8 @@ class Engine:
         room = [min(self._decoding.max_new_tokens, _FIRST_ROOM)] * len(rows)
         trace = self._trajectory.communicate(ids, lengths, room).trace
         if self._control is not None:
-            trace = self._control(trace, [self._seeds[row] for row in rows])
+            control = behind(self._trajectory.topology.sink_columns, self._control)
+            trace = control(trace, [self._seeds[row] for row in rows])
         last = [(n - 1, n) for n in lengths[-1]]
         hidden = self._model.read(trace, lengths[-1], input_ids=ids[-1], outputs=last)
         logits = self._model.head(hidden)

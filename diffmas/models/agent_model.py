@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from diffmas.models.activation_checkpointing import ActivationCheckpointing
 from diffmas.models.agreement import check_agreement, states_alone
-from diffmas.models.alignment import Alignment
+from diffmas.models.alignment import IDENTITY, Alignment, AlignmentOptions
 from diffmas.models.attention import attach
 from diffmas.models.decoder_layer import fuse_layers
 from diffmas.models.dropout import silence, warn
@@ -26,6 +26,7 @@ from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of
 from diffmas.models.recurrent import continue_states, state_bytes
+from diffmas.models.soft_alignment import SoftAlignment
 from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
@@ -40,7 +41,7 @@ class AgentModel(nn.Module):
 
     Args:
         model: a causal language model, possibly inside PEFT.
-        alignment: "identity", "ridge" or "learned"; `alignment_initial`: what a learned one starts at.
+        alignment: from a hidden state to the next input.
         checkpointing: which calls recompute their activations in the backward: "none", "prefill" or "all".
         backend: "auto", or the operators' backend to insist on.
         loss: as in :class:`~diffmas.models.loss.AnswerLoss`.
@@ -61,8 +62,7 @@ class AgentModel(nn.Module):
         self,
         model: nn.Module,
         *,
-        alignment: str = "identity",
-        alignment_initial: str = "identity",
+        alignment: AlignmentOptions = IDENTITY,
         checkpointing: str = "none",
         backend: str = "auto",
         loss: str = "auto",
@@ -87,7 +87,11 @@ class AgentModel(nn.Module):
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
         weight, out = base.get_input_embeddings().weight, self.head.linear.weight
         tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
-        self.alignment = Alignment(vectors, out, alignment, initial=alignment_initial, tied=tied, backend=backend)
+        self.alignment: Alignment | SoftAlignment
+        if alignment.alignment == "soft":
+            self.alignment = SoftAlignment(base, self.head, vectors, alignment, backend=backend)
+        else:
+            self.alignment = Alignment(vectors, out, alignment, tied=tied, backend=backend)
         check_agreement(self, alone, factor)
 
     def train(self, mode: bool = True) -> AgentModel:

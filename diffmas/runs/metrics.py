@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+#: What an entry calls the norms of gradients at latent steps, `[agent][step]`.
+LATENT_NORMS = "latent_gradient_norms"
+
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The entries of a `metrics.jsonl` without a torn last line; none where there is no such file.

@@ -36,10 +36,33 @@ class SystemArguments:
     handover: str | None = field(
         default=None, metadata={"help": "What receivers attend to: full or latent; default: the topology's own."}
     )
+    handover_sink: str | None = field(
+        default=None,
+        metadata={
+            "help": "How many of the first sender's first columns go in front of latent steps handed over: a number, "
+            "or auto (as many as the model's attention rests on); default: the topology's own."
+        },
+    )
     latent_steps: int = field(default=10, metadata={"help": "Latent steps m of every agent but the last."})
-    alignment: str = field(default="identity", metadata={"help": "identity, ridge or learned."})
+    alignment: str = field(default="identity", metadata={"help": "identity, ridge, learned or soft."})
     alignment_initial: str = field(
         default="identity", metadata={"help": "What a learned alignment starts at: identity or ridge."}
+    )
+    alignment_temperature: float = field(
+        default=0.7, metadata={"help": "Of a soft alignment: what logits are divided by before the softmax."}
+    )
+    alignment_temperature_learned: bool = field(
+        default=False, metadata={"help": "Train the temperature of a soft alignment, from that one on."}
+    )
+    alignment_top_k: int = field(
+        default=0, metadata={"help": "The likeliest tokens that a soft alignment takes; 0: the whole vocabulary."}
+    )
+    latent_grad_clip: float = field(
+        default=0.0,
+        metadata={
+            "help": "Most that a row's gradient may grow, relative to what it is of, on its way back from a latent "
+            "step's input to the hidden state before; 0: any growth."
+        },
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
     latent_backward: str = field(

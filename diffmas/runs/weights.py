@@ -31,7 +31,7 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     trained = None
     if is_sharded(system):
         trained = {n: whole(p.detach()).cpu() for n, p in model.named_parameters() if p.requires_grad}
-    weight = whole(alignment.weight.detach()) if alignment.kind == "learned" else None
+    aligning = {n: whole(p.detach()) for n, p in alignment.named_parameters()}
     if not first:
         return
     # Beside, and then renamed, the adapter last: where it is, all else is, and nothing is half written.
@@ -42,9 +42,9 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     # Of a checkpoint, the description is in the run's folder, above the one it is written in.
     described = (path / SYSTEM_FILE for path in (folder, *folder.parents[:2]))
     write_card(system, beside, next((path for path in described if path.is_file()), None))
-    if weight is not None:
+    if aligning:
         with writing(folder / ALIGNMENT_FILE):
-            save_file({"weight": weight.cpu().contiguous()}, beside / ALIGNMENT_FILE)
+            save_file({n: p.cpu().contiguous() for n, p in aligning.items()}, beside / ALIGNMENT_FILE)
     for path in sorted(beside.iterdir(), key=lambda path: path.name == ADAPTER_FILE):
         os.replace(path, folder / path.name)
     beside.rmdir()
@@ -57,7 +57,7 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
         raise FileNotFoundError(f"checkpoint {folder} has no {ADAPTER_FILE}")
     with reading(str(folder / ADAPTER_FILE)):
         _load_adapter(system, folder)
-    if system.agent_model.alignment.kind == "learned":
+    if system.agent_model.alignment.options.trains:
         load_alignment(system, folder)
 
 
@@ -82,4 +82,6 @@ def load_alignment(system: MultiAgentSystem, folder: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"run {folder} has no {ALIGNMENT_FILE}, which a learned alignment is kept in")
     with reading(str(path)):
-        _copy(load_file(path)["weight"], system.agent_model.alignment.weight)
+        kept = load_file(path)
+        for name, parameter in system.agent_model.alignment.named_parameters():
+            _copy(kept[name], parameter)

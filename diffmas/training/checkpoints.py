@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from diffmas.runs.description import read_description
+from diffmas.models.alignment import AlignmentOptions
+from diffmas.runs.description import known, read_description
 from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import reading
@@ -168,7 +169,7 @@ def clear_staging(run: str | Path) -> None:
 
 def _learns_alignment(run: Path) -> bool:
     try:
-        return json.loads(read_text(run / SYSTEM_FILE, "run"))["system"]["alignment"] == "learned"
+        return known(AlignmentOptions, json.loads(read_text(run / SYSTEM_FILE, "run"))["system"]).trains
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -189,10 +189,9 @@ class _Sample:
         cls, system: MultiAgentSystem, rows: int, length: int, steps: int, autocast: torch.dtype | None
     ) -> _Sample:
         device = system.agent_model.language_model.device
-        ids = (
-            torch.arange(rows * length, device=device)
-            % system.agent_model.language_model.get_input_embeddings().weight.shape[0]
-        )
+        vocab = system.agent_model.language_model.get_input_embeddings().weight.shape[0]
+        # Rows that begin alike, as prompts do.
+        ids = (torch.arange(length, device=device) % vocab).repeat(rows)
         agents = len(system.topology.agents)
         prompts = [[length] * rows] * agents
         training, whole, gradients = system.training, system.trajectory, [(p, p.grad) for p in system.parameters()]

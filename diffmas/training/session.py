@@ -56,6 +56,7 @@ from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task, TaskArguments, load_task
 from diffmas.training.batching import ItemLengths, adapt, autocast_dtype, print_fit
 from diffmas.training.checkpoints import clear_staging, put_in_place, set_aside, stage_best, step_of, trained_with
+from diffmas.training.latent_gradients import LatentGradients
 from diffmas.training.precision import check_base, settle_precision
 from diffmas.training.preflight import (
     adapter_copies,
@@ -93,7 +94,7 @@ def train(
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
     started = time.perf_counter()
     _check_arguments(system_args, decoding_args, args)
-    topology = topology or load_topology(system_args.topology, system_args.handover)
+    topology = topology or load_topology(system_args.topology, system_args.handover, system_args.handover_sink)
     task, task_args, left_out = _load_task(task_args, topology, args)
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
@@ -240,7 +241,8 @@ def _run(
     if checkpoint is not None:
         # It was evaluated before its first step.
         args.eval_on_start = False
-    stop = StopOnInterrupt()
+    stop, gradients = StopOnInterrupt(), LatentGradients(system)
+    profiling = [ProfileStep(system, autocast_dtype(args))] if args.profile else []
     trainer = SystemTrainer(
         model=system,
         args=args,
@@ -249,7 +251,7 @@ def _run(
         data_collator=collate,
         evaluator=evaluator,
         lengths=lengths,
-        callbacks=[MetricsFile(), stop, *([ProfileStep(system, autocast_dtype(args))] if args.profile else [])],
+        callbacks=[gradients, MetricsFile(gradients.take), stop, *profiling],
     )
     if checkpoint is not None and step_of(checkpoint) >= _steps(args, len(task.train)):
         trainer.finish_from(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +322,13 @@ def find_best(state: TrainerState, args: TrainingArguments) -> None:
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what the Trainer logs to `metrics.jsonl`; a resumed run drops what came after its checkpoint."""
+    """Appends what the Trainer logs to `metrics.jsonl`; a resumed run drops what came after its checkpoint.
+
+    `more`: gives what else an entry with a training loss tells.
+    """
+
+    def __init__(self, more: Callable[[], dict[str, Any]] = dict):
+        self._more = more
 
     def on_train_begin(self, args: TrainingArguments, state, control, **kwargs):
         if not state.is_world_process_zero:
@@ -335,7 +341,8 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero and logs:
             path = Path(args.output_dir, METRICS_FILE)
             with writing(path), path.open("a") as file:
-                file.write(to_json({"step": state.global_step, **logs}) + "\n")
+                more = self._more() if "loss" in logs else {}
+                file.write(to_json({"step": state.global_step, **logs, **more}) + "\n")
 
 
 class StopOnInterrupt(TrainerCallback):

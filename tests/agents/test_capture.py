@@ -31,10 +31,10 @@ def lora_model(dtype):
     return with_lora(causal_lm("qwen3", dtype=dtype))
 
 
-def build(topology="sequential", handover="full", *, runs=None, device="cpu", dtype=torch.float64, **options):
+def build(topology="sequential", handover="full", sink=0, *, runs=None, device="cpu", dtype=torch.float64, **options):
     chosen = TOPOLOGIES[topology]
     system = MultiAgentSystem(
-        clone(lora_model(dtype)).train().to(device), Topology(chosen.name, chosen.agents, handover),
+        clone(lora_model(dtype)).train().to(device), Topology(chosen.name, chosen.agents, handover, sink),
         **dict(latent_steps=3, alignment="learned") | options,
     ).to(device)  # fmt: skip
     if runs is not None:
@@ -97,12 +97,25 @@ def test_training_is_that_of_step_by_step(topology, handover, backend):
 
 
 @pytest.mark.parametrize(
-    "options", [dict(detach_trace=True), dict(checkpointing="prefill"), dict(alignment="identity")]
+    "options",
+    [
+        dict(detach_trace=True),
+        dict(checkpointing="prefill"),
+        dict(alignment="identity"),
+        dict(alignment="soft", alignment_temperature_learned=True, latent_grad_clip=0.8),
+    ],
 )
 def test_with_other_options(options):
     runs = on_cpu()
     assert_equal_training(train(build(runs=runs, **options)), train(build(**options)))
     assert all(runs._recordings.values()) and len(runs._recordings) == 3
+
+
+def test_behind_a_sink():
+    runs = on_cpu()
+    got = train(build("senders", "latent", 1, runs=runs))
+    assert_equal_training(got, train(build("senders", "latent", 1)))
+    assert all(runs._recordings.values()) and len(runs._recordings) == 2
 
 
 def test_prompts_of_one_token():

@@ -10,7 +10,7 @@ from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
 
 from diffmas import train
 from diffmas.agents.positions import check_positions, position_limit, row_positions
-from diffmas.agents.topology import TOPOLOGIES
+from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
@@ -35,6 +35,8 @@ def test_positions_of_a_row(system):
     assert row_positions(system.trajectory, [5, 6, 7, 8], 4) == 5 + 6 + 7 + 8 + 3 * 3 + 4
     stitched = MultiAgentSystem(model(), TOPOLOGIES["stitch"], latent_steps=3)
     assert row_positions(stitched.trajectory, [5, 6, 7, 8], 4) == 5 + 6 + 7 + 8 + 3 * 3 + 4
+    chain = MultiAgentSystem(model(), load_topology("sequential", "latent", 2), latent_steps=3)
+    assert row_positions(chain.trajectory, [5, 6, 7, 8], 4) == 2 + 3 * 3 + 8 + 4
     relay = MultiAgentSystem(model(), TOPOLOGIES["relay"], latent_steps=3)
     assert row_positions(relay.trajectory, [50, 8], 4) == 53, "the sender's own trace is the longest"
 

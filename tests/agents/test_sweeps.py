@@ -56,7 +56,7 @@ def exact(*args):
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("alignment", ["identity", "ridge", "learned"])
+@pytest.mark.parametrize("alignment", ["identity", "ridge", "learned", "soft"])
 @pytest.mark.parametrize("handover", ["full", "latent"])
 @pytest.mark.parametrize("topology", SYSTEMS)
 @pytest.mark.usefixtures("poison")

@@ -39,12 +39,21 @@ def test_role_defaults_to_the_name():
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
 @pytest.mark.parametrize("handover", [None, *HANDOVERS])
-def test_yaml_round_trip(name, handover, tmp_path):
-    topology = load_topology(name, handover)
+@pytest.mark.parametrize("sink", [None, 2, "auto"])
+def test_yaml_round_trip(name, handover, sink, tmp_path):
+    topology = load_topology(name, handover, sink)
+    assert topology.handover_sink == (sink or 0)
     assert topology.handover == (handover or TOPOLOGIES[name].handover)
     path = tmp_path / "topology.yaml"
     path.write_text(yaml.safe_dump(topology.to_dict()))
     assert load_topology(str(path)) == topology
+
+
+def test_a_sink_is_that_of_the_first_agent_and_only_where_prompts_stay_behind():
+    fan_in = of("latent", a="", b="", c="ab", d="b", e="dc")
+    assert fan_in.leading == ("a", "b")
+    assert load_topology("relay", "latent", "3").sink_columns == 3
+    assert load_topology("relay", "full", 3).sink_columns == 0
 
 
 @st.composite
@@ -79,6 +88,10 @@ def test_every_dag_is_sorted(topology):
         (lambda: Topology("t", (Agent("a"), Agent("a"))), r"agent names \['a'\] appear more than once"),
         (lambda: of(a="", b="", c="a"), r"nobody receives from are \['b', 'c'\].*exactly one"),
         (lambda: of("half", a=""), "handover is 'half'; allowed: full, latent"),
+        (lambda: load_topology("relay", None, "-1"), "handover_sink is '-1'; allowed: integers ≥ 0, or auto"),
+        (lambda: load_topology("relay", None, 1.5), "handover_sink is 1.5"),
+        (lambda: Topology.from_dict({"agents": [{"name": "a"}], "handover_sink": True}), "handover_sink is True"),
+        (lambda: load_topology("relay", None, "auto").sink_columns, "handover_sink is 'auto'; allowed: the number"),
         (lambda: load_topology("ring"), "topology is 'ring'; allowed: sequential, "),
         (lambda: load_topology("relay", "text"), "handover is 'text'"),
         (lambda: Topology.from_dict({"name": "x"}), "agents is missing"),

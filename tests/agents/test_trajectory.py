@@ -9,7 +9,7 @@ from transformers import GlmConfig, GlmForCausalLM
 
 from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.models import decoder_layer
-from diffmas.models.alignment import Alignment, ridge_alignment
+from diffmas.models.alignment import Alignment, AlignmentOptions, ridge_alignment
 from diffmas.models.geometry import geometry_of
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import cached_attention
@@ -82,7 +82,7 @@ def test_target_norm_is_the_mean_row_norm_of_the_input_embedding():
 
 def test_a_low_precision_ridge_is_solved_in_float64():
     w_in, w_out = torch.randn(40, 8).bfloat16(), torch.randn(40, 8).bfloat16()
-    alignment = Alignment(w_in, w_out, "ridge")
+    alignment = Alignment(w_in, w_out, AlignmentOptions("ridge"))
     assert alignment.weight.dtype == torch.bfloat16
     torch.testing.assert_close(alignment.weight, ridge_alignment(w_in.double(), w_out.double()).bfloat16())
 

@@ -30,7 +30,10 @@ TOPOLOGIES = [
     ("agents: {", "is not valid YAML"),
     ("- a", "agents is missing; allowed: a list of {name, role, prompt, fields, receives, chat_template_kwargs}"),
     ("agents: []", "agents is empty"),
-    ("{1: x, b: y, agents: []}", "the topology has unknown keys [1, 'b']; allowed: name, handover, agents"),
+    (
+        "{1: x, b: y, agents: []}",
+        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, agents",
+    ),
     ("agents: [a]", "agent is 'a'; allowed: {name, role, prompt, fields, receives, chat_template_kwargs}"),
     ("agents: [{name: a, 2: b}]", "agent a has unknown keys [2]; allowed: name, role, prompt, fields, receives"),
     ("agents: [{name: a, role: [b]}]", "role of agent a is ['b']; allowed: the name of a role"),

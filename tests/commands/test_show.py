@@ -8,7 +8,7 @@ from chat_families import FAMILIES
 
 from diffmas import show, train
 from diffmas.agents.collator import Collator
-from diffmas.agents.topology import TOPOLOGIES, Topology
+from diffmas.agents.topology import TOPOLOGIES, Topology, load_topology
 from diffmas.conversation.preview import preview, tokens_shown
 from diffmas.loading import load_run
 from diffmas.prompts import Prompts
@@ -48,6 +48,10 @@ def test_what_each_agent_reads_and_the_last_is_taught():
         )
     assert "\nbehind nothing\n" in text and "\nbehind 7 latent steps of sender\n" in text
     assert "⟦<｜Assistant｜>⟧|⟦<think>⟧|⏎\n" in text
+    for sink, said in ((2, "the first 2 tokens"), ("auto", "as many of the first tokens as the model rests on")):
+        collator = Collator(load_topology("relay", "latent", sink), prompts, tokenizer)
+        text = "\n".join(line.plain for line in preview(collator, ITEM, 7))
+        assert f"\nbehind {said} of sender, then 7 latent steps of sender\n" in text
     taught = text[text.index("solver is taught") :]
     assert "2 of them control tokens" in taught and "|⟦</think>⟧|⏎\n⏎\n|y|e|s|⟦<｜end▁of▁sentence｜>⟧" in taught
     full = Topology("t", TOPOLOGIES["relay"].agents, "full")

@@ -10,7 +10,8 @@ from transformers import DynamicCache
 
 from diffmas.agents.topology import load_topology
 from diffmas.conversation.terminal import _parts_table
-from diffmas.evaluation.inspection import _Masses, inspect
+from diffmas.evaluation.inspection import inspect
+from diffmas.models.attention_masses import AttentionMasses
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace, cached_attention
 
@@ -133,7 +134,7 @@ def test_masses_of_other_scores(scores):
     q = torch.randn(20, 4, 4, dtype=torch.float64)
     cached_attention(q[:8], k[:8], v[:8], trace.open(8), layer=0)
     call = trace.open(12)
-    call.attend = _Masses(call, 3)
+    call.attend = AttentionMasses(call, 3)
     cached_attention(q[8:], k[8:], v[8:], call, layer=0, **scores)
     paid = torch.zeros(20, dtype=torch.float64)
     for position in (17, 18, 19):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from tiny_models import arguments, causal_lm, packed, ragged
+from tiny_models import arguments, causal_lm, packed, ragged, with_lora
 
 from diffmas.agents.topology import TOPOLOGIES
-from diffmas.models.alignment import Alignment
+from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.attention import UnsupportedModelError, attach, trace_attention
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace, UnsupportedError
@@ -82,7 +82,15 @@ def test_what_a_layer_may_not_ask_for(options, error, message):
     [
         (dict(latent_steps=-1), ValueError, "latent_steps is -1; allowed: integers ≥ 0"),
         (dict(latent_steps=1.5), TypeError, "integer"),
-        (dict(alignment="procrustes"), ValueError, "alignment is 'procrustes'; allowed: identity, ridge, learned"),
+        (
+            dict(alignment="procrustes"),
+            ValueError,
+            "alignment is 'procrustes'; allowed: identity, ridge, learned, soft",
+        ),
+        (dict(alignment_temperature=0.0), ValueError, "alignment_temperature is 0.0; allowed: above 0"),
+        (dict(alignment_top_k=-1), ValueError, "alignment_top_k is -1; allowed: integers ≥ 0"),
+        (dict(alignment="soft", alignment_top_k=99), ValueError, "alignment_top_k is 99; allowed: up to 37"),
+        (dict(latent_grad_clip=-1.0), ValueError, "latent_grad_clip is -1.0; allowed: 0"),
         (dict(alignment_initial="learned"), ValueError, "alignment_initial is 'learned'; allowed: identity, ridge"),
     ],
 )
@@ -126,11 +134,19 @@ def test_an_implementation_that_is_not_there():
 
 
 def test_alignment_arguments():
-    w = torch.randn(5, 3)
     with pytest.raises(ValueError, match="alignment is 'x'"):
-        Alignment(w, w, "x")
+        AlignmentOptions("x")
     with pytest.raises(ValueError, match="alignment_initial is 'x'"):
-        Alignment(w, w, initial="x")
+        AlignmentOptions(alignment_initial="x")
+
+
+def test_heads_and_embeddings_that_a_soft_alignment_cannot_read():
+    with pytest.raises(UnsupportedModelError, match="has a head of type peft.*Linear; alignment 'soft' allows: torch"):
+        MultiAgentSystem(with_lora(causal_lm("qwen3"), targets=["q_proj", "lm_head"]), "relay", alignment="soft")
+    model = causal_lm("qwen3")
+    model.lm_head = torch.nn.Linear(16, 41, bias=False, dtype=torch.float64)
+    with pytest.raises(UnsupportedModelError, match="has 37 input embeddings and a head for 41 tokens"):
+        MultiAgentSystem(model, "relay", alignment="soft")
 
 
 def test_a_second_backward_raises():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from compare import assert_same, error, gradients
-from oracle import batch, entering
+from oracle import Soft, batch, entering
 from peft import LoraConfig, get_peft_model
 from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 
@@ -78,7 +78,7 @@ def ridge_weight(model, ridge=1e-5):
     return torch.linalg.inv(w_out.T @ w_out + ridge * torch.eye(16).double()) @ w_out.T @ w_in
 
 
-@pytest.mark.parametrize("alignment", ["identity", "ridge"])
+@pytest.mark.parametrize("alignment", ["identity", "ridge", "soft"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_models_own_forward(family, alignment, wide):
     model = with_lora(model_of(family))
@@ -87,10 +87,13 @@ def test_equals_the_models_own_forward(family, alignment, wide):
     weight = ridge_weight(clone(base)) if alignment == "ridge" and untied else None
     prompts, answers = ragged(list(DAG), 3)
     twin = clone(model)
-    loss, logits = batch(twin, DAG, prompts, answers, handover="full", latent_steps=2, weight=weight)
+    loss, logits = batch(
+        twin, DAG, prompts, answers, handover="full", latent_steps=2, weight=weight,
+        soft=Soft() if alignment == "soft" else None,
+    )  # fmt: skip
     loss.backward()
     system = system_of(model, alignment=alignment)
-    assert (system.agent_model.alignment.weight is None) == (weight is None)
+    assert alignment == "soft" or (system.agent_model.alignment.weight is None) == (weight is None)
     output = system(*arguments(prompts, answers))
     output.loss.backward()
     assert error(output.loss, loss) <= TOLERANCE and error(output.logits, logits) <= TOLERANCE

@@ -52,6 +52,20 @@ def test_gradcheck_latent_project(weighted, backend, poison):
     assert torch.autograd.gradcheck(lambda h, w: ops.latent_project(h, w, 1.3, backend=backend), (hidden, weight))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("biased, softcap", [(False, None), (True, 2.0)])
+def test_gradcheck_expected_embedding(tied, biased, softcap, backend, poison):
+    inputs = [leaf(3, 5), leaf(11, 5, seed=1), leaf(11, 4, seed=2), leaf(11, seed=3), leaf(1, seed=4)]
+
+    def run(hidden, keys, values, bias, temperature):
+        return ops.expected_embedding(
+            hidden, keys, keys if tied else values, bias=bias if biased else None, temperature=temperature.exp(),
+            scale=0.6, softcap=softcap, backend=backend,
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(run, inputs)
+
+
 @pytest.mark.parametrize("plan", [[(2, 1)], [(2, 0), (1, 1), (1, 1)], [(1, 1), (3, 2), (0, 1), (1, 0), (1, 2)]])
 def test_gradcheck_cached_attention(plan, backend, poison):
     totals = [sum(lengths) for lengths in plan]
@@ -258,3 +272,25 @@ def test_sources_need_no_macro_that_the_oldest_torch_lacks():
         "STABLE_TORCH_LIBRARY", "STABLE_TORCH_LIBRARY_FRAGMENT", "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK",
         "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes, error_type, message",
+    [
+        (dict(hidden=torch.zeros(3)), ValueError, r"hidden has shape \(3,\); allowed: \[rows, hidden_size\]"),
+        (dict(keys=torch.zeros(7, 2)), ValueError, r"keys has shape \(7, 2\); allowed: \[vocab, 3\]"),
+        (dict(keys=torch.zeros(0, 3)), ValueError, r"keys has shape \(0, 3\)"),
+        (dict(values=torch.zeros(6, 3)), ValueError, r"values has shape \(6, 3\); allowed: \[7, embedding_size\]"),
+        (dict(bias=torch.zeros(6)), ValueError, r"bias has shape \(6,\); allowed: \[7\]"),
+        (dict(values=torch.zeros(7, 3).double()), TypeError, "values is torch.float64; allowed: torch.float32"),
+        (dict(keys=torch.zeros(7, 3, device="meta")), ValueError, "keys is on meta; allowed: cpu"),
+        (dict(temperature=0.0), ValueError, "temperature is 0.0; allowed: above 0"),
+        (dict(temperature=float("nan")), ValueError, "temperature is nan"),
+        (dict(temperature=torch.ones(2)), ValueError, r"temperature has shape \(2,\); allowed: one element"),
+        (dict(softcap=-1.0), ValueError, "softcap is -1.0; allowed: above 0"),
+    ],
+)
+def test_expected_embedding_refuses(changes, error_type, message):
+    given = dict(hidden=torch.zeros(2, 3), keys=torch.zeros(7, 3), values=torch.zeros(7, 3)) | changes
+    with pytest.raises(error_type, match=message):
+        ops.expected_embedding(given.pop("hidden"), given.pop("keys"), given.pop("values"), **given)

@@ -15,6 +15,7 @@ from diffmas_ops import library
 from diffmas_ops import native as native_module
 from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.dtypes import SUPPORTED, accumulation_dtype
+from diffmas_ops.expected_embedding import reference as expected
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_concat import reference as concat
 from diffmas_ops.latent_project import reference as latent
@@ -420,6 +421,36 @@ def test_latent_project(rows, size, weighted, dtype):
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 37])
+@pytest.mark.parametrize("vocab, depth, width", [(5, 16, 16), (63, 48, 48), (2300, 77, 40)])
+@pytest.mark.parametrize("biased, softcap", [(False, None), (True, 2.5)])
+def test_expected_embedding(vocab, depth, width, rows, biased, softcap, dtype):
+    torch.manual_seed(0)
+    hidden, keys, values = (random(*shape, dtype=dtype) for shape in ((rows, depth), (vocab, depth), (vocab, width)))
+    bias, grad_out = torch.randn(vocab).to(dtype) if biased else None, random(rows, width, dtype=dtype)
+    # One token that is far likelier than others, in the middle of a block.
+    keys[vocab // 3] *= 3
+    temperature = torch.tensor([0.7], dtype=accumulation_dtype(dtype))
+    given = (hidden, keys, values, bias, temperature)
+    compare(native.expected_embedding, expected.expected_embedding, (*given, 0.4, softcap), FORWARD)
+    out, lse = expected.expected_embedding(*given, 0.4, softcap)
+
+    def beside_its_terms(backward):
+        """The gradient of the temperature is a sum that may cancel: it is measured beside what it is a sum of."""
+
+        def run(grad_out, *rest):
+            (hidden, temperature), (out, lse) = backward(grad_out, *rest), rest[5:7]
+            terms = ((grad_out * out).abs().sum(1) * lse.abs()).sum()
+            return hidden, torch.cat((temperature, terms[None].to(temperature.dtype)))
+
+        return run
+
+    arguments = (grad_out, *given, out, lse, 0.4, softcap)
+    functions = (native.expected_embedding_backward, expected.expected_embedding_backward)
+    compare(*map(beside_its_terms, functions), arguments, BACKWARD)
+
+
+@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
 @pytest.mark.parametrize("splits", [1, 2, 7])
 def test_merge_states(splits, dtype):
     torch.manual_seed(0)
@@ -442,7 +473,11 @@ def _everything():
     )
     q, _, _, keys, values, plan, scores = problem("single", "gqa", 64, torch.float32)
     single = native.cached_attention(q, None, None, keys, values, plan, scores)
-    return [x.numpy().tobytes() for x in (out, lse, grad_q, delta, *grads, *single)]
+    hidden, vocabulary = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)), keys.reshape(-1, 64)
+    given = (hidden, vocabulary, vocabulary, None, torch.ones(1))
+    soft = native.expected_embedding(*given, 1.0, None)
+    soft += native.expected_embedding_backward(hidden, *given, *soft, 1.0, None)
+    return [x.numpy().tobytes() for x in (out, lse, grad_q, delta, *grads, *single, *soft)]
 
 
 def test_bit_repeatable():
@@ -467,7 +502,7 @@ def test_other_instruction_sets(isa):
     if os.environ.get("DIFFMAS_ISA"):
         pytest.skip("already in such a process")
     attention = "head_dims or (deferred and gqa) or (attention and gqa and (primes or single))"
-    selection = f"({attention} or (latent and 37) or merge) and not float16 and not float64"
+    selection = f"({attention} or (latent and 37) or expected or merge) and not float16 and not float64"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]
     done = subprocess.run(command, env={**os.environ, "DIFFMAS_ISA": isa}, capture_output=True, text=True)
     if "allowed on this machine" in done.stdout:

@@ -40,6 +40,11 @@ def samples():
     for w, need in ((None, False), (weight, False), (weight, True)):
         yield "latent_project", (hidden, w, 1.5)
         yield "latent_project_backward", (hidden, hidden, w, hidden, hidden.norm(dim=-1), 1.5, need)
+    vocabulary, temperature = random(70, 20, dtype=torch.float32).contiguous(), torch.ones(1)
+    for bias, cap in ((None, None), (vocabulary[:, 0].contiguous(), 2.0)):
+        yield "expected_embedding", (hidden, vocabulary, vocabulary, bias, temperature, 1.5, cap)
+        given = (hidden, hidden, vocabulary, vocabulary, bias, temperature, hidden, hidden[:, 0].contiguous(), 1.5, cap)
+        yield "expected_embedding_backward", given
     for transposed in (True, False):
         yield "few_rows_matmul", (hidden, weight, transposed)
     yield "cached_attention", (q, k, v, keys, values, rows, scores)

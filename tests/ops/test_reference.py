@@ -261,6 +261,34 @@ def test_a_zero_hidden_state_projects_to_zero_without_a_gradient():
     assert not out.any() and not grad.any()
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 29])
+@pytest.mark.parametrize("biased, softcap", [(False, None), (True, None), (True, 1.3)])
+def test_expected_embedding_is_that_of_a_whole_softmax(vocab, biased, softcap, monkeypatch):
+    ops = reference("expected_embedding")
+    # Blocks that do not divide the vocabulary, and large logits in one of them.
+    monkeypatch.setattr(ops, "BLOCK", 4)
+    hidden, keys, values = torch.randn(3, 6, **F64), torch.randn(vocab, 6, **F64), torch.randn(vocab, 5, **F64)
+    keys[vocab // 2] *= 40
+    bias = torch.randn(vocab, **F64) if biased else None
+    given = (hidden, keys, values, bias, torch.tensor([0.7], **F64))
+    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in given]
+    logits = leaves[0] @ leaves[1].T
+    logits = 0.8 * (logits if bias is None else logits + leaves[3])
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = (logits / leaves[4]).softmax(-1) @ leaves[2]
+    out, lse = ops.expected_embedding(*given, 0.8, softcap)
+    assert error(out, expected) < TOLERANCE and error(lse, (logits / 0.7).logsumexp(-1)) < TOLERANCE
+    grad_out = torch.randn(3, 5, **F64)
+    wanted = torch.autograd.grad(expected, [x for x in leaves if x is not None], grad_out)
+    arguments = (grad_out, *given, out, lse, 0.8, softcap)
+    (hidden, temperature), weights = (
+        f(*arguments) for f in (ops.expected_embedding_backward, ops.expected_embedding_backward_weights)
+    )
+    assert (weights[2] is None) == (bias is None)
+    for actual, want in zip((hidden, *(x for x in weights if x is not None), temperature), wanted, strict=True):
+        assert error(actual, want, 1.0) < TOLERANCE
+
+
 def test_merged_parts_are_the_whole():
     merge = reference("merge_states").merge_states
     q, k, v = (torch.randn(5, 2, 4, **F64), *torch.randn(2, 9, 2, 4, **F64))

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from oracle import batch
+from oracle import Soft, batch
 from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.agents.topology import Agent, Topology
@@ -102,3 +102,73 @@ def test_product(topology, handover, latent_steps, detach, checkpointing, backen
 )
 def test_families(family, tied, topology, handover, latent_steps, detach, checkpointing, backend):
     check(family, tied, topology, handover, latent_steps, detach, checkpointing, backend, rows=4, longest=23)
+
+
+@cache
+def expected_with_sink(topology, sink, latent_steps, detach):
+    model = clone(lora_model())
+    model.zero_grad()
+    prompts, answers = longer(topology)
+    options = dict(handover="latent", latent_steps=latent_steps, detach=detach, sink=sink)
+    loss, logits = batch(model, DAGS[topology], prompts, answers, **options)
+    loss.backward()
+    return loss.detach(), logits.detach(), gradients(model)
+
+
+def longer(topology):
+    """Ragged prompts that begin alike and are longer than any sink."""
+    prompts, answers = ragged(list(DAGS[topology]), 3)
+    return {n: [torch.cat((torch.tensor([5, 7]), p)) for p in rows] for n, rows in prompts.items()}, answers
+
+
+@pytest.mark.parametrize("options", [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:5")], ids=str)
+@pytest.mark.parametrize("detach", [False, True], ids=["", "detach"])
+@pytest.mark.parametrize("latent_steps", [0, 1, 3])
+@pytest.mark.parametrize("sink", [1, 3])
+@pytest.mark.parametrize("topology", DAGS)
+def test_a_sink_in_front_of_a_latent_hand_over(topology, sink, latent_steps, detach, options):
+    model = clone(lora_model()).train()
+    shape = Topology(topology, tuple(Agent(*item) for item in DAGS[topology].items()), "latent", sink)
+    system = MultiAgentSystem(model, shape, latent_steps=latent_steps, detach_trace=detach, **options)
+    output = system(*arguments(*longer(topology)))
+    output.loss.backward()
+    loss, logits, grads = expected_with_sink(topology, sink, latent_steps, detach)
+    assert error(output.loss, loss) <= TOLERANCE and error(output.logits, logits) <= TOLERANCE
+    assert_same(gradients(model), grads, TOLERANCE)
+
+
+@cache
+def expected_soft(tied, topology, handover, soft):
+    model = clone(lora_model("qwen3", tied))
+    model.zero_grad()
+    soft = soft._replace(temperature=torch.tensor([soft.temperature], dtype=torch.float64).requires_grad_())
+    prompts, answers = ragged(list(DAGS[topology]), 3)
+    loss, logits = batch(model, DAGS[topology], prompts, answers, handover=handover, latent_steps=4, soft=soft)
+    loss.backward()
+    return loss.detach(), logits.detach(), gradients(model), soft.temperature.grad
+
+
+@pytest.mark.parametrize("options", [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:4")], ids=str)
+@pytest.mark.parametrize("soft", [Soft(), Soft(1.3, top_k=5), Soft(0.4, limit=0.8)])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("handover", ["full", "latent"])
+@pytest.mark.parametrize("topology", DAGS)
+def test_soft_alignment(topology, handover, tied, soft, options):
+    dag = DAGS[topology]
+    model = clone(lora_model("qwen3", tied)).train()
+    shape = Topology(topology, tuple(Agent(*item) for item in dag.items()), handover)
+    soft_options = dict(soft.options(), alignment_temperature_learned=True)
+    system = MultiAgentSystem(model, shape, latent_steps=4, **soft_options, **options)
+    output = system(*arguments(*ragged(list(dag), 3)))
+    output.loss.backward()
+    loss, logits, grads, of_temperature = expected_soft(tied, topology, handover, soft)
+    assert error(output.loss, loss) <= TOLERANCE and error(output.logits, logits) <= TOLERANCE
+    assert_same(gradients(model), grads, TOLERANCE)
+    # It is learned by its logarithm.
+    assert error(system.agent_model.alignment.log_factor.grad, of_temperature * soft.temperature) <= TOLERANCE
+
+
+def test_the_clip_changes_gradients_and_nothing_else():
+    free, held = (expected_soft(False, "sequential", "full", soft) for soft in (Soft(0.4), Soft(0.4, limit=0.8)))
+    assert torch.equal(free[1], held[1])
+    assert max(error(held[2][name], grad) for name, grad in free[2].items()) > 0.01

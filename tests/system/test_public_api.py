@@ -92,13 +92,25 @@ class TestFromPretrained:
 
 
 class TestBuilt:
-    @pytest.mark.parametrize("alignment", ["identity", "learned"])
-    def test_it_is_kept_with_all_it_needs(self, base, tmp_path, alignment):
-        system = shaken(build(base, alignment=alignment))
+    @pytest.mark.parametrize(
+        "options",
+        [
+            dict(alignment="identity"),
+            dict(alignment="learned"),
+            dict(alignment="soft", alignment_temperature=0.4, alignment_top_k=9, latent_grad_clip=2.0),
+            dict(alignment="soft", alignment_temperature_learned=True),
+        ],
+        ids=str,
+    )
+    def test_it_is_kept_with_all_it_needs(self, base, tmp_path, options):
+        system = shaken(build(base, **options))
         system.save_pretrained(tmp_path / "kept")
         kept = MultiAgentSystem.from_pretrained(tmp_path / "kept")
         assert kept.answer(ITEMS) == system.answer(ITEMS)
-        assert kept.trajectory.latent_steps == 2 and kept.agent_model.alignment.kind == alignment
+        assert kept.trajectory.latent_steps == 2
+        assert kept.agent_model.alignment.options == system.agent_model.alignment.options
+        for own, read in zip(*(s.agent_model.alignment.parameters() for s in (system, kept)), strict=True):
+            assert torch.equal(own, read)
         assert (tmp_path / "kept" / "README.md").is_file()
 
     def test_uploading_uploads_that(self, base, monkeypatch):

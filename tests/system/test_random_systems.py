@@ -4,7 +4,7 @@ import pytest
 from compare import assert_same, error, gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import batch
+from oracle import Soft, batch
 from tiny_models import VOCAB, arguments, causal_lm, clone, with_lora
 from torch import tensor
 
@@ -33,25 +33,33 @@ tokens = st.integers(0, VOCAB - 1)
 
 
 @st.composite
-def batches(draw, names):
+def batches(draw, names, shortest):
     rows = draw(st.integers(1, 3))
-    one = st.lists(tokens, min_size=1, max_size=6).map(tensor)
-    many = st.lists(one, min_size=rows, max_size=rows)
-    return {n: draw(many) for n in names}, draw(many)
+
+    def many(least):
+        one = st.lists(tokens, min_size=least, max_size=6).map(tensor)
+        return draw(st.lists(one, min_size=rows, max_size=rows))
+
+    return {n: many(shortest) for n in names}, many(1)
 
 
 @settings(max_examples=25)
 @given(data=st.data())
 def test_random_systems(backend, data):
     dag = data.draw(dags())
-    topology = Topology("random", tuple(Agent(*a) for a in dag.items()), data.draw(st.sampled_from(["full", "latent"])))
+    handover, sink = (data.draw(s) for s in (st.sampled_from(["full", "latent"]), st.integers(0, 2)))
+    topology = Topology("random", tuple(Agent(*a) for a in dag.items()), handover, sink)
     latent_steps, detach, checkpointing = (data.draw(s) for s in (st.integers(0, 3), st.booleans(), st.booleans()))
-    prompts, answers = data.draw(batches([a.name for a in topology.agents]))
+    prompts, answers = data.draw(batches([a.name for a in topology.agents], max(1, sink)))
+    soft = data.draw(st.none() | st.builds(Soft, st.floats(0.5, 2), st.integers(0, 5), st.none() | st.floats(0.3, 3)))
 
     model = with_lora(causal_lm("qwen3")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    system = MultiAgentSystem(model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend)
+    alignment = {} if soft is None else soft.options()
+    system = MultiAgentSystem(
+        model, topology, latent_steps=latent_steps, detach_trace=detach, backend=backend, **alignment
+    )
     output = system(*arguments(prompts, answers))
     output.loss.backward()
 
@@ -59,7 +67,7 @@ def test_random_systems(backend, data):
     twin.zero_grad()
     # Handed-over segments stand in the topology's order, which is the oracle's only word of ours.
     dag = {a.name: a.senders for a in topology.agents}
-    options = dict(handover=topology.handover, latent_steps=latent_steps, detach=detach)
+    options = dict(handover=topology.handover, latent_steps=latent_steps, detach=detach, soft=soft, sink=sink)
     loss, logits = batch(twin, dag, prompts, answers, **options)
     loss.backward()
     assert error(output.loss, loss) <= TOLERANCE

@@ -33,7 +33,16 @@ def assert_same_weights(a, b):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"alignment": "learned"}, {"detach_trace": True}, {"checkpointing": "prefill"}]
+    "changes",
+    [
+        {},
+        {"alignment": "learned"},
+        {"alignment": "soft", "alignment_temperature_learned": True, "latent_grad_clip": 2.0, "bf16": True},
+        {"alignment": "soft", "alignment_top_k": 5},
+        {"detach_trace": True},
+        {"checkpointing": "prefill"},
+    ],
+    ids=str,
 )
 def test_run_folder(flags, tmp_path, changes):
     assert train.main(flags(**changes)) == 0
@@ -48,7 +57,8 @@ def test_run_folder(flags, tmp_path, changes):
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 6
     assert "<svg" in (run / "report.html").read_text()
-    assert (run / "alignment.safetensors").exists() == (changes.get("alignment") == "learned")
+    learned = changes.get("alignment") == "learned" or "alignment_temperature_learned" in changes
+    assert (run / "alignment.safetensors").exists() == learned
 
 
 def test_adapter_loads_in_stock_peft(flags, base, tmp_path):

@@ -32,6 +32,10 @@ CASES = {
     "plain": (CHAIN, dict(latent_steps=3)),
     "fork": (FORK, dict(latent_steps=1, alignment="learned", checkpointing="prefill")),
     "sweeps": (CHAIN, dict(latent_steps=3, alignment="learned", checkpointing="all", latent_backward="sweeps:2")),
+    "soft": (
+        FORK,
+        dict(latent_steps=2, alignment="soft", alignment_temperature_learned=True, latent_grad_clip=0.9),
+    ),
     "no steps": (CHAIN, dict(latent_steps=0, alignment="learned")),
     "detached": (FORK, dict(latent_steps=2, alignment="learned", detach_trace=True)),
     # Layers with windows, sinks and experts.
