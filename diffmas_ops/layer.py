@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 #: Places of the seven products in lists.
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
@@ -115,21 +116,21 @@ class Forward(NamedTuple):
     rows: RowRanges
     outputs: Tensor | None
     queries: RowRanges
-    softmax_scale: float
+    scores: Scores
 
     @classmethod
     def of(cls, h, cos, sin, *rest) -> Forward:
         """From the compiled operator's flat arguments."""
         *parameters, keys, values, begin, end, starts, longest, outputs = rest[:14]
-        queries, scale = RowRanges(*rest[14:19]), rest[19]
+        queries, scores = RowRanges(*rest[14:19]), Scores(*rest[19:])
         rows = RowRanges(begin, end, starts, longest, queries.max_seqlen_k)
-        return cls(h, Turns(cos, sin), Parameters(*parameters), keys, values, rows, outputs, queries, scale)
+        return cls(h, Turns(cos, sin), Parameters(*parameters), keys, values, rows, outputs, queries, scores)
 
     def flat(self) -> tuple:
         """The compiled operator's arguments: both ranges share the last column."""
         return (
             self.h, *self.turns, *self.parameters, self.keys, self.values, *self.rows[:4], self.outputs,
-            *self.queries, self.softmax_scale,
+            *self.queries, *self.scores,
         )  # fmt: skip
 
 

@@ -280,7 +280,8 @@ States decoder_layer(
     const Tensors& biases, const Tensors& a, const Tensors& b, const std::vector<double>& scalings, const Tensor& keys,
     const Tensor& values, const Tensor& q_begin, const Tensor& q_end, const Tensor& starts, int64_t max_seqlen_q,
     const OptionalTensor& outputs, const Tensor& query_begin, const Tensor& query_end, const Tensor& query_starts,
-    int64_t query_max_seqlen_q, int64_t max_seqlen_k, double softmax_scale) {
+    int64_t query_max_seqlen_q, int64_t max_seqlen_k, double softmax_scale, std::optional<int64_t> window,
+    std::optional<double> softcap, std::optional<int64_t> chunk) {
   const Rows all{q_begin, q_end, starts, max_seqlen_q, max_seqlen_k};
   const Rows queries{query_begin, query_end, query_starts, query_max_seqlen_q, max_seqlen_k};
   check_dim("h", h, 2);
@@ -303,7 +304,7 @@ States decoder_layer(
     const Tensor low_q = apply(layer.of({Q}), x, {q});
     const auto [out, lse] = cached_attention(
         rotated(layer, Q_NORM, q, chosen<T>(cos, outputs), chosen<T>(sin, outputs)), std::nullopt, std::nullopt, keys,
-        values, queries, {softmax_scale});
+        values, queries, {softmax_scale, window, softcap, chunk});
     const Tensor middle = rows_like(h, rows, h.size(1));
     const Tensor low_o = apply(layer.of({O}), as_matrix(out), {middle});
     add<T>(middle, chosen<T>(h, outputs));
@@ -409,7 +410,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(diffmas, m) {
       "Tensor(a!) keys, Tensor(b!) values, Tensor q_begin, Tensor q_end, Tensor starts, int max_seqlen_q, Tensor? "
       "outputs, "
       "Tensor query_begin, Tensor query_end, Tensor query_starts, int query_max_seqlen_q, int max_seqlen_k, float "
-      "softmax_scale) -> "
+      "softmax_scale, int? window, float? softcap, int? chunk) -> "
       "(Tensor result, Tensor k, Tensor q, Tensor out, Tensor lse, Tensor middle, Tensor gate, Tensor up, "
       "Tensor low_q, Tensor low_kv, Tensor low_o, Tensor low_gate_up, Tensor low_down)");
   m.def(

@@ -85,7 +85,7 @@ def decoder_layer(
     rows: RowRanges,
     outputs: Tensor | None,
     queries: RowRanges,
-    softmax_scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Saved]:
     """`h [N, hidden]` of a call's tokens through the layer; their keys and values go to the rows' ends.
 
@@ -95,6 +95,7 @@ def decoder_layer(
         rows: of all tokens.
         outputs: int64 `[M]`, the tokens whose result is wanted; None: all.
         queries: of those.
+        scores: of the attention.
 
     Returns:
         The result `[M, hidden]` and what the backward takes.
@@ -102,7 +103,7 @@ def decoder_layer(
     Raises:
         ValueError, TypeError: an argument that does not fit, before anything is written.
     """
-    given = Forward(h, turns, parameters, keys, values, rows, outputs, queries, softmax_scale)
+    given = Forward(h, turns, parameters, keys, values, rows, outputs, queries, scores)
     checks.check_contents(given, checks.check_forward(given))
     p = parameters
     x = norm(p, 0, h)
@@ -112,7 +113,7 @@ def decoder_layer(
     if outputs is not None:
         h, x, turns = h[outputs], x[outputs], _some(turns, outputs)
     q, low_q = linear(p, Q, x)
-    out, lse = cached_attention(rotated(p, 2, q, turns), None, None, keys, values, queries, Scores(softmax_scale))
+    out, lse = cached_attention(rotated(p, 2, q, turns), None, None, keys, values, queries, scores)
     attended, low_o = linear(p, O, out.flatten(1))
     middle = h + attended
     x = norm(p, 1, middle)

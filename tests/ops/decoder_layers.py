@@ -10,8 +10,10 @@ from torch import Tensor
 from diffmas_ops.decoder_layer import reference
 from diffmas_ops.layer import BackwardInput, BackwardOutput, Forward, Parameters, Turns
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM = 24, 40, 4, 2, 12
+SCORES = Scores(0.3)
 
 
 class LayerProblem:
@@ -30,8 +32,10 @@ class LayerProblem:
         biases: Sequence[int] = (),
         adapted: Sequence[int] = range(7),
         rank: int = 3,
+        scores: Scores = SCORES,
         dtype: torch.dtype = torch.float32,
     ):
+        self.scores = scores
         generator = torch.Generator().manual_seed(sum(new) + sum(starts))
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -83,7 +87,9 @@ class LayerProblem:
 
     def forward_arguments(self) -> Forward:
         keys, values = (x.clone() for x in self.trace)
-        return Forward(self.h, self.turns, self.parameters, keys, values, self.rows, self.index, self.queries, 0.3)
+        return Forward(
+            self.h, self.turns, self.parameters, keys, values, self.rows, self.index, self.queries, self.scores
+        )
 
     def output_arguments(self) -> BackwardOutput:
         return BackwardOutput(self.grads[0], self.turns, self.saved.of_output, self.parameters, self.index)

@@ -13,6 +13,7 @@ from diffmas_ops import library
 from diffmas_ops.decoder_layer import reference
 from diffmas_ops.layer import DOWN, GATE, UP, BackwardInput, BackwardOutput, Forward, K, O, Q, V
 from diffmas_ops.native import CPU
+from diffmas_ops.scores import Scores
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
 
@@ -32,6 +33,7 @@ KINDS = {
     "q and v adapted": {"adapted": (0, 2), "biases": range(7)},
     "no adapter": {"adapted": ()},
     "outputs": {"outputs": True},
+    "windows": {"outputs": True, "scores": Scores(0.3, window=4, softcap=1.5, chunk=8)},
 }
 
 
