@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from diffmas.models.geometry import LayerGeometry
-from diffmas.models.layer_parts import LAYERS, LayerParts
+from diffmas.models.layer_parts import GATES, LAYERS, LayerParts
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
-from diffmas_ops.layer import Parameters, Saved, Turns
+from diffmas_ops.layer import Parameters, Parts, Saved, Turns
 from diffmas_ops.native import CPU
 from diffmas_ops.need import Need
 from diffmas_ops.scores import Scores
@@ -40,9 +40,8 @@ def fuse_layers(model: PreTrainedModel) -> None:
     not know. The last layer computes nothing but keys and values for tokens that are not among the call's `outputs`.
     """
     for module in model.modules():
-        # transformers has a SiLU class of its own.
         kind: Any = type(module)
-        if kind.__name__ in LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
+        if kind.__name__ in LAYERS and type(module.mlp.act_fn).__name__ in GATES:
             module.__class__ = _fused(kind)
 
 
@@ -82,6 +81,8 @@ def _fused_forward(
     if layer is None or cos.shape[-1] != self.self_attn.head_dim:
         return None
     order, adapters = call.enter(layer.index), layer.operands.adapters
+    if cos.dtype is not hidden_states.dtype:
+        cos, sin = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
     turns = Turns(cos[0], sin[0]) if layer.operands.rotates else _unturned(cos[0])
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *adapters)):
         hidden, order = _DecoderLayer.apply(hidden_states[0], order, *turns, layer, *adapters)
@@ -107,6 +108,7 @@ class _Operands:
     parameters: Parameters
     adapters: list[Tensor]
     rotates: bool
+    softcap: float | None
     own: list[Tensor]
     entries: list[tuple[dict, str, Any]]
     empty: list[Collection]
@@ -153,7 +155,7 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
     if not operands.are_plain(dtype):
         return None
     outputs = call.outputs if attention.layer_idx == call.storage.num_layers - 1 else None
-    scores = Scores(attention.scaling, geometry.window, None, geometry.chunk)
+    scores = Scores(attention.scaling, geometry.window, operands.softcap, geometry.chunk)
     return _Layer(call, attention.layer_idx, scores, operands, outputs)
 
 
@@ -163,7 +165,8 @@ _OPERANDS: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
 
 def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     parts, attention, mlp = cast(LayerParts, self.layer_parts), self.self_attn, self.mlp
-    places = [(self, name) for name in parts.before] + [(attention, name) for name in parts.head_norms]
+    kinds = ((self, parts.before), (attention, parts.head_norms), (self, parts.behind))
+    places = [(holder, name) for holder, names in kinds for name in names]
     norms = [getattr(*place) for place in places]
     places += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -174,31 +177,37 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
         return None
     epsilon = getattr(norms[0], parts.epsilon)
     read = [lora_parts(linear, dtype) for linear in linears]
-    if None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
+    gate = GATES.get(type(mlp.act_fn).__name__)
+    if gate is None or None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
         return None
     entries = [(holder._modules, name) for holder, name in places]
     entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), parts.epsilon))]
-    entries += [(vars(attention), name) for name in (parts.rotates,) if name]
+    numbers = ((attention, parts.rotates), (attention, parts.softcap), (self, parts.residual_scale))
+    entries += [(vars(holder), name) for holder, name in numbers if name]
+    rotates, softcap, residual_scale = (getattr(holder, name) if name else None for holder, name in numbers)
     empty = [hooks for m in inside for hooks in hooks_of(m)]
     for linear in linears:
         more, collections = lora_places(linear)
         entries += more
         empty += collections
+    form = Parts(parts.norm_offset, *gate, 1.0 if residual_scale is None else residual_scale)
     none = norms[0].weight.new_empty(0)
     weights = [norm.weight for norm in norms]
+    given = iter(weights)
     parameters = Parameters(
-        weights if len(weights) == 4 else [*weights, none, none],
+        [next(given) if names else none for _, names in kinds[: 3 if parts.behind else 2] for _ in range(2)],
         epsilon,
         [p.weight for p in read],
         [none if p.bias is None else p.bias for p in read] if any(p.bias is not None for p in read) else [],
         [_or_empty(p.a, 0, p.weight.shape[1], none) for p in read],
         [_or_empty(p.b, p.weight.shape[0], 0, none) for p in read],
         [p.scaling for p in read],
+        () if form == Parts() else form,
     )
     adapters = [t for p in read if p.a is not None for t in (p.a, p.b)]
     own = [*weights, *(p.weight for p in read), *(p.bias for p in read if p.bias is not None)]
-    rotates = parts.rotates is None or bool(getattr(attention, parts.rotates))
-    return _Operands(parameters, adapters, rotates, own, [(d, key, d.get(key)) for d, key in entries], empty)
+    turned = parts.rotates is None or bool(rotates)
+    return _Operands(parameters, adapters, turned, softcap, own, [(d, key, d.get(key)) for d, key in entries], empty)
 
 
 def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -231,7 +240,7 @@ class _DecoderLayer(torch.autograd.Function):
         layer, turns, saved = ctx.layer, Turns(cos, sin), Saved(*rest[: len(Saved._fields)])
         parameters, index = layer.operands.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.
-        grad = torch.zeros_like(saved.middle) if grad is None else grad.contiguous()
+        grad = h.new_zeros(len(saved.q), h.shape[1]) if grad is None else grad.contiguous()
         grad_middle, grad_out, queries, *of_output = _OPERATORS.decoder_layer_backward_output(
             grad, turns, saved.of_output, parameters, index
         )

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from compare import assert_same, error, gradients
-from tiny_models import arguments, clone, ragged, with_lora
+from tiny_models import arguments, ragged, with_lora
 
 from benchmarks.models.precision import widened
 from diffmas.agents.topology import TOPOLOGIES
@@ -25,9 +25,14 @@ SIZES = dict(
 #: A layer with a window shorter than any prefix beside one that sees everything.
 WINDOWS = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=3)
 FAMILIES = {
+    "gemma": {},
+    "gemma2": WINDOWS | dict(attn_logit_softcapping=2.0, query_pre_attn_scalar=5),
+    "gemma3_text": WINDOWS | dict(query_pre_attn_scalar=5),
     "llama": dict(mlp_bias=True),
     "mistral": dict(sliding_window=3),
     "ministral": WINDOWS,
+    "olmo2": {},
+    "olmo3": WINDOWS,
     "qwen2": WINDOWS | dict(use_sliding_window=True),
     "qwen3": WINDOWS | dict(use_sliding_window=True),
     "smollm3": dict(no_rope_layers=[1, 0]),
@@ -37,7 +42,7 @@ FAMILIES = {
 def model_of(kind, dtype=torch.float64, **options):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **SIZES | FAMILIES[kind] | options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
     generator = torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         if parameter.dim() == 1:
@@ -54,7 +59,7 @@ def run(model, prompts, answers, fused=True, checkpointing=False, **options):
         patch.setattr(decoder_layer, "_run", lambda *args: runs.append(1) or operation(*args))
         if not fused:
             patch.setattr(decoder_layer, "_plain", lambda *args: None)
-        model = clone(model).train()
+        model = copy.deepcopy(model).train()
         system = MultiAgentSystem(model, TOPOLOGIES["sequential"], latent_steps=2, **options)
         if checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

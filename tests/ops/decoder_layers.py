@@ -19,7 +19,8 @@ SCORES = Scores(0.3)
 class LayerProblem:
     """`new` tokens a row behind `starts`.
 
-    `outputs`: only each row's last tokens are wanted. `adapted`: which of the seven products have an adapter.
+    `outputs`: only each row's last tokens are wanted. `adapted`: which of the seven products have an adapter. `before`,
+    `behind`: whether norms stand there. `all_heads`: whether head norms are of all heads together.
     """
 
     def __init__(
@@ -33,6 +34,10 @@ class LayerProblem:
         adapted: Sequence[int] = range(7),
         rank: int = 3,
         scores: Scores = SCORES,
+        before: bool = True,
+        behind: bool = False,
+        all_heads: bool = False,
+        parts: Sequence[float] = (),
         dtype: torch.dtype = torch.float32,
     ):
         self.scores = scores
@@ -54,16 +59,19 @@ class LayerProblem:
             (INNER, HIDDEN),
             (HIDDEN, INNER),
         ]
-        norms = [1 + draw(n, scale=0.3) for n in (HIDDEN, HIDDEN, DIM, DIM)]
+        of_heads = (q, kv) if all_heads else (DIM, DIM)
+        norms = [1 + draw(n, scale=0.3) for n in (HIDDEN, HIDDEN, *of_heads, HIDDEN, HIDDEN)]
+        present = [before, before, head_norms, head_norms]
         ranks = [rank if i in adapted else 0 for i in range(7)]
         self.parameters = Parameters(
-            norms if head_norms else [*norms[:2], none, none],
+            [norms[i] if there else none for i, there in enumerate(present)] + (norms[4:] if behind else []),
             1e-6,
             [draw(*shape, scale=0.2) for shape in shapes],
             [draw(out) if i in biases else none for i, (out, _) in enumerate(shapes)] if biases else [],
             [draw(r, size, scale=0.2) for r, (_, size) in zip(ranks, shapes, strict=True)],
             [draw(out, r, scale=0.2) for r, (out, _) in zip(ranks, shapes, strict=True)],
             [0.5 + i for i in range(7)],
+            parts,
         )
         self.h = draw(tokens, HIDDEN)
         angles = draw(tokens, DIM // 2).repeat(1, 2)
