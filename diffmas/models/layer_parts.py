@@ -46,6 +46,7 @@ LAYERS: Mapping[str, LayerParts] = {
     "Gemma2DecoderLayer": _GEMMA_2,
     "Gemma3DecoderLayer": replace(_GEMMA_2, head_norms=_HEADS, softcap=None),
     "GemmaDecoderLayer": _GEMMA,
+    "GraniteDecoderLayer": replace(_PLAIN, residual_scale="residual_multiplier"),
     "LlamaDecoderLayer": _PLAIN,
     "MinistralDecoderLayer": _PLAIN,
     "MistralDecoderLayer": _PLAIN,

@@ -31,6 +31,7 @@ FAMILIES = {
     "llama": dict(mlp_bias=True),
     "mistral": dict(sliding_window=3),
     "ministral": WINDOWS,
+    "granite": dict(residual_multiplier=0.3, attention_multiplier=0.2, embedding_multiplier=3.0, logits_scaling=2.0),
     "olmo2": {},
     "olmo3": WINDOWS,
     "qwen2": WINDOWS | dict(use_sliding_window=True),
@@ -112,3 +113,29 @@ def test_float32_is_as_close_as_the_layers_own_modules(kind):
         errors.append((error(logits, exact[1]), error(flat, wanted)))
     (logits, grads), (own_logits, own_grads) = errors
     assert logits <= 2 * own_logits and grads <= 3 * own_grads
+
+
+def test_an_activation_that_no_gate_is_stays_with_the_layers_modules():
+    assert run(model_of("llama", hidden_act="relu"), *batch(2))[3] == 0
+
+
+@pytest.mark.parametrize(
+    "kind, change",
+    [
+        ("granite", lambda layer: setattr(layer, "residual_multiplier", 0.7)),
+        ("gemma2", lambda layer: setattr(layer.self_attn, "attn_logit_softcapping", 0.4)),
+        ("gemma", lambda layer: setattr(layer.mlp, "act_fn", torch.nn.SiLU())),
+    ],
+    ids=["scale", "cap", "activation"],
+)
+def test_what_has_changed_since_the_last_call_is_seen(kind, change):
+    rows = arguments(*batch(2))
+    with widened():
+        used, fresh = (model_of(kind) for _ in range(2))
+        system = MultiAgentSystem(used, TOPOLOGIES["sequential"], latent_steps=1)
+        before = system(*rows).loss
+        for model in (used, fresh):
+            change(model.get_base_model().get_decoder().layers[0])
+        after = system(*rows).loss
+        wanted = MultiAgentSystem(fresh, TOPOLOGIES["sequential"], latent_steps=1)(*rows).loss
+    assert error(after, before) > 1e-6 and torch.equal(after, wanted)
