@@ -77,10 +77,11 @@ def _(*flat):
     size = checks.check_forward(given)
     ranks, rows, tokens = size.ranks, size.rows, size.tokens
     heads = (rows, size.queries // size.dim)
+    states = (rows * (3 if len(given.parameters.norms) > 4 else 1), size.hidden)
     shapes = [
-        (rows, size.hidden), (tokens, size.kv), (rows, size.queries), (*heads, size.dim), heads, (rows, size.hidden),
-        (rows, size.inner), (rows, size.inner), (rows, ranks[Q]), (tokens, ranks[K] + ranks[V]), (rows, ranks[O]),
-        (rows, ranks[GATE] + ranks[UP]), (rows, ranks[DOWN]),
+        (rows, size.hidden), (tokens, size.kv), (rows, size.queries), (*heads, size.dim), heads, states,
+        (rows, size.inner), (rows, size.inner), (rows, ranks[Q]), (tokens, ranks[K] + ranks[V]),
+        (rows, ranks[O]), (rows, ranks[GATE] + ranks[UP]), (rows, ranks[DOWN]),
     ]  # fmt: skip
     return tuple(given.h.new_empty(shape) for shape in shapes)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 #: Places of the seven products in lists.
 Q, K, V, O, GATE, UP, DOWN = range(7)  # noqa: E741
@@ -20,16 +21,33 @@ class Turns(NamedTuple):
     sin: Tensor
 
 
-class Parameters(NamedTuple):
-    """A layer's weights. What there is none of has no element.
+class Parts(NamedTuple):
+    """What layers differ in beside their weights.
 
     Args:
-        norms: input, middle `[hidden]`, queries, keys `[D]`.
+        norm_offset: added to the norms' weights.
+        slope, cubic: of the gate `g σ(g (slope + cubic g²))`.
+        residual_scale: by what attention and MLP are multiplied before they are added.
+    """
+
+    norm_offset: float = 0.0
+    slope: float = 1.0
+    cubic: float = 0.0
+    residual_scale: float = 1.0
+
+
+class Parameters(NamedTuple):
+    """A layer's weights, and what it makes of them. What there is none of has no element.
+
+    Args:
+        norms: before attention and MLP `[hidden]`, of queries and keys `[D]` (each head) or `[heads D]` (all together),
+            and, where there are any, behind attention and MLP `[hidden]`.
         epsilon: of all norms.
         weights: `[out, in]` of q, k, v, o, gate, up, down, as all that follow.
         biases: `[out]`; an empty list: nowhere.
         a, b: the adapters, `[r, in]` and `[out, r]`; r = 0 where there is none.
         scalings: of the adapters.
+        parts: :class:`Parts`; none: as they are where nothing is said.
     """
 
     norms: Sequence[Tensor]
@@ -39,6 +57,7 @@ class Parameters(NamedTuple):
     a: Sequence[Tensor]
     b: Sequence[Tensor]
     scalings: Sequence[float]
+    parts: Sequence[float] = ()
 
 
 class SavedOutput(NamedTuple):
@@ -47,14 +66,15 @@ class SavedOutput(NamedTuple):
     Args:
         q: `[M, Hq D]` before rotation.
         out: of the attention, `[M, Hq, D]`.
-        middle: state between attention and MLP, `[M, hidden]`.
+        states: between attention and MLP, `[M, hidden]`; where norms stand behind these, `[3 M, hidden]`: below it the
+            results of attention, then of the MLP.
         gate, up: `[M, inner]`.
         low_o, low_gate_up, low_down: `x Aᵀ`, `[M, r]`.
     """
 
     q: Tensor
     out: Tensor
-    middle: Tensor
+    states: Tensor
     gate: Tensor
     up: Tensor
     low_o: Tensor
@@ -84,7 +104,7 @@ class Saved(NamedTuple):
     q: Tensor
     out: Tensor
     lse: Tensor
-    middle: Tensor
+    states: Tensor
     gate: Tensor
     up: Tensor
     low_q: Tensor
@@ -96,8 +116,8 @@ class Saved(NamedTuple):
     @property
     def of_output(self) -> SavedOutput:
         return SavedOutput(
-            self.q, self.out, self.middle, self.gate, self.up, self.low_o, self.low_gate_up, self.low_down
-        )
+            self.q, self.out, self.states, self.gate, self.up, self.low_o, self.low_gate_up, self.low_down
+        )  # fmt: skip
 
     @property
     def of_input(self) -> SavedInput:
@@ -115,21 +135,21 @@ class Forward(NamedTuple):
     rows: RowRanges
     outputs: Tensor | None
     queries: RowRanges
-    softmax_scale: float
+    scores: Scores
 
     @classmethod
     def of(cls, h, cos, sin, *rest) -> Forward:
         """From the compiled operator's flat arguments."""
-        *parameters, keys, values, begin, end, starts, longest, outputs = rest[:14]
-        queries, scale = RowRanges(*rest[14:19]), rest[19]
+        *parameters, keys, values, begin, end, starts, longest, outputs = rest[:15]
+        queries, scores = RowRanges(*rest[15:20]), Scores(*rest[20:])
         rows = RowRanges(begin, end, starts, longest, queries.max_seqlen_k)
-        return cls(h, Turns(cos, sin), Parameters(*parameters), keys, values, rows, outputs, queries, scale)
+        return cls(h, Turns(cos, sin), Parameters(*parameters), keys, values, rows, outputs, queries, scores)
 
     def flat(self) -> tuple:
         """The compiled operator's arguments: both ranges share the last column."""
         return (
             self.h, *self.turns, *self.parameters, self.keys, self.values, *self.rows[:4], self.outputs,
-            *self.queries, self.softmax_scale,
+            *self.queries, *self.scores,
         )  # fmt: skip
 
 
@@ -169,8 +189,8 @@ class BackwardInput(NamedTuple):
     def of(cls, grad_q, grad_k, grad_v, grad_middle, h, cos, sin, *rest) -> BackwardInput:
         """From the compiled operator's flat arguments."""
         return cls(
-            grad_q, grad_k, grad_v, grad_middle, h, Turns(cos, sin), SavedInput(*rest[:4]), Parameters(*rest[4:-1]),
-            rest[-1],
+            grad_q, grad_k, grad_v, grad_middle, h, Turns(cos, sin), SavedInput(*rest[:4]),
+            Parameters(*rest[4:-1]), rest[-1],
         )  # fmt: skip
 
     def flat(self) -> tuple:

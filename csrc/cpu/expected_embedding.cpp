@@ -8,9 +8,9 @@ namespace diffmas {
 
 namespace {
 
-/// Parts of a vocabulary, cut alike whatever the number of rows and threads.
-struct Parts {
-  explicit Parts(int64_t vocabulary)
+/// VocabularyParts of a vocabulary, cut alike whatever the number of rows and threads.
+struct VocabularyParts {
+  explicit VocabularyParts(int64_t vocabulary)
       : vocabulary(vocabulary),
         height((vocabulary / MOST + STEP) / STEP * STEP),
         count((vocabulary + height - 1) / height) {}
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> expected_embedding(
     using S = decltype(storage);
     using A = Acc<S>;
     PaddedRows<A> x = read<S>(hidden);
-    const Parts parts(keys.size(0));
+    const VocabularyParts parts(keys.size(0));
     PaddedRows<A> partial(parts.count * rows, width);
     Buffer<A> highest(parts.count * rows), total(parts.count * rows);
     const auto kernel = DIFFMAS_KERNEL(expected_embedding<S>);
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> expected_embedding_backward(
       delta[row] = static_cast<A>(along);
       sums[row] = static_cast<const A*>(lse.data_ptr())[row * lse.stride(0)];
     }
-    const Parts parts(keys.size(0));
+    const VocabularyParts parts(keys.size(0));
     PaddedRows<A> partial(parts.count * rows, depth);
     Buffer<A> scores(parts.count * rows);
     const auto kernel = DIFFMAS_KERNEL(expected_embedding_gradient<S>);

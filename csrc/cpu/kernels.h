@@ -198,34 +198,41 @@ struct Matrix {
   DIFFMAS_HD T* row(int64_t i) const { return data + i * stride; }
 };
 
-/// y = w x / sqrt(mean(x^2) + epsilon) over rows of `dim`; `inverse` is one number a row.
+/// What normalises `dim` numbers together: y = (weight + offset) x / sqrt(mean(x^2) + epsilon).
+template <class T>
+struct RmsScale {
+  const T* weight;
+  int64_t dim;
+  T offset, epsilon;
+};
+
+/// Rows that are normalised; `inverse` is one number a row, and may be null in the backward.
 template <class T>
 struct RmsNorm {
   Matrix<const T> x, grad, residual;  // grad and residual in the backward only
   Matrix<T> y;
-  const T* weight;
   T* inverse;
-  int64_t dim;
-  T epsilon;
+  RmsScale<T> scale;
 };
 
-/// Heads [token, head, dim] that are normalised (with a weight) and turned by their token's angles.
+/// Heads [token, head, dim] that are normalised (where there is a weight), one by one or as many together as its size
+/// says, and turned by their token's angles.
 template <class T>
 struct RotateHeads {
   Packed<const T> x, grad;  // grad in the backward only
   Packed<T> y;
-  const T* weight;  // or null
+  RmsScale<T> scale;
   Matrix<const T> cos, sin;
   int64_t heads, dim;
-  T epsilon;
 };
 
-/// y = silu(gate) up; in the backward `grad` is that of y.
+/// y = gate sigmoid(gate (slope + cubic gate^2)) up; in the backward `grad` is that of y.
 template <class T>
-struct SwiGlu {
+struct GatedUnit {
   Matrix<const T> gate, up, grad;
   Matrix<T> y, grad_gate, grad_up;
   int64_t dim;
+  T slope, cubic;
 };
 
 /// y[rows, columns] += bias + scaling x[rows, rank] b[rank, columns]; b may stand transposed, `[columns, rank]`.
@@ -333,9 +340,9 @@ inline __attribute__((always_inline)) int64_t vocabulary_scratch(int64_t rows, i
   template <class T>                                                                                                  \
   void rotate_heads_gradient(const RotateHeads<T>&, int64_t begin, int64_t end, T* scratch);                          \
   template <class T>                                                                                                  \
-  void swiglu(const SwiGlu<T>&, int64_t begin, int64_t end);                                                          \
+  void gated_unit(const GatedUnit<T>&, int64_t begin, int64_t end);                                                   \
   template <class T>                                                                                                  \
-  void swiglu_gradient(const SwiGlu<T>&, int64_t begin, int64_t end);                                                 \
+  void gated_unit_gradient(const GatedUnit<T>&, int64_t begin, int64_t end);                                          \
   template <class T>                                                                                                  \
   void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                                       \
   template <class T>                                                                                                  \

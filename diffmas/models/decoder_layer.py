@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from diffmas.models.geometry import LayerGeometry
 from diffmas.models.in_place import put_in_front
+from diffmas.models.layer_parts import GATES, LAYERS
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
-from diffmas_ops.layer import Parameters, Saved, Turns
+from diffmas_ops.layer import Parameters, Parts, Saved, Turns
 from diffmas_ops.native import CPU
 from diffmas_ops.need import Need
 from diffmas_ops.scores import Scores
 
-#: Pre-norm layers of RMS norms, rotated heads (half-split) and a gated activation, alike but for biases and head norms.
-_LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 _DTYPES = (torch.float32, torch.float64)
 _OPERATORS = CPU.functions("decoder_layer")
 
@@ -40,9 +40,8 @@ def fuse_layers(model: PreTrainedModel) -> None:
     not know. The last layer computes nothing but keys and values for tokens that are not among the call's `outputs`.
     """
     for module in model.modules():
-        # transformers has a SiLU class of its own.
         kind: Any = type(module)
-        if kind.__name__ in _LAYERS and type(module.mlp.act_fn).__name__.startswith("SiLU"):
+        if kind.__name__ in LAYERS and type(module.mlp.act_fn).__name__ in GATES:
             module.__class__ = put_in_front(FusedLayer, kind)
 
 
@@ -52,42 +51,51 @@ class FusedLayer(nn.Module):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
         call: Call | None = kwargs.get("trace_call")
         result = None
-        if call is not None and attention_mask is None and hidden_states.device.type == "cpu" and _fits(self, kwargs):
-            result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call)
+        if call is not None and attention_mask is None and hidden_states.device.type == "cpu":
+            geometry = kwargs["trace_layers"][self.self_attn.layer_idx]
+            if geometry.is_plain and geometry.slot == self.self_attn.layer_idx:
+                result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call, geometry)
         return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) if result is None else result
-
-
-def _fits(self: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the layer's queries see all columns, and its keys turn by the angles that the operation turns them by."""
-    geometry = kwargs["trace_layers"][self.self_attn.layer_idx]
-    return geometry.is_plain and geometry.slot == self.self_attn.layer_idx
 
 
 # Dynamo would specialise on the call handle and compile anew for every call; there is nothing to be fused in here.
 @torch.compiler.disable
-def _fused_forward(self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, call: Call) -> Tensor | None:
+def _fused_forward(
+    self: nn.Module, hidden_states: Tensor, cos: Tensor, sin: Tensor, call: Call, geometry: LayerGeometry
+) -> Tensor | None:
     """The layer's result, or None where it has to be left alone."""
-    layer = _plain(self, hidden_states, call)
+    layer = _plain(self, hidden_states, call, geometry)
     if layer is None or cos.shape[-1] != self.self_attn.head_dim:
         return None
-    order = call.enter(layer.index)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *layer.parts.adapters)):
-        hidden, order = _DecoderLayer.apply(hidden_states[0], order, cos[0], sin[0], layer, *layer.parts.adapters)
+    order, adapters = call.enter(layer.index), layer.operands.adapters
+    if cos.dtype is not hidden_states.dtype:
+        cos, sin = cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+    turns = Turns(cos[0], sin[0]) if layer.operands.rotates else _unturned(cos[0])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_states, order, *adapters)):
+        hidden, order = _DecoderLayer.apply(hidden_states[0], order, *turns, layer, *adapters)
     else:
-        hidden = _run(hidden_states[0], Turns(cos[0], sin[0]), layer)[0]
+        hidden = _run(hidden_states[0], turns, layer)[0]
     call.leave(layer.index, order)
     return hidden.unsqueeze(0)
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """A layer's operands, and the A and B among them.
+def _unturned(like: Tensor) -> Turns:
+    """Of heads that stay as they are; a row that stands for all."""
+    one = like.new_ones(1, like.shape[1])
+    return Turns(one.expand_as(like), torch.zeros_like(one).expand_as(like))
 
-    They stand while `entries`, of dictionaries, hold the objects they held, and the collections `empty` are.
+
+@dataclass(frozen=True)
+class _Operands:
+    """What was read of a layer, and the A and B among it.
+
+    It stands while `entries`, of dictionaries, hold the objects they held, and the collections `empty` are.
     """
 
     parameters: Parameters
     adapters: list[Tensor]
+    rotates: bool
+    softcap: float | None
     own: list[Tensor]
     entries: list[tuple[dict, str, Any]]
     empty: list[Collection]
@@ -107,8 +115,8 @@ class _Layer:
 
     call: Call
     index: int
-    scale: float
-    parts: _Parts
+    scores: Scores
+    operands: _Operands
     outputs: Outputs | None
 
     @property
@@ -116,8 +124,8 @@ class _Layer:
         return None if self.outputs is None else self.outputs.index
 
 
-def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
-    """The layer's parts, or None where it has to be left alone."""
+def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry) -> _Layer | None:
+    """The layer and the call, or None where it has to be left alone."""
     dtype, attention = hidden.dtype, cast(Any, self.self_attn)
     if dtype not in _DTYPES or call.storage.dtype != dtype:
         return None
@@ -127,24 +135,25 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call) -> _Layer | None:
         return None
     if call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
-    if (parts := _PARTS.get(self)) is None or not parts.stand():
-        if (parts := _read(self, dtype)) is None:
+    if (operands := _OPERANDS.get(self)) is None or not operands.stand():
+        if (operands := _read(self, dtype)) is None:
             return None
-        _PARTS[self] = parts
-    if not parts.are_plain(dtype):
+        _OPERANDS[self] = operands
+    if not operands.are_plain(dtype):
         return None
     outputs = call.outputs if attention.layer_idx == call.storage.num_layers - 1 else None
-    return _Layer(call, attention.layer_idx, attention.scaling, parts, outputs)
+    scores = Scores(attention.scaling, geometry.window, operands.softcap, geometry.chunk)
+    return _Layer(call, attention.layer_idx, scores, operands, outputs)
 
 
 #: What was read of layers, since reading takes longer than a single token's arithmetic in a small layer.
-_PARTS: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
+_OPERANDS: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
 
 
-def _read(self: nn.Module, dtype: torch.dtype) -> _Parts | None:
-    attention, mlp = self.self_attn, self.mlp
-    head_norms = [(attention, name) for name in ("q_norm", "k_norm") if hasattr(attention, name)]
-    places = [(self, "input_layernorm"), (self, "post_attention_layernorm"), *head_norms]
+def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
+    parts, attention, mlp = LAYERS[type(self).__name__], self.self_attn, self.mlp
+    kinds = ((self, parts.before), (attention, parts.head_norms), (self, parts.behind))
+    places = [(holder, name) for holder, names in kinds for name in names]
     norms = [getattr(*place) for place in places]
     places += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -153,31 +162,39 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Parts | None:
     inside = (attention, mlp, mlp.act_fn, *norms, *linears)
     if any(hooked(m) for m in inside):
         return None
-    epsilon = norms[0].variance_epsilon
-    parts = [lora_parts(linear, dtype) for linear in linears]
-    if None in parts or any(n.variance_epsilon != epsilon for n in norms):
+    epsilon = getattr(norms[0], parts.epsilon)
+    read = [lora_parts(linear, dtype) for linear in linears]
+    gate = GATES.get(type(mlp.act_fn).__name__)
+    if gate is None or None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
         return None
     entries = [(holder._modules, name) for holder, name in places]
-    entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), "variance_epsilon"))]
+    entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), parts.epsilon))]
+    numbers = ((attention, parts.rotates), (attention, parts.softcap), (self, parts.residual_scale))
+    entries += [(vars(holder), name) for holder, name in numbers if name]
+    rotates, softcap, residual_scale = (getattr(holder, name) if name else None for holder, name in numbers)
     empty = [hooks for m in inside for hooks in hooks_of(m)]
     for linear in linears:
         more, collections = lora_places(linear)
         entries += more
         empty += collections
+    form = Parts(parts.norm_offset, *gate, 1.0 if residual_scale is None else residual_scale)
     none = norms[0].weight.new_empty(0)
     weights = [norm.weight for norm in norms]
+    given = iter(weights)
     parameters = Parameters(
-        weights if len(weights) == 4 else [*weights, none, none],
+        [next(given) if names else none for _, names in kinds[: 3 if parts.behind else 2] for _ in range(2)],
         epsilon,
-        [p.weight for p in parts],
-        [none if p.bias is None else p.bias for p in parts] if any(p.bias is not None for p in parts) else [],
-        [_or_empty(p.a, 0, p.weight.shape[1], none) for p in parts],
-        [_or_empty(p.b, p.weight.shape[0], 0, none) for p in parts],
-        [p.scaling for p in parts],
+        [p.weight for p in read],
+        [none if p.bias is None else p.bias for p in read] if any(p.bias is not None for p in read) else [],
+        [_or_empty(p.a, 0, p.weight.shape[1], none) for p in read],
+        [_or_empty(p.b, p.weight.shape[0], 0, none) for p in read],
+        [p.scaling for p in read],
+        () if form == Parts() else form,
     )
-    adapters = [t for p in parts if p.a is not None for t in (p.a, p.b)]
-    own = [*weights, *(p.weight for p in parts), *(p.bias for p in parts if p.bias is not None)]
-    return _Parts(parameters, adapters, own, [(d, key, d.get(key)) for d, key in entries], empty)
+    adapters = [t for p in read if p.a is not None for t in (p.a, p.b)]
+    own = [*weights, *(p.weight for p in read), *(p.bias for p in read if p.bias is not None)]
+    turned = parts.rotates is None or bool(rotates)
+    return _Operands(parameters, adapters, turned, softcap, own, [(d, key, d.get(key)) for d, key in entries], empty)
 
 
 def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:
@@ -188,8 +205,8 @@ def _run(h: Tensor, turns: Turns, layer: _Layer) -> tuple[Tensor, Saved]:
     call = layer.call
     queries = call if layer.outputs is None else layer.outputs
     return _OPERATORS.decoder_layer(
-        h, turns, layer.parts.parameters, *call.storage.layer(layer.index),
-        call.rows, layer.output_index, queries.rows, layer.scale,
+        h, turns, layer.operands.parameters, *call.storage.layer(layer.index),
+        call.rows, layer.output_index, queries.rows, layer.scores,
     )  # fmt: skip
 
 
@@ -208,14 +225,14 @@ class _DecoderLayer(torch.autograd.Function):
     def backward(ctx, grad, _):
         h, cos, sin, *rest = ctx.saved_tensors
         layer, turns, saved = ctx.layer, Turns(cos, sin), Saved(*rest[: len(Saved._fields)])
-        parameters, index = layer.parts.parameters, layer.output_index
+        parameters, index = layer.operands.parameters, layer.output_index
         # Only later calls may have used this one: its own result then owes nothing.
-        grad = torch.zeros_like(saved.middle) if grad is None else grad.contiguous()
+        grad = h.new_zeros(len(saved.q), h.shape[1]) if grad is None else grad.contiguous()
         grad_middle, grad_out, queries, *of_output = _OPERATORS.decoder_layer_backward_output(
             grad, turns, saved.of_output, parameters, index
         )
         attention = layer.call.gradients.backward(
-            layer.call, layer.index, grad_out, queries, saved.out, saved.lse, Scores(layer.scale), outputs=layer.outputs
+            layer.call, layer.index, grad_out, queries, saved.out, saved.lse, layer.scores, outputs=layer.outputs
         )
         grad_h, *of_input = _OPERATORS.decoder_layer_backward_input(
             *attention, grad_middle, h, turns, saved.of_input, parameters, index

@@ -65,8 +65,8 @@ class LayerGeometry:
 
     @property
     def is_plain(self) -> bool:
-        """Whether queries see all columns, and keys and values are as large."""
-        return self.window is None and self.chunk is None and self.value_dim == self.head_dim and not self.offset
+        """Whether keys and values are as large, and keys stand in a trace as they are."""
+        return self.value_dim == self.head_dim and not self.offset
 
 
 @dataclass

@@ -30,7 +30,7 @@ from diffmas_ops.rows import RowRanges
 #: What the compiled operators call the two ranges.
 _ROWS = ("q_begin", "q_end", "starts", "max_seqlen_q")
 _QUERIES = ("query_begin", "query_end", "query_starts", "query_max_seqlen_q")
-_LENGTHS = {"norms": 4, "weights": 7, "a": 7, "b": 7, "scalings": 7}
+_LENGTHS = {"weights": 7, "a": 7, "b": 7, "scalings": 7}
 
 
 class Sizes(NamedTuple):
@@ -63,10 +63,14 @@ def check_layer(
     tokens: int | None, like: Tensor, turns: Turns, parameters: Parameters, outputs: Tensor | None
 ) -> Sizes:
     """What all three operators share; `tokens` None: as many as there are angles."""
-    (cos, sin), (norms, epsilon, weights, biases, a, b, _) = turns, parameters
+    (cos, sin), (norms, epsilon, weights, biases, a, b, *_) = turns, parameters
     for name, count in _LENGTHS.items():
         if (found := len(getattr(parameters, name))) != count:
             raise ValueError(f"there are {found} {name}; allowed: {count}")
+    if len(norms) not in (4, 6):
+        raise ValueError(f"there are {len(norms)} norms; allowed: 4, or 6 with those behind attention and MLP")
+    if len(parameters.parts) not in (0, 4):
+        raise ValueError(f"there are {len(parameters.parts)} parts; allowed: 4, or none")
     if len(biases) not in (0, 7):
         raise ValueError(f"there are {len(biases)} biases; allowed: 7, or none")
     if not epsilon >= 0:
@@ -79,9 +83,11 @@ def check_layer(
     if dim == 0 or dim % 2 or queries % dim or kv % dim:
         raise ValueError(f"cos has head dim {dim}; allowed: even divisors of {queries} and {kv}")
     check_tensor("sin", sin, (tokens, dim), like)
+    widths = (hidden, hidden, queries, kv, hidden, hidden)
     for i, norm in enumerate(norms):
-        if i < 2 or norm.numel():
-            check_tensor(f"norms[{i}]", norm, (hidden if i < 2 else dim,), like)
+        if norm.numel() or i > 3:
+            of_a_head = i in (2, 3) and norm.numel() != widths[i]
+            check_tensor(f"norms[{i}]", norm, (dim if of_a_head else widths[i],), like)
     shapes = [
         (queries, hidden), (kv, hidden), (kv, hidden), (hidden, queries), (inner, hidden), (inner, hidden),
         (hidden, inner),
@@ -122,11 +128,12 @@ def check_backward_output(given: BackwardOutput) -> Sizes:
     of_o, of_gate, of_up, of_down = (size.ranks[i] for i in (O, GATE, UP, DOWN))
     check_tensor("out", saved.out, (size.rows, size.queries // size.dim, size.dim), grad)
     for name, tensor, columns in (
-        ("grad", grad, size.hidden), ("q", saved.q, size.queries), ("middle", saved.middle, size.hidden),
+        ("grad", grad, size.hidden), ("q", saved.q, size.queries), 
         ("gate", saved.gate, size.inner), ("up", saved.up, size.inner), ("low_o", saved.low_o, of_o),
         ("low_gate_up", saved.low_gate_up, of_gate + of_up), ("low_down", saved.low_down, of_down),
     ):  # fmt: skip
         check_tensor(name, tensor, (size.rows, columns), grad)
+    check_tensor("states", saved.states, (size.rows * (3 if len(given.parameters.norms) > 4 else 1), size.hidden), grad)
     return size
 
 

@@ -1,8 +1,9 @@
 """A decoder layer with low-rank adapters over a trace: the specification. float32 and float64, no autograd.
 
 The layer is `h + attention(norm h)`, then `+ mlp(norm ·)` (Llama, arXiv 2302.13971): RMS norms (arXiv 1910.07467),
-rotated heads (arXiv 2104.09864, half-split), perhaps normalised, grouped queries, SwiGLU (arXiv 2002.05202). Every
-product is `x Wᵀ + bias + s (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685).
+rotated heads (arXiv 2104.09864, half-split), perhaps normalised, grouped queries, a gated unit (arXiv 2002.05202).
+Norms may stand behind attention and MLP, too or instead, and what is added may be scaled. Every product is
+`x Wᵀ + bias + s (x Aᵀ) Bᵀ` (LoRA, arXiv 2106.09685).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from diffmas_ops.layer import (
     K,
     O,
     Parameters,
+    Parts,
     Q,
     Saved,
     SavedInput,
@@ -49,21 +51,36 @@ def linear_backward(p: Parameters, i: int, grad: Tensor, x: Tensor, low: Tensor)
     return grad_x, adapters if p.a[i].shape[0] else []
 
 
+def _parts(p: Parameters) -> Parts:
+    return Parts(*p.parts)
+
+
+def _present(p: Parameters, norm: int) -> bool:
+    return norm < len(p.norms) and p.norms[norm].numel() > 0
+
+
 def norm(p: Parameters, i: int, x: Tensor) -> Tensor:
-    return x * (x.square().mean(-1, keepdim=True) + p.epsilon).rsqrt() * p.norms[i]
+    """Over as many numbers as norm `i` has weights; `x` itself where there is none."""
+    if not _present(p, i):
+        return x
+    parts = x.unflatten(-1, (-1, p.norms[i].numel()))
+    inverse = (parts.square().mean(-1, keepdim=True) + p.epsilon).rsqrt()
+    return (parts * inverse * (p.norms[i] + _parts(p).norm_offset)).flatten(-2)
 
 
 def norm_backward(p: Parameters, i: int, grad: Tensor, x: Tensor) -> Tensor:
-    inverse = (x.square().mean(-1, keepdim=True) + p.epsilon).rsqrt()
-    unit, grad = x * inverse, grad * p.norms[i]
-    return (grad - unit * (grad * unit).mean(-1, keepdim=True)) * inverse
+    if not _present(p, i):
+        return grad
+    parts, grad = (each.unflatten(-1, (-1, p.norms[i].numel())) for each in (x, grad))
+    inverse = (parts.square().mean(-1, keepdim=True) + p.epsilon).rsqrt()
+    unit, grad = parts * inverse, grad * (p.norms[i] + _parts(p).norm_offset)
+    return ((grad - unit * (grad * unit).mean(-1, keepdim=True)) * inverse).flatten(-2)
 
 
 def rotated(p: Parameters, i: int, x: Tensor, turns: Turns) -> Tensor:
-    """`x [N, heads * D]` as `[N, heads, D]`, normalised where there is a norm `i`, rotated."""
+    """`x [N, heads * D]` through norm `i` as `[N, heads, D]`, rotated."""
     cos, sin = turns
-    x = x.unflatten(1, (-1, cos.shape[1]))
-    x = norm(p, i, x) if p.norms[i].numel() else x
+    x = norm(p, i, x).unflatten(1, (-1, cos.shape[1]))
     first, second = x.chunk(2, -1)
     return x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
 
@@ -72,8 +89,13 @@ def rotated_backward(p: Parameters, i: int, grad: Tensor, x: Tensor, turns: Turn
     cos, sin = turns
     first, second = (grad * sin[:, None]).chunk(2, -1)
     grad = grad * cos[:, None] + torch.cat((second, -first), -1)
-    x = x.unflatten(1, (-1, cos.shape[1]))
-    return (norm_backward(p, i, grad, x) if p.norms[i].numel() else grad).flatten(1)
+    return norm_backward(p, i, grad.flatten(1), x)
+
+
+def gate_of(p: Parameters, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gate's sigmoid of `x`, and the derivative of `x` times it."""
+    s = (x * (_parts(p).slope + _parts(p).cubic * x.square())).sigmoid()
+    return s, s * (1 + x * (_parts(p).slope + 3 * _parts(p).cubic * x.square()) * (1 - s))
 
 
 def decoder_layer(
@@ -85,7 +107,7 @@ def decoder_layer(
     rows: RowRanges,
     outputs: Tensor | None,
     queries: RowRanges,
-    softmax_scale: float,
+    scores: Scores,
 ) -> tuple[Tensor, Saved]:
     """`h [N, hidden]` of a call's tokens through the layer; their keys and values go to the rows' ends.
 
@@ -95,6 +117,7 @@ def decoder_layer(
         rows: of all tokens.
         outputs: int64 `[M]`, the tokens whose result is wanted; None: all.
         queries: of those.
+        scores: of the attention.
 
     Returns:
         The result `[M, hidden]` and what the backward takes.
@@ -102,7 +125,7 @@ def decoder_layer(
     Raises:
         ValueError, TypeError: an argument that does not fit, before anything is written.
     """
-    given = Forward(h, turns, parameters, keys, values, rows, outputs, queries, softmax_scale)
+    given = Forward(h, turns, parameters, keys, values, rows, outputs, queries, scores)
     checks.check_contents(given, checks.check_forward(given))
     p = parameters
     x = norm(p, 0, h)
@@ -112,14 +135,16 @@ def decoder_layer(
     if outputs is not None:
         h, x, turns = h[outputs], x[outputs], _some(turns, outputs)
     q, low_q = linear(p, Q, x)
-    out, lse = cached_attention(rotated(p, 2, q, turns), None, None, keys, values, queries, Scores(softmax_scale))
+    out, lse = cached_attention(rotated(p, 2, q, turns), None, None, keys, values, queries, scores)
     attended, low_o = linear(p, O, out.flatten(1))
-    middle = h + attended
+    middle = h + _parts(p).residual_scale * norm(p, 4, attended)
     x = norm(p, 1, middle)
     (gate, low_gate), (up, low_up) = linear(p, GATE, x), linear(p, UP, x)
-    result, low_down = linear(p, DOWN, gate * gate.sigmoid() * up)
+    fed, low_down = linear(p, DOWN, gate * gate_of(p, gate)[0] * up)
+    result = middle + _parts(p).residual_scale * norm(p, 5, fed)
     lows = (low_q, torch.cat((low_k, low_v), 1), low_o, torch.cat((low_gate, low_up), 1), low_down)
-    return middle + result, Saved(k, q, out, lse, middle, gate, up, *lows)
+    states = torch.cat((middle, attended, fed)) if _present(p, 4) else middle
+    return result, Saved(k, q, out, lse, states, gate, up, *lows)
 
 
 def decoder_layer_backward_output(
@@ -132,15 +157,18 @@ def decoder_layer_backward_output(
     """
     size = checks.check_backward_output(BackwardOutput(grad, turns, saved, parameters, outputs))
     checks.check_outputs(outputs, size.tokens)
-    p, (q, out, middle, gate, up, low_o, low_gate_up, low_down) = parameters, saved
-    s = gate.sigmoid()
-    grad_act, of_down = linear_backward(p, DOWN, grad, gate * s * up, low_down)
+    p, (q, out, states, gate, up, low_o, low_gate_up, low_down) = parameters, saved
+    middle, attended, fed = states.tensor_split(3) if _present(p, 4) else (states,) * 3
+    s, slope = gate_of(p, gate)
+    grad_fed = norm_backward(p, 5, _parts(p).residual_scale * grad, fed)
+    grad_act, of_down = linear_backward(p, DOWN, grad_fed, gate * s * up, low_down)
     x = norm(p, 1, middle)
     low_gate, low_up = low_gate_up.split([size.ranks[GATE], size.ranks[UP]], 1)
-    from_gate, of_gate = linear_backward(p, GATE, grad_act * up * s * (1 + gate * (1 - s)), x, low_gate)
+    from_gate, of_gate = linear_backward(p, GATE, grad_act * up * slope, x, low_gate)
     from_up, of_up = linear_backward(p, UP, grad_act * gate * s, x, low_up)
     grad_middle = grad + norm_backward(p, 1, from_gate + from_up, middle)
-    grad_out, of_o = linear_backward(p, O, grad_middle, out.flatten(1), low_o)
+    grad_attended = norm_backward(p, 4, _parts(p).residual_scale * grad_middle, attended)
+    grad_out, of_o = linear_backward(p, O, grad_attended, out.flatten(1), low_o)
     queries = rotated(p, 2, q, turns if outputs is None else _some(turns, outputs))
     return [grad_middle, grad_out.view(out.shape), queries, *of_o, *of_gate, *of_up, *of_down]
 

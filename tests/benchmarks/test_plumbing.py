@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu_suite, model_steps, operators, peers, report, step, timing
+from benchmarks import gpu_suite, layers, model_steps, operators, peers, report, step, timing
 from benchmarks.cases import (
     Append,
     Attention,
@@ -21,6 +21,7 @@ from benchmarks.cases import (
     step_cases,
 )
 from benchmarks.experiment import Contender, Experiment, WrongResult, measure
+from diffmas_ops import library
 
 F32 = dict(dtype="float32")
 TINY = [
@@ -309,3 +310,18 @@ def test_report_of_a_folder(tmp_path, clock):
         assert plot in text and (tmp_path / plot).read_text().rstrip().endswith("</svg>")
     with pytest.raises(FileNotFoundError, match=r"results\.json"):
         report.write(tmp_path / "nothing")
+
+
+@pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
+def test_layers_against_their_own_modules(monkeypatch):
+    monkeypatch.setattr(layers, "LATENT", 1)
+    monkeypatch.setattr(layers, "NEW", 2)
+    found = layers.measure("gemma2", 1, hidden_size=16, intermediate_size=24, head_dim=8)
+    assert all(run["fused_s"] > 0 and run["error"] < 1e-5 for run in found.values())
+    machine = dict(device="a processor", torch="2", transformers="5")
+    table = layers.table({"machine": machine, "laps": 1, "families": {"gemma2": found}})
+    assert "| `gemma2` | " in table and "Fastest of 1 laps" in table
+    results = iter(torch.eye(2))
+    monkeypatch.setattr(layers, "step", lambda system: next(results))
+    with pytest.raises(WrongResult, match="relative difference"):
+        layers.measure("gemma2", 1, hidden_size=16, intermediate_size=24, head_dim=8)

@@ -10,14 +10,17 @@ from torch import Tensor
 from diffmas_ops.decoder_layer import reference
 from diffmas_ops.layer import BackwardInput, BackwardOutput, Forward, Parameters, Turns
 from diffmas_ops.rows import RowRanges
+from diffmas_ops.scores import Scores
 
 HIDDEN, INNER, HEADS, KV_HEADS, DIM = 24, 40, 4, 2, 12
+SCORES = Scores(0.3)
 
 
 class LayerProblem:
     """`new` tokens a row behind `starts`.
 
-    `outputs`: only each row's last tokens are wanted. `adapted`: which of the seven products have an adapter.
+    `outputs`: only each row's last tokens are wanted. `adapted`: which of the seven products have an adapter. `before`,
+    `behind`: whether norms stand there. `all_heads`: whether head norms are of all heads together.
     """
 
     def __init__(
@@ -30,8 +33,14 @@ class LayerProblem:
         biases: Sequence[int] = (),
         adapted: Sequence[int] = range(7),
         rank: int = 3,
+        scores: Scores = SCORES,
+        before: bool = True,
+        behind: bool = False,
+        all_heads: bool = False,
+        parts: Sequence[float] = (),
         dtype: torch.dtype = torch.float32,
     ):
+        self.scores = scores
         generator = torch.Generator().manual_seed(sum(new) + sum(starts))
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -50,16 +59,19 @@ class LayerProblem:
             (INNER, HIDDEN),
             (HIDDEN, INNER),
         ]
-        norms = [1 + draw(n, scale=0.3) for n in (HIDDEN, HIDDEN, DIM, DIM)]
+        of_heads = (q, kv) if all_heads else (DIM, DIM)
+        norms = [1 + draw(n, scale=0.3) for n in (HIDDEN, HIDDEN, *of_heads, HIDDEN, HIDDEN)]
+        present = [before, before, head_norms, head_norms]
         ranks = [rank if i in adapted else 0 for i in range(7)]
         self.parameters = Parameters(
-            norms if head_norms else [*norms[:2], none, none],
+            [norms[i] if there else none for i, there in enumerate(present)] + (norms[4:] if behind else []),
             1e-6,
             [draw(*shape, scale=0.2) for shape in shapes],
             [draw(out) if i in biases else none for i, (out, _) in enumerate(shapes)] if biases else [],
             [draw(r, size, scale=0.2) for r, (_, size) in zip(ranks, shapes, strict=True)],
             [draw(out, r, scale=0.2) for r, (out, _) in zip(ranks, shapes, strict=True)],
             [0.5 + i for i in range(7)],
+            parts,
         )
         self.h = draw(tokens, HIDDEN)
         angles = draw(tokens, DIM // 2).repeat(1, 2)
@@ -83,7 +95,9 @@ class LayerProblem:
 
     def forward_arguments(self) -> Forward:
         keys, values = (x.clone() for x in self.trace)
-        return Forward(self.h, self.turns, self.parameters, keys, values, self.rows, self.index, self.queries, 0.3)
+        return Forward(
+            self.h, self.turns, self.parameters, keys, values, self.rows, self.index, self.queries, self.scores
+        )
 
     def output_arguments(self) -> BackwardOutput:
         return BackwardOutput(self.grads[0], self.turns, self.saved.of_output, self.parameters, self.index)

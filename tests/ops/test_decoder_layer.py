@@ -1,5 +1,6 @@
 """The compiled decoder layer against its specification: ragged rows, few and many, biases, adapters, wanted outputs."""
 
+import math
 import re
 from functools import partial
 
@@ -11,8 +12,9 @@ from torch.utils._pytree import tree_map_only
 
 from diffmas_ops import library
 from diffmas_ops.decoder_layer import reference
-from diffmas_ops.layer import DOWN, GATE, UP, BackwardInput, BackwardOutput, Forward, K, O, Q, V
+from diffmas_ops.layer import DOWN, GATE, UP, BackwardInput, BackwardOutput, Forward, K, O, Parts, Q, V
 from diffmas_ops.native import CPU
+from diffmas_ops.scores import Scores
 
 pytestmark = pytest.mark.skipif(library.failure("cpu") is not None, reason=str(library.failure("cpu")))
 
@@ -24,6 +26,8 @@ ROWS = {
     "nine": ([5, 4], [2, 0]),
     "many": ([37, 0, 13], [3, 8, 0]),
 }
+#: GELU by the hyperbolic tangent.
+GELU = (2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715)
 KINDS = {
     "plain": {},
     "no head norms": {"head_norms": False},
@@ -32,6 +36,10 @@ KINDS = {
     "q and v adapted": {"adapted": (0, 2), "biases": range(7)},
     "no adapter": {"adapted": ()},
     "outputs": {"outputs": True},
+    "norms of all heads": {"all_heads": True},
+    "norms behind": {"before": False, "behind": True, "all_heads": True, "outputs": True},
+    "norms on both sides": {"behind": True, "head_norms": False, "parts": (1.0, *GELU, 0.4)},
+    "windows": {"outputs": True, "scores": Scores(0.3, window=4, softcap=1.5, chunk=8)},
 }
 
 
@@ -82,10 +90,11 @@ def assert_equals_reference(layer, dtype):
             assert error(a, e) <= max(3 * error(p, e), 20 * torch.finfo(dtype).eps), (name, i)
 
 
+@pytest.mark.parametrize("kind", ["biases", "norms of all heads", "norms behind", "norms on both sides"])
 @pytest.mark.parametrize("rows", ["one token", "many"])
-def test_reference_is_the_derivative(rows):
+def test_reference_is_the_derivative(rows, kind):
     """Each backward operator against autograd through the forward's own functions, the attention cut out."""
-    layer = LayerProblem(*ROWS[rows], dtype=torch.float64, biases=range(7))
+    layer = LayerProblem(*ROWS[rows], dtype=torch.float64, **KINDS[kind] | {"outputs": False})
     h = layer.h.clone().requires_grad_()
     adapters = [t.requires_grad_() for pair in zip(layer.parameters.a, layer.parameters.b, strict=True) for t in pair]
     linear, norm, rotated = (
@@ -96,10 +105,14 @@ def test_reference_is_the_derivative(rows):
     k = rotated(3, linear(K, x)[0], layer.turns)
     v = linear(V, x)[0].view(k.shape)
     out = layer.saved.out.clone().requires_grad_()
-    middle = h + linear(O, out.flatten(1))[0]
+    parts = Parts(*layer.parameters.parts)
+    scale = parts.residual_scale
+    middle = h + scale * norm(4, linear(O, out.flatten(1))[0])
     x = norm(1, middle)
     gate, up = (linear(i, x)[0] for i in (GATE, UP))
-    result = middle + linear(DOWN, torch.nn.functional.silu(gate) * up)[0]
+    gelu = parts.cubic > 0
+    active = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+    result = middle + scale * norm(5, linear(DOWN, active * up)[0])
 
     grad, *attention = layer.grads
     expected = torch.autograd.grad(result, [middle, out, *adapters[6:]], grad, retain_graph=True)
@@ -150,7 +163,7 @@ def run(backend, operator, arguments):
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("outputs", [False, True])
 def test_flat_arguments_are_the_bundled_ones(operator, outputs):
-    given = OPERATORS[operator](LayerProblem([2, 3], [0, 1], outputs=outputs))
+    given = OPERATORS[operator](LayerProblem([2, 3], [0, 1], outputs=outputs, parts=Parts(cubic=0.1)))
     again, flat = BUNDLES[operator].of(*given.flat()), given.flat()
     assert len(flat) == len(named_arguments(operator, LayerProblem([1], [0])))
     assert all(a is b for a, b in zip(again.flat(), flat, strict=True))
@@ -193,7 +206,7 @@ FOLLOWED = {
 @pytest.mark.parametrize("backend", [*BACKENDS, "fake"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_a_size_that_does_not_fit_is_named(operator, backend):
-    problem = LayerProblem([2, 3], [0, 1], biases=range(7))
+    problem = LayerProblem([2, 3], [0, 1], biases=range(7), behind=True)
     seen = set()
     for who, arguments in cut(operator, problem):
         with pytest.raises((RuntimeError, ValueError)) as caught:
@@ -211,7 +224,7 @@ def test_a_size_that_does_not_fit_is_named(operator, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_another_dtype_is_named(operator, backend):
-    problem = LayerProblem([2, 3], [0, 1], outputs=True, biases=range(7))
+    problem = LayerProblem([2, 3], [0, 1], outputs=True, biases=range(7), behind=True)
     first = "grad" if operator == "decoder_layer_backward_output" else "h"
     for name, given in named_arguments(operator, problem).items():
         if name == first or name == "scalings" or not isinstance(given, torch.Tensor | list):
@@ -229,9 +242,10 @@ def test_another_dtype_is_named(operator, backend):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(norms=[torch.ones(3)]), "there are 1 norms; allowed: 4"),
+        (dict(norms=[torch.ones(3)]), "there are 1 norms; allowed: 4, or 6"),
         (dict(weights=[torch.ones(3, 3)] * 6), "there are 6 weights; allowed: 7"),
         (dict(biases=[torch.empty(0)]), "there are 1 biases; allowed: 7, or none"),
+        (dict(parts=[1.0]), "there are 1 parts; allowed: 4, or none"),
         (dict(scalings=[1.0]), "there are 1 scalings; allowed: 7"),
         (dict(epsilon=-1.0), "epsilon is -1.*; allowed: 0 and above"),
         (dict(epsilon=float("nan")), "epsilon is .*nan; allowed: 0 and above"),

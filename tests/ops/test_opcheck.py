@@ -69,7 +69,7 @@ def samples():
             Pending(*pending, single.rows.starts - 1), single.rows, single.scores,
         ),
     )  # fmt: skip
-    for layer in (LayerProblem([2, 1], [3, 0]), LayerProblem([5, 9], [1, 4], outputs=True)):
+    for layer in (LayerProblem([2, 1], [3, 0]), LayerProblem([5, 9], [1, 4], outputs=True, behind=True)):
         yield "decoder_layer", layer.forward_arguments()
         yield "decoder_layer_backward_output", layer.output_arguments()
         yield "decoder_layer_backward_input", layer.input_arguments()

@@ -25,26 +25,38 @@ inline void in_lanes(int64_t size, const F& f) {
 }
 
 template <class T>
-inline T inverse_norm(const T* x, int64_t dim, T epsilon) {
+inline T inverse_norm(const RmsScale<T>& p, const T* x) {
   Vec<T> squares{};
-  in_lanes<T>(dim, [&](int64_t d, int64_t count) {
+  in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
     const Vec<T> v = load_some(x + d, count);
     squares += v * v;
   });
-  return T(1) / T(__builtin_sqrt(sum<T>(squares) / T(dim) + epsilon));
+  return T(1) / T(__builtin_sqrt(sum<T>(squares) / T(p.dim) + p.epsilon));
+}
+
+template <class T>
+inline Vec<T> weight_at(const RmsScale<T>& p, int64_t d, int64_t count) {
+  return load_some(p.weight + d, count) + p.offset;
+}
+
+/// target = x inverse weight, for `size` numbers of which the first is the norm's number `first`.
+template <class T>
+inline void normalise(T* target, const RmsScale<T>& p, const T* x, T inverse, int64_t first, int64_t size) {
+  in_lanes<T>(size, [&](int64_t d, int64_t count) {
+    store_some(target + d, load_some(x + d, count) * inverse * weight_at(p, first + d, count), count);
+  });
 }
 
 /// target = (g - u mean(g u)) inverse + residual, with u = x inverse and g = grad weight.
 template <class T>
-inline void norm_gradient(
-    T* target, const T* grad, const T* x, const T* weight, T inverse, const T* residual, int64_t dim) {
+inline void norm_gradient(T* target, const RmsScale<T>& p, const T* grad, const T* x, T inverse, const T* residual) {
   Vec<T> products{};
-  in_lanes<T>(dim, [&](int64_t d, int64_t count) {
-    products += load_some(grad + d, count) * load_some(weight + d, count) * load_some(x + d, count);
+  in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
+    products += load_some(grad + d, count) * weight_at(p, d, count) * load_some(x + d, count);
   });
-  const T mean = sum<T>(products) * inverse * inverse / T(dim);
-  in_lanes<T>(dim, [&](int64_t d, int64_t count) {
-    Vec<T> g = load_some(grad + d, count) * load_some(weight + d, count);
+  const T mean = sum<T>(products) * inverse * inverse / T(p.dim);
+  in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
+    Vec<T> g = load_some(grad + d, count) * weight_at(p, d, count);
     g = (g - load_some(x + d, count) * mean) * inverse;
     store_some(target + d, residual == nullptr ? g : g + load_some(residual + d, count), count);
   });
@@ -55,16 +67,21 @@ inline Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (exponential(-x) + T(1));
 }
 
+/// The gate's square, as far as it makes a difference: the sigmoid is 0 or 1 long before, and nothing overflows.
+template <class T>
+inline Vec<T> square(Vec<T> gate) {
+  const Vec<T> product = gate * gate;
+  return product < T(1e8) ? product : splat(T(1e8));
+}
+
 }  // namespace
 
 template <class T>
 void rms_norm(const RmsNorm<T>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const T* x = p.x.row(i);
-    const T inverse = p.inverse[i] = inverse_norm(x, p.dim, p.epsilon);
-    in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
-      store_some(p.y.row(i) + d, load_some(x + d, count) * inverse * load_some(p.weight + d, count), count);
-    });
+    p.inverse[i] = inverse_norm(p.scale, x);
+    normalise(p.y.row(i), p.scale, x, p.inverse[i], 0, p.scale.dim);
   }
 }
 
@@ -72,71 +89,79 @@ template <class T>
 void rms_norm_gradient(const RmsNorm<T>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
     norm_gradient(
-        p.y.row(i), p.grad.row(i), p.x.row(i), p.weight, p.inverse[i],
-        p.residual.data == nullptr ? nullptr : p.residual.row(i), p.dim);
+        p.y.row(i), p.scale, p.grad.row(i), p.x.row(i),
+        p.inverse == nullptr ? inverse_norm(p.scale, p.x.row(i)) : p.inverse[i],
+        p.residual.data == nullptr ? nullptr : p.residual.row(i));
 }
 
 template <class T>
 void rotate_heads(const RotateHeads<T>& p, int64_t begin, int64_t end, T* scratch) {
-  const int64_t half = p.dim / 2;
+  const int64_t half = p.dim / 2, together = p.scale.dim / p.dim;
+  const bool normalised = p.scale.weight != nullptr;
   for (int64_t token = begin; token < end; ++token) {
     const T *cos = p.cos.row(token), *sin = p.sin.row(token);
-    for (int64_t head = 0; head < p.heads; ++head) {
-      const T* x = p.x.at(token, head);
-      T* y = p.y.at(token, head);
-      if (p.weight != nullptr) {
-        const T inverse = inverse_norm(x, p.dim, p.epsilon);
-        in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
-          store_some(scratch + d, load_some(x + d, count) * inverse * load_some(p.weight + d, count), count);
+    for (int64_t first = 0; first < p.heads; first += together) {
+      const T inverse = normalised ? inverse_norm(p.scale, p.x.at(token, first)) : T(1);
+      for (int64_t i = 0; i < together; ++i) {
+        const T* x = p.x.at(token, first + i);
+        T* y = p.y.at(token, first + i);
+        if (normalised) {
+          normalise(scratch, p.scale, x, inverse, i * p.dim, p.dim);
+          x = scratch;
+        }
+        in_lanes<T>(half, [&](int64_t d, int64_t count) {
+          const Vec<T> a = load_some(x + d, count), b = load_some(x + half + d, count);
+          store_some(y + d, a * load_some(cos + d, count) - b * load_some(sin + d, count), count);
+          store_some(y + half + d, b * load_some(cos + half + d, count) + a * load_some(sin + half + d, count), count);
         });
-        x = scratch;
       }
-      in_lanes<T>(half, [&](int64_t d, int64_t count) {
-        const Vec<T> a = load_some(x + d, count), b = load_some(x + half + d, count);
-        store_some(y + d, a * load_some(cos + d, count) - b * load_some(sin + d, count), count);
-        store_some(y + half + d, b * load_some(cos + half + d, count) + a * load_some(sin + half + d, count), count);
-      });
     }
   }
 }
 
+/// `scratch` holds as many heads as are normalised together.
 template <class T>
 void rotate_heads_gradient(const RotateHeads<T>& p, int64_t begin, int64_t end, T* scratch) {
-  const int64_t half = p.dim / 2;
+  const int64_t half = p.dim / 2, together = p.scale.dim / p.dim;
+  const bool normalised = p.scale.weight != nullptr;
   for (int64_t token = begin; token < end; ++token) {
     const T *cos = p.cos.row(token), *sin = p.sin.row(token);
-    for (int64_t head = 0; head < p.heads; ++head) {
-      const T* grad = p.grad.at(token, head);
-      T* target = p.weight == nullptr ? p.y.at(token, head) : scratch;
-      in_lanes<T>(half, [&](int64_t d, int64_t count) {
-        const Vec<T> a = load_some(grad + d, count), b = load_some(grad + half + d, count);
-        store_some(target + d, a * load_some(cos + d, count) + b * load_some(sin + half + d, count), count);
-        store_some(target + half + d, b * load_some(cos + half + d, count) - a * load_some(sin + d, count), count);
-      });
-      if (p.weight == nullptr) continue;
-      const T* x = p.x.at(token, head);
-      norm_gradient<T>(p.y.at(token, head), scratch, x, p.weight, inverse_norm(x, p.dim, p.epsilon), nullptr, p.dim);
+    for (int64_t first = 0; first < p.heads; first += together) {
+      for (int64_t i = 0; i < together; ++i) {
+        const T* grad = p.grad.at(token, first + i);
+        T* target = normalised ? scratch + i * p.dim : p.y.at(token, first + i);
+        in_lanes<T>(half, [&](int64_t d, int64_t count) {
+          const Vec<T> a = load_some(grad + d, count), b = load_some(grad + half + d, count);
+          store_some(target + d, a * load_some(cos + d, count) + b * load_some(sin + half + d, count), count);
+          store_some(target + half + d, b * load_some(cos + half + d, count) - a * load_some(sin + d, count), count);
+        });
+      }
+      if (!normalised) continue;
+      const T* x = p.x.at(token, first);
+      norm_gradient<T>(p.y.at(token, first), p.scale, scratch, x, inverse_norm(p.scale, x), nullptr);
     }
   }
 }
 
 template <class T>
-void swiglu(const SwiGlu<T>& p, int64_t begin, int64_t end) {
+void gated_unit(const GatedUnit<T>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
     in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
       const Vec<T> gate = load_some(p.gate.row(i) + d, count);
-      store_some(p.y.row(i) + d, gate * sigmoid<T>(gate) * load_some(p.up.row(i) + d, count), count);
+      const Vec<T> s = sigmoid<T>(gate * (square<T>(gate) * p.cubic + p.slope));
+      store_some(p.y.row(i) + d, gate * s * load_some(p.up.row(i) + d, count), count);
     });
 }
 
 template <class T>
-void swiglu_gradient(const SwiGlu<T>& p, int64_t begin, int64_t end) {
+void gated_unit_gradient(const GatedUnit<T>& p, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i)
     in_lanes<T>(p.dim, [&](int64_t d, int64_t count) {
       const Vec<T> gate = load_some(p.gate.row(i) + d, count), up = load_some(p.up.row(i) + d, count);
-      const Vec<T> grad = load_some(p.grad.row(i) + d, count), s = sigmoid<T>(gate);
+      const Vec<T> grad = load_some(p.grad.row(i) + d, count), cubic = square<T>(gate) * p.cubic;
+      const Vec<T> s = sigmoid<T>(gate * (cubic + p.slope)), rise = gate * (cubic * T(3) + p.slope);
       store_some(p.grad_up.row(i) + d, grad * gate * s, count);
-      store_some(p.grad_gate.row(i) + d, grad * up * s * (gate * (T(1) - s) + T(1)), count);
+      store_some(p.grad_gate.row(i) + d, grad * up * s * (rise * (T(1) - s) + T(1)), count);
     });
 }
 
@@ -168,8 +193,8 @@ void add_low_rank(const LowRank<T>& p, int64_t begin, int64_t end, T* scratch) {
   template void rms_norm_gradient<T>(const RmsNorm<T>&, int64_t, int64_t);             \
   template void rotate_heads<T>(const RotateHeads<T>&, int64_t, int64_t, T*);          \
   template void rotate_heads_gradient<T>(const RotateHeads<T>&, int64_t, int64_t, T*); \
-  template void swiglu<T>(const SwiGlu<T>&, int64_t, int64_t);                         \
-  template void swiglu_gradient<T>(const SwiGlu<T>&, int64_t, int64_t);                \
+  template void gated_unit<T>(const GatedUnit<T>&, int64_t, int64_t);                  \
+  template void gated_unit_gradient<T>(const GatedUnit<T>&, int64_t, int64_t);         \
   template void add_low_rank<T>(const LowRank<T>&, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)
