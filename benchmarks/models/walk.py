@@ -15,7 +15,18 @@ from multiprocessing.process import BaseProcess
 import torch
 import transformers
 
-from benchmarks.models.comparison import CRASH, EXACT, ORDER, REFUSED, UNBUILT, UNFINISHED, Case, Result, check
+from benchmarks.models.comparison import (
+    CRASH,
+    EXACT,
+    NO_ORACLE,
+    ORDER,
+    REFUSED,
+    UNBUILT,
+    UNFINISHED,
+    Case,
+    Result,
+    check,
+)
 from benchmarks.models.configurations import LAYOUTS, Unbuilt, configuration
 
 #: Bytes of address space that one family may take beyond what the walk itself has.
@@ -60,7 +71,7 @@ def fold(results: list[Result]) -> Verdict:
     results = [r for r in results if r.case != "oracle"]
     verdicts = {r.verdict for r in results}
     worst = next(v for v in ORDER if v in verdicts)
-    if EXACT in verdicts <= {EXACT, REFUSED, UNBUILT}:
+    if EXACT in verdicts <= {EXACT, REFUSED, UNBUILT, NO_ORACLE}:
         worst = EXACT
     errors = [r.error for r in results if r.error is not None]
     why = next((r.why for v in ORDER for r in results if r.verdict == v and r.why), "")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from benchmarks.models import __main__ as command
-from benchmarks.models import configurations, page, walk
+from benchmarks.models import comparison, configurations, page, walk
 from benchmarks.models.comparison import CRASH, EXACT, NO_ORACLE, REFUSED, UNBUILT, UNFINISHED, WRONG, Result
 from benchmarks.models.configurations import Unbuilt, causal_lm, configuration, families
 
@@ -20,7 +20,8 @@ from benchmarks.models.configurations import Unbuilt, causal_lm, configuration, 
         ([REFUSED, REFUSED], REFUSED),
         ([EXACT, WRONG, CRASH], WRONG),
         ([EXACT, CRASH], CRASH),
-        ([EXACT, NO_ORACLE], NO_ORACLE),
+        ([EXACT, NO_ORACLE], EXACT),
+        ([NO_ORACLE, REFUSED], NO_ORACLE),
         ([UNBUILT], UNBUILT),
     ],
 )
@@ -52,6 +53,15 @@ def test_a_family_that_ends_its_process_does_not_end_the_walk(monkeypatch, fault
     for layouts in found.values():
         (verdict,) = layouts.values()
         assert verdict.verdict == (CRASH if fault is crash else UNFINISHED) and why in verdict.why
+
+
+def test_what_differs_from_an_oracle_that_differs_from_itself_says_nothing(monkeypatch):
+    monkeypatch.setattr(comparison, "oracle_failures", lambda model: {True: "a prefix changes"})
+    monkeypatch.setattr(comparison, "_judge", lambda model, case: Result(str(case), WRONG, 1.0))
+    found = {result.case: result.verdict for result in comparison.check("llama", "own", comparison.QUICK)}
+    detached = {str(case) for case in comparison.QUICK if case.detach}
+    assert found.pop("oracle") == NO_ORACLE and detached
+    assert found == {case: NO_ORACLE if case in detached else WRONG for case in map(str, comparison.QUICK)}
 
 
 def test_every_layer_kind_once_and_windows_short():
