@@ -21,7 +21,6 @@ from benchmarks.models.configurations import Unbuilt, causal_lm, configuration, 
         ([EXACT, WRONG, CRASH], WRONG),
         ([EXACT, CRASH], CRASH),
         ([EXACT, NO_ORACLE], EXACT),
-        ([NO_ORACLE, REFUSED], NO_ORACLE),
         ([UNBUILT], UNBUILT),
     ],
 )
