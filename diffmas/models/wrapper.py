@@ -83,6 +83,8 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
     config = text_config(wrapper.config)
     config._name_or_path = wrapper.config._name_or_path
     decoder, head = wrapper.get_decoder(), wrapper.get_output_embeddings()
+    if type(decoder) in MODEL_FOR_CAUSAL_LM_MAPPING.values():  # some have a whole language model inside
+        decoder = decoder_of(decoder)
     config.tie_word_embeddings = head.weight is wrapper.get_input_embeddings().weight
     kind = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with torch.device("meta"):
@@ -93,7 +95,7 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
             f"model {type(wrapper).__name__} has a {type(decoder).__name__}, which is not the decoder of a "
             f"{kind.__name__}; this is not supported"
         )
-    setattr(model, next(name for name, child in model.named_children() if child is empty), decoder)
+    model.set_submodule(next(name for name, module in model.named_modules() if module is empty), decoder)
     model.set_output_embeddings(head)
     for name in _LOADED:
         if name in vars(wrapper):
