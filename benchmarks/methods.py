@@ -124,5 +124,9 @@ def _flags(args: argparse.Namespace, folder: Path) -> dict[str, list[str]]:
     return task_flags(folder, args.steps, args.items)
 
 
+def main(argv: list[str] | None = None) -> None:
+    run(STUDY, parser_of(STUDY, __doc__), _flags, argv)
+
+
 if __name__ == "__main__":
-    run(STUDY, parser_of(STUDY, __doc__), _flags)
+    main()

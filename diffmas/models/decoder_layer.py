@@ -151,7 +151,9 @@ _OPERANDS: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
 
 
 def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
-    parts, attention, mlp = LAYERS[type(self).__name__], self.self_attn, self.mlp
+    # FSDP puts a class of another name in front.
+    parts = next(LAYERS[kind.__name__] for kind in type(self).__mro__ if kind.__name__ in LAYERS)
+    attention, mlp = self.self_attn, self.mlp
     kinds = ((self, parts.before), (attention, parts.head_norms), (self, parts.behind))
     places = [(holder, name) for holder, names in kinds for name in names]
     norms = [getattr(*place) for place in places]
