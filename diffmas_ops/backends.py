@@ -54,9 +54,11 @@ def resolve(backend: str, need: Need) -> str:
     return backend
 
 
-@lru_cache(maxsize=256)
-def _functions(backend: str, need: Need) -> Any:
-    return BACKENDS[resolve(backend, need)].functions(need.operator)
+# Asked for every layer of every latent step: one look-up where it was asked before.
+@lru_cache(maxsize=1024)
+def _functions(operator: str, device: str, dtype: torch.dtype, backend: str, many: bool, scores: Scores | None) -> Any:
+    need = Need(operator, device, dtype, many, () if scores is None else scores.asked)
+    return BACKENDS[resolve(backend, need)].functions(operator)
 
 
 def functions(
@@ -66,5 +68,4 @@ def functions(
 
     `many`: for a multi-token call of `cached_attention`, or its deferred rows together; `scores`: of its queries.
     """
-    asked = () if scores is None else scores.asked
-    return _functions(backend, Need(operator, like.device.type, like.dtype, many, asked))
+    return _functions(operator, like.device.type, like.dtype, backend, many, scores)

@@ -146,11 +146,8 @@ class Forward(NamedTuple):
         return cls(h, Turns(cos, sin), Parameters(*parameters), keys, values, rows, outputs, queries, scores)
 
     def flat(self) -> tuple:
-        """The compiled operator's arguments: both ranges share the last column."""
-        return (
-            self.h, *self.turns, *self.parameters, self.keys, self.values, *self.rows[:4], self.outputs,
-            *self.queries, *self.scores,
-        )  # fmt: skip
+        """The compiled operator's arguments."""
+        return flat_forward(*self)
 
 
 class BackwardOutput(NamedTuple):
@@ -169,7 +166,7 @@ class BackwardOutput(NamedTuple):
 
     def flat(self) -> tuple:
         """The compiled operator's arguments."""
-        return self.grad, *self.turns, *self.saved, *self.parameters, self.outputs
+        return flat_backward_output(*self)
 
 
 class BackwardInput(NamedTuple):
@@ -195,4 +192,22 @@ class BackwardInput(NamedTuple):
 
     def flat(self) -> tuple:
         """The compiled operator's arguments."""
-        return (*self[:5], *self.turns, *self.saved, *self.parameters, self.outputs)
+        return flat_backward_input(*self)
+
+
+# Called for every layer of every latent step: without an object made in between.
+
+
+def flat_forward(h, turns, parameters, keys, values, rows, outputs, queries, scores) -> tuple:
+    """The arguments of :class:`Forward`, flat: both ranges share the last column."""
+    return (h, *turns, *parameters, keys, values, *rows[:4], outputs, *queries, *scores)
+
+
+def flat_backward_output(grad, turns, saved, parameters, outputs) -> tuple:
+    """The arguments of :class:`BackwardOutput`, flat."""
+    return (grad, *turns, *saved, *parameters, outputs)
+
+
+def flat_backward_input(grad_q, grad_k, grad_v, grad_middle, h, turns, saved, parameters, outputs) -> tuple:
+    """The arguments of :class:`BackwardInput`, flat."""
+    return (grad_q, grad_k, grad_v, grad_middle, h, *turns, *saved, *parameters, outputs)

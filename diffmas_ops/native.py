@@ -9,7 +9,7 @@ import torch
 
 from diffmas_ops import library
 from diffmas_ops.dtypes import SUPPORTED
-from diffmas_ops.layer import BackwardInput, BackwardOutput, Forward, Saved
+from diffmas_ops.layer import Saved, flat_backward_input, flat_backward_output, flat_forward
 from diffmas_ops.need import OPERATORS, Need
 
 
@@ -56,14 +56,14 @@ class Functions:
         )
 
     def decoder_layer(self, *arguments):
-        result, *saved = self._operators.decoder_layer(*Forward(*arguments).flat())
-        return result, Saved(*saved)
+        made = self._operators.decoder_layer(*flat_forward(*arguments))
+        return made[0], Saved._make(made[1:])
 
     def decoder_layer_backward_output(self, *arguments):
-        return self._operators.decoder_layer_backward_output(*BackwardOutput(*arguments).flat())
+        return self._operators.decoder_layer_backward_output(*flat_backward_output(*arguments))
 
     def decoder_layer_backward_input(self, *arguments):
-        return self._operators.decoder_layer_backward_input(*BackwardInput(*arguments).flat())
+        return self._operators.decoder_layer_backward_input(*flat_backward_input(*arguments))
 
 
 class Compiled:

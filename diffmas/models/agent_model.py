@@ -109,7 +109,10 @@ class AgentModel(nn.Module):
     @property
     def head(self) -> Head:
         """From hidden states after the final norm to logits."""
-        return replace(self._head, linear=self.language_model.get_output_embeddings())
+        linear = self.language_model.get_output_embeddings()
+        if self._head.linear is not linear:
+            self._head = replace(self._head, linear=linear)
+        return self._head
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +174,7 @@ class AgentModel(nn.Module):
             raise UnsupportedModelError(
                 f"the model has recurrent layers ({self.recurrent}) and is sharded (FSDP); this is not supported"
             )
-        if self._sharded and hidden.requires_grad:
+        if hidden.requires_grad and self._sharded:
             trace.order.token = reach(trace.order.token, hidden)
         return hidden
 

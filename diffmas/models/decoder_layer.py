@@ -52,8 +52,9 @@ class FusedLayer(nn.Module):
         call: Call | None = kwargs.get("trace_call")
         result = None
         if call is not None and attention_mask is None and hidden_states.device.type == "cpu":
-            geometry = kwargs["trace_layers"][self.self_attn.layer_idx]
-            if geometry.is_plain and geometry.slot == self.self_attn.layer_idx:
+            index = self.self_attn.layer_idx
+            geometry = kwargs["trace_layers"][index]
+            if geometry.is_plain and geometry.slot == index:
                 result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call, geometry)
         return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) if result is None else result
 
@@ -130,10 +131,7 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
     if dtype not in _DTYPES or call.storage.dtype != dtype:
         return None
     # What insists on another backend of the operators gets it, from the model's own modules.
-    need = Need("decoder_layer", "cpu", dtype)
-    if call.backend not in ("auto", "cpu") or backends.refusal("cpu", need) is not None:
-        return None
-    if call.attend is not None or torch.is_autocast_enabled("cpu"):
+    if call.backend not in ("auto", "cpu") or call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
     if (operands := _OPERANDS.get(self)) is None or not operands.stand():
         if (operands := _read(self, dtype)) is None:
@@ -151,6 +149,8 @@ _OPERANDS: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
 
 
 def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
+    if backends.refusal("cpu", Need("decoder_layer", "cpu", dtype)) is not None:
+        return None
     # FSDP puts a class of another name in front.
     parts = next(LAYERS[kind.__name__] for kind in type(self).__mro__ if kind.__name__ in LAYERS)
     attention, mlp = self.self_attn, self.mlp
