@@ -2,7 +2,7 @@
 
 Trains and decodes on each as agents do and compares loss, logits, every gradient, tokens and log-probabilities, in
 float64, with :mod:`benchmarks.models.oracle`. Keeps `benchmarks/results/models/results.json`; `--write` puts the table
-into a page.
+into a page, and what came out with other versions of transformers, kept beside it as `transformers-VERSION.json`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def main() -> None:
     if not args.render_only:
         _run(results, chosen, args)
     if args.write:
-        write(results, args.write)
+        others = sorted(args.results.parent.glob("transformers-*.json"))
+        write(results, args.write, [json.loads(path.read_text()) for path in others])
 
 
 def _run(results: dict[str, Any], chosen: list[str], args: argparse.Namespace) -> None:

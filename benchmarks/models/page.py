@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,31 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(results: dict[str, Any], page: Path) -> None:
-    """The table between its marks in `page`, which is made where there is none."""
+def differences(results: dict[str, Any], other: dict[str, Any]) -> str:
+    """What came out in another version of transformers, `other`: counts, and the families whose verdict differs."""
+    found, here = other["families"], results["families"]
+    counts = Counter(_worst(layouts)["verdict"] for layouts in found.values())
+    lines = [
+        f"transformers {other['machine']['transformers']}: {len(found)} families: "
+        + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common())
+        + f". {len(here.keys() - found.keys())} of the table are not in it."
+    ]
+    rows = []
+    for family in sorted(found.keys() & here.keys()):
+        then, now = (_worst(layouts) for layouts in (found[family], here[family]))
+        if then["verdict"] != now["verdict"]:
+            rows.append(f"| `{family}` | {_cell(then)} | {_cell(now)} | {_escaped(then['why'])} |")
+    if rows:
+        lines += ["", "| model type | there | in the table | why |", "|---|---|---|---|", *rows]
+    return "\n".join(lines)
+
+
+def write(results: dict[str, Any], page: Path, others: Sequence[dict[str, Any]] = ()) -> None:
+    """The table between its marks in `page`, which is made where there is none; `others`: of other versions."""
+    body = "\n\n".join([table(results), *(differences(results, other) for other in others)])
     text = page.read_text() if page.is_file() else f"# Models\n\n{BEGIN}\n{END}\n"
     before, rest = text.split(BEGIN)
-    write_atomically(page, f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")
+    write_atomically(page, f"{before}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}")
 
 
 def _worst(layouts: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 
 import pytest
 
@@ -98,6 +99,16 @@ def test_the_command_keeps_other_results_and_writes_the_page(tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["models", "--render-only", *arguments[2:]])
     command.main()
     assert "old" not in written.read_text() and written.read_text().endswith("\nafter\n")
+
+
+def test_another_version_says_where_it_differs():
+    def results(version, **verdicts):
+        families = {name: {"own": asdict(walk.Verdict(verdict, why="why"))} for name, verdict in verdicts.items()}
+        return {"families": families, "machine": {"transformers": version}}
+
+    text = page.differences(results("2", a=EXACT, b=EXACT, c=EXACT), results("1", a=EXACT, b=CRASH))
+    assert text.startswith("transformers 1: 2 families: 1 exact, 1 crash. 1 of the table are not in it.")
+    assert "| `b` | **crash** | exact | why |" in text and "`a`" not in text
 
 
 def test_an_unknown_family_is_named(monkeypatch, capsys):
