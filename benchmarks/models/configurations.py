@@ -151,7 +151,8 @@ def causal_lm(family: str, layout: str, seed: int = 0) -> PreTrainedModel:
             model.set_experts_implementation("eager")
     except Exception as error:
         raise Unbuilt(f"model: {type(error).__name__}: {_line(error)}") from error
-    model.generation_config.eos_token_id = None
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.eos_token_id = None
     randomise(model, seed)
     if not needs_unwrapping(model.config):
         return model
