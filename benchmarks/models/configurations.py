@@ -94,6 +94,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
              "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    "nemotron_h": {"chunk_size": 8},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
     "codegen": {"rotary_dim": 4},
