@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from diffmas.models.activation_checkpointing import ActivationCheckpointing
 from diffmas.models.agreement import check_agreement, states_alone
 from diffmas.models.alignment import IDENTITY, Alignment, AlignmentOptions
-from diffmas.models.attention import attach
+from diffmas.models.attention import NAME, attach
 from diffmas.models.decoder_layer import fuse_layers
 from diffmas.models.dropout import silence, warn
-from diffmas.models.embedding import input_vectors, proportional
+from diffmas.models.embedding import initial, initial_vectors, input_vectors, proportional
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import Head, head_of
-from diffmas.models.lora import check_lora, fuse_lora
+from diffmas.models.lora import check_lora, check_peft, fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of
@@ -73,10 +73,11 @@ class AgentModel(nn.Module):
         self.observers: list[Observer] = []
         base = self.language_model
         check_unwrapped(base)
+        check_peft(model)
         check_lora(base)
         alone = states_alone(base)
         self.layers = attach(base)
-        self._changes = next((g.changes for g in self.layers.values() if g.changes), None)
+        self._changes = list(dict.fromkeys(g.changes for g in self.layers.values() if g.changes))
         self._silenced = silence(base)
         self._head = head_of(base)
         vectors, factor = input_vectors(base)
@@ -85,13 +86,16 @@ class AgentModel(nn.Module):
         fuse_norms(base)
         fuse_layers(base)
         self.checkpointing = ActivationCheckpointing(base, checkpointing)
-        weight, out = base.get_input_embeddings().weight, self.head.linear.weight
-        tied = weight.data_ptr() == out.data_ptr() and proportional(vectors, weight)
         self.alignment: Alignment | SoftAlignment
         if alignment.alignment == "soft":
             self.alignment = SoftAlignment(base, self.head, vectors, alignment, backend=backend)
         else:
-            self.alignment = Alignment(vectors, out, alignment, tied=tied, backend=backend)
+            # Found from what the model began with: a run that is loaded finds the same.
+            embedding, linear = (initial(part) for part in (base.get_input_embeddings(), self.head.linear))
+            weight, out = embedding.weight, linear.weight
+            began = initial_vectors(base, vectors, factor)
+            tied = weight.data_ptr() == out.data_ptr() and proportional(began, weight)
+            self.alignment = Alignment(began, out, alignment, tied=tied, backend=backend)
         check_agreement(self, alone, factor)
 
     def train(self, mode: bool = True) -> AgentModel:
@@ -181,6 +185,11 @@ class AgentModel(nn.Module):
     def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Like :meth:`read`, of a call that is open already."""
         self._check_lengths(call)
+        if (attends := self.language_model.config._attn_implementation) != NAME:
+            raise UnsupportedModelError(
+                f"the model's attention implementation is {attends!r} now, which reads no trace; allowed: {NAME!r}, "
+                "as the system set it"
+            )
         latent = inputs_embeds is not None
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
         watching = [observer(call, latent) for observer in self.observers]
@@ -205,9 +214,10 @@ class AgentModel(nn.Module):
         transformers takes those of the longest row of a forward for all of it, and "dynamic" ones also of what it has
         seen before.
         """
-        if self._changes is None:
-            return
-        kind, limit = self._changes
+        for kind, limit in self._changes:
+            self._check_limit(call, kind, limit)
+
+    def _check_limit(self, call: Call, kind: str, limit: int) -> None:
         positions = call.position_ids[0].tolist()
         if max(positions) < limit:
             return

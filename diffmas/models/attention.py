@@ -8,8 +8,9 @@ down to the attention function, through PEFT and through its own (non-reentrant)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -48,12 +49,26 @@ def trace_attention(
     layer, dtype = trace_layers[cast(int, module.layer_idx)], trace_call.storage.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
-    q, k = (_fit(x, layer) for x in (q, k))
+    q, k = (_fit(x, layer) for x in (_by_position(q, module, trace_call), k))
     out = cached_attention(
         q, k, v, trace_call, layer=layer.slot, softmax_scale=scale, window=layer.window, chunk=layer.chunk,
         softcap=softcap, sinks=s_aux,
     )  # fmt: skip
     return out.unsqueeze(0), None
+
+
+def _by_position(q: Tensor, module: nn.Module, call: Call) -> Tensor:
+    """Llama 4's queries without rotation, which it scales by their place in a forward, scaled by their position."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return q
+    attention = cast(Any, module)
+    places = torch.arange(len(q), device=q.device)
+    # In float32, as the model does it.
+    used, right = (
+        torch.log1p(torch.floor((at.float() + 1.0) / attention.floor_scale)) * attention.attn_scale + 1.0
+        for at in (places, call.position_ids[0])
+    )
+    return q if torch.equal(used, right) else q * (right.double() / used.double()).to(q.dtype)[:, None, None]
 
 
 def _fit(x: Tensor, layer: LayerGeometry) -> Tensor:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from diffmas.models.geometry import LayerGeometry
-from diffmas.models.in_place import put_in_front
+from diffmas.models.in_place import put_in_front, replaced_by_others
 from diffmas.models.layer_parts import GATES, LAYERS
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
@@ -161,8 +161,11 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
     linears = [getattr(*place) for place in places[len(norms) :]]
     places += [(self, "self_attn"), (self, "mlp"), (mlp, "act_fn")]
-    inside = (attention, mlp, mlp.act_fn, *norms, *linears)
-    if any(hooked(m) for m in inside):
+    inside = (attention, mlp, mlp.act_fn, *linears, *norms)
+    run = inside[: -len(norms)]  # norms are the operation's own, in its precision
+    if any(hooked(m) for m in inside) or any(replaced_by_others(m) for m in run):
+        return None
+    if not all("weight" in n._parameters for n in norms):  # computed anew in every forward
         return None
     epsilon = getattr(norms[0], parts.epsilon)
     read = [lora_parts(linear, dtype) for linear in linears]
@@ -170,6 +173,7 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     if gate is None or None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
         return None
     entries = [(holder._modules, name) for holder, name in places]
+    entries += [(vars(m), "forward") for m in run]
     entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), parts.epsilon))]
     numbers = ((attention, parts.rotates), (attention, parts.softcap), (self, parts.residual_scale))
     entries += [(vars(holder), name) for holder, name in numbers if name]

@@ -35,6 +35,20 @@ def input_vectors(model: PreTrainedModel) -> tuple[Tensor, float]:
     return (vectors if factor == 1 else vectors * factor), factor
 
 
+def initial(module: nn.Module) -> Any:
+    """What an embedding or a head was before an adapter trained a copy of it (`modules_to_save`)."""
+    return getattr(module, "original_module", module)
+
+
+@torch.no_grad()
+def initial_vectors(model: PreTrainedModel, vectors: Tensor, factor: float) -> Tensor:
+    """:func:`input_vectors`, which are `vectors` and `factor`, of the embedding before a copy of it was trained."""
+    embedding: Any = model.get_input_embeddings()
+    if (original := initial(embedding)) is embedding:
+        return vectors
+    return original(torch.arange(original.weight.shape[0], device=original.weight.device)) * factor
+
+
 def proportional(vectors: Tensor, weight: Tensor) -> bool:
     """Whether `vectors` are `weight` times a number, up to rounding; both `[vocab, hidden]`."""
     some, others = vectors[: 8 * _TOKENS].double(), weight.detach()[: 8 * _TOKENS].double()

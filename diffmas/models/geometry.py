@@ -304,14 +304,18 @@ def _candidates(model: PreTrainedModel, config) -> Iterator[_Candidate]:
 def _frequencies(model: PreTrainedModel, config) -> Iterator[tuple[Tensor, str]]:
     """Frequencies and their rope type: buffers of rotary modules, and what the configuration says of those without."""
     found: list[Tensor] = []
+    kinds_of: list[str] = []
     for module in decoder_of(model).modules():
         for name, buffer in module.named_buffers(recurse=False):
             if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1:
                 continue
             kinds = getattr(module, "rope_type", "default")
             kind = kinds.get(name.removesuffix("_inv_freq"), "default") if isinstance(kinds, dict) else kinds
-            if not any(f.shape == buffer.shape and torch.equal(f, buffer) for f in found):
+            # Frequencies that change later may begin as others stay.
+            alike = zip(found, kinds_of, strict=True)
+            if not any(f.shape == buffer.shape and torch.equal(f, buffer) and k == kind for f, k in alike):
                 found.append(buffer.detach().clone())
+                kinds_of.append(kind)
                 yield found[-1], kind
     rope = getattr(config, "rope_parameters", None) or {}
     thetas = {p.get("rope_theta") for p in _rope_parameters(rope)} | {configured(config, "rope_theta"), 10000.0}
@@ -331,7 +335,10 @@ def _turn(one: _Sighting, other: _Sighting, apart: int, candidates: Sequence[_Ca
     before, after = (s.key[0].transpose(0, 1).double() for s in (one, other))
     placed = [replace(c, offset=offset) for c in candidates for offset in _offsets(c, before.shape[-1])]
     errors = [_error(c, before, after, apart) for c in placed]
-    best = min(range(len(placed)), key=errors.__getitem__)
+    least = min(errors)
+    # Where two explain it alike, the layer may have either: that which changes is the careful answer.
+    alike = [i for i, error in enumerate(errors) if error == least] or [0]
+    best = next((i for i in alike if placed[i].limit is not None), alike[0])
     tolerance = 1e-3 if one.key.dtype in (torch.float32, torch.float64) else 30 * torch.finfo(one.key.dtype).eps
     if not errors[best] <= tolerance:
         return {"immovable": f"no rotation explains how keys change with their positions (error {errors[best]:.1g})"}

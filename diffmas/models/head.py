@@ -52,7 +52,13 @@ def head_of(model: PreTrainedModel) -> Head:
     width = model.config.get_text_config(decoder=True).hidden_size
     directions = torch.randn(len(_PEAKS), width, generator=torch.Generator().manual_seed(0))
     directions = directions.to(model.device, model.dtype)
-    highest = linear(directions).abs().amax(-1, keepdim=True).clamp_min(torch.finfo(model.dtype).tiny)
+    try:
+        logits = linear(directions)
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"model {type(model).__name__} has a head that does not take its hidden states, of size {width}: {error}"
+        ) from error
+    highest = logits.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(model.dtype).tiny)
     hidden = directions * (highest.new_tensor(_PEAKS)[:, None] / highest).to(directions.dtype)
     own = _own_logits(model, hidden)
     for scale, cap in _described(model):

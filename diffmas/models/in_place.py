@@ -32,6 +32,14 @@ def _pickled(kind: _InFront) -> tuple[Callable[..., Any], tuple[type, ...]]:
 copyreg.pickle(_InFront, _pickled)
 
 
+def replaced_by_others(module: nn.Module) -> bool:
+    """Whether the module's forward was replaced, and not by :func:`replace_forward`."""
+    forward = vars(module).get("forward")
+    return forward is not None and not (
+        isinstance(forward, functools.partial) and forward.func.__module__.startswith("diffmas.")
+    )
+
+
 def replace_forward(module: nn.Module, function: Callable[..., Any], **options: Any) -> None:
     """Run `function(module, …)` as the module's forward, for good; pickling finds `function` by its name."""
     # A bound method would be pickled as an attribute of `module`, which it is none of.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.in_place import replace_forward
+from diffmas.models.in_place import replace_forward, replaced_by_others
 from diffmas_ops import few_rows_matmul
 
 
@@ -30,7 +30,7 @@ def fuse_lora(model: nn.Module) -> None:
     other mixtures of dtypes, a float32 base under autocast. Parameters and checkpoints stay PEFT's own.
     """
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear:
+        if type(module) is Linear and type(module.base_layer) is nn.Linear and not replaced_by_others(module):
             replace_forward(module, _forward)
 
 
@@ -42,6 +42,20 @@ def check_lora(model: nn.Module) -> None:
                 f"LoRA is on {name}, a {type(module.base_layer).__name__}, whose forward is not that of a linear "
                 "layer; allowed: other target_modules, or exclude_modules with it"
             )
+
+
+def check_peft(model: nn.Module) -> None:
+    """Raise `UnsupportedModelError` for adapters of PEFT that act outside the layers of a model."""
+    for name, config in getattr(model, "peft_config", {}).items():
+        if config.is_prompt_learning:
+            what = f"a {type(config).__name__}, which puts learned tokens or keys in front of prompts"
+        elif getattr(config, "alora_invocation_tokens", None):
+            what = "an activated LoRA (alora_invocation_tokens), which begins at a token of the prompt"
+        else:
+            continue
+        raise UnsupportedModelError(
+            f"adapter {name!r} is {what}; allowed: adapters inside the model's layers, such as LoRA"
+        )
 
 
 def more_than_linear(module: nn.Module) -> bool:
@@ -80,7 +94,7 @@ def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
     allowed = (dtype, torch.promote_types(dtype, torch.float32))
     if type(module.lora_dropout[name]) is not nn.Identity or b.bias is not None or a.weight.dtype not in allowed:
         return None
-    if hooked(a) or hooked(b):
+    if any(hooked(x) or "forward" in vars(x) or "weight" not in x._parameters for x in (a, b)):
         return None
     return LoraParts(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
 
@@ -100,6 +114,8 @@ def lora_places(module: nn.Module) -> tuple[list[tuple[dict, str]], list[Collect
         entries += [*((holder._modules, name) for holder in modules), (module.lora_variant, name)]
         entries += [
             (module.scaling, name),
+            (vars(a), "forward"),
+            (vars(b), "forward"),
             (a._parameters, "weight"),
             (b._parameters, "weight"),
             (b._parameters, "bias"),

@@ -1,0 +1,143 @@
+"""What is done to a model after a system was made on it, or to it before, is served or refused, never ignored."""
+
+import pytest
+import torch
+from compare import error, gradients
+from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from tiny_models import arguments, causal_lm, clone, ragged, with_lora
+from torch.nn.utils import parametrize
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Llama4ForCausalLM, Llama4TextConfig
+
+from diffmas.agents.topology import TOPOLOGIES, load_topology
+from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.pretrained import load_base
+from diffmas.system import MultiAgentSystem
+
+SIZES = dict(
+    vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8,
+)  # fmt: skip
+
+
+def relay(model, **options):
+    return MultiAgentSystem(model, load_topology("relay", "latent"), latent_steps=2, **options)
+
+
+def rows(count=3, longest=29):
+    return ragged(["sender", "solver"], count, longest=longest)
+
+
+def logits(system, prompts, answers):
+    with torch.no_grad():
+        return system(*arguments(prompts, answers)).logits
+
+
+def test_queries_are_scaled_by_position_and_not_by_place():
+    """Llama 4 counts from the first token of a forward, which a packed call of many rows has only one of."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        **SIZES, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=24, no_rope_layers=[1, 0],
+        attention_chunk_size=64, max_position_embeddings=128, floor_scale=9, attn_scale=0.5,
+    )  # fmt: skip
+    system = MultiAgentSystem(Llama4ForCausalLM(config).double(), TOPOLOGIES["relay"], latent_steps=2)
+    prompts, answers = rows()
+    together = logits(system, prompts, answers).split([len(a) for a in answers])
+    for b, row in enumerate(together):
+        alone = logits(system, {n: [p[b]] for n, p in prompts.items()}, [answers[b]])
+        # Its norms compute in float32.
+        assert error(row, alone) <= 1e-6
+
+
+@pytest.mark.parametrize("changing", ["full_attention", "sliding_attention"])
+def test_frequencies_that_begin_alike_are_told_apart(changing):
+    kinds = {
+        name: dict(rope_type="dynamic", rope_theta=1e4, factor=4.0) if name == changing
+        else dict(rope_type="default", rope_theta=1e4)
+        for name in ("full_attention", "sliding_attention")
+    }  # fmt: skip
+    config = Gemma3TextConfig(
+        **SIZES, sliding_window=64, max_position_embeddings=8, rope_parameters=kinds,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    system = MultiAgentSystem(Gemma3ForCausalLM(config).double(), load_topology("relay", "full"), latent_steps=2)
+    with pytest.raises(UnsupportedModelError, match="beyond position 8, where frequencies of rope_type 'dynamic'"):
+        logits(system, *rows())
+
+
+@pytest.mark.parametrize(
+    "config, what",
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "a PromptTuningConfig, which puts learned"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "a PrefixTuningConfig, which puts learned"),
+        (CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[1, 2], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1]),
+         "a CPTConfig, which puts learned"),
+        (LoraConfig(r=2, target_modules="all-linear", alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
+         "an activated LoRA"),
+    ],
+)  # fmt: skip
+def test_adapters_outside_the_layers_are_refused(config, what):
+    model = get_peft_model(causal_lm("qwen3", dtype=torch.float32), config)
+    with pytest.raises(UnsupportedModelError, match=f"adapter 'default' is {what}"):
+        relay(model)
+
+
+@pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="+".join)
+@pytest.mark.parametrize("alignment", ["identity", "ridge"])
+def test_a_run_with_trained_embeddings_is_loaded_as_it_was(saved, alignment, tmp_path):
+    base, tokenizer = load_base(None)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, task_type="CAUSAL_LM")
+    system = relay(base, tokenizer=tokenizer, alignment=alignment, peft_config=lora).eval()
+    torch.manual_seed(0)
+    for name, parameter in system.named_parameters():
+        if "modules_to_save" in name and parameter.requires_grad:  # stands for training
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    before = logits(system, *rows())
+    system.save_pretrained(tmp_path / "run")
+    assert torch.equal(logits(MultiAgentSystem.from_pretrained(tmp_path / "run"), *rows()), before)
+
+
+@pytest.mark.parametrize("place", ["mlp", "self_attn", "mlp.up_proj", "mlp.up_proj.lora_A.default"])
+def test_a_forward_that_was_replaced_runs(place):
+    system = relay(clone(with_lora(causal_lm("qwen3"))))
+    plain = logits(system, *rows())
+    for layer in system.agent_model.language_model.model.layers:
+        module = layer.get_submodule(place)
+        before = module.forward
+        module.forward = lambda *a, before=before, **k: _halved(before(*a, **k))
+    found = logits(system, *rows())
+    reference = logits(relay(system.agent_model.model, backend="reference"), *rows())
+    assert error(found, plain) > 1e-3 and error(found, reference) <= 1e-10
+
+
+def _halved(result):
+    return (result[0] / 2, *result[1:]) if isinstance(result, tuple) else result / 2
+
+
+class _Tripled(torch.nn.Module):
+    def forward(self, weight):
+        return 3 * weight
+
+
+@pytest.mark.parametrize("place", ["input_layernorm", "self_attn.q_norm", "mlp.up_proj.lora_A.default"])
+def test_a_weight_that_is_computed_is_computed_anew(place):
+    system = relay(clone(with_lora(causal_lm("qwen3"))))
+    for layer in system.agent_model.language_model.model.layers:
+        parametrize.register_parametrization(layer.get_submodule(place), "weight", _Tripled())
+    before = logits(system, *rows())
+    for layer in system.agent_model.language_model.model.layers:
+        layer.get_submodule(place).parametrizations.weight.original.data.mul_(-2)
+    found = logits(system, *rows())
+    assert error(found, before) > 1e-3
+    assert error(found, logits(relay(system.agent_model.model, backend="reference"), *rows())) <= 1e-10
+    system.zero_grad()
+    for _ in range(2):
+        system(*arguments(*rows())).loss.backward()
+    assert gradients(system)
+
+
+def test_another_attention_implementation_is_refused():
+    system = relay(causal_lm("qwen3"))
+    system.agent_model.language_model.set_attn_implementation("eager")
+    with pytest.raises(UnsupportedModelError, match="attention implementation is 'eager' now, which reads no trace"):
+        logits(system, *rows())
