@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.in_place import replace_forward, replaced_by_others
@@ -34,8 +37,14 @@ def fuse_lora(model: nn.Module) -> None:
             replace_forward(module, _forward)
 
 
-def check_lora(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for LoRA on a layer that PEFT takes for a linear one, and that is more."""
+def check_lora(model: PreTrainedModel) -> None:
+    """Raise `UnsupportedModelError` for an adapter on the input embedding, or LoRA on a layer more than linear."""
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, (BaseTunerLayer, TrainableTokensWrapper)):
+        raise UnsupportedModelError(
+            f"an adapter is on the input embedding ({type(embedding).__name__}), and a latent step has no token; "
+            "allowed: other target_modules, or modules_to_save with the embedding"
+        )
     for name, module in model.named_modules():
         if type(module) is Linear and more_than_linear(module.base_layer):
             raise UnsupportedModelError(

@@ -82,6 +82,16 @@ def test_adapters_outside_the_layers_are_refused(config, what):
         relay(model)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(target_modules=["q_proj", "embed_tokens"]), dict(target_modules=["q_proj"], trainable_token_indices=[1])],
+)
+def test_an_adapter_on_the_input_embedding_is_refused(options):
+    model = get_peft_model(causal_lm("qwen3"), LoraConfig(r=2, task_type="CAUSAL_LM", **options))
+    with pytest.raises(UnsupportedModelError, match="an adapter is on the input embedding .*modules_to_save"):
+        relay(model)
+
+
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids="+".join)
 @pytest.mark.parametrize("alignment", ["identity", "ridge"])
 def test_a_run_with_trained_embeddings_is_loaded_as_it_was(saved, alignment, tmp_path):
