@@ -161,19 +161,22 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
     linears = [getattr(*place) for place in places[len(norms) :]]
     places += [(self, "self_attn"), (self, "mlp"), (mlp, "act_fn")]
-    inside = (attention, mlp, mlp.act_fn, *linears, *norms)
-    run = inside[: -len(norms)]  # norms are the operation's own, in its precision
-    if any(hooked(m) for m in inside) or any(replaced_by_others(m) for m in run):
+    modules = (attention, mlp, mlp.act_fn, *linears)
+    inside = (*modules, *norms)
+    if any(hooked(m) for m in inside) or any(replaced_by_others(m) for m in modules):
         return None
     if not all("weight" in n._parameters for n in norms):  # computed anew in every forward
         return None
     epsilon = getattr(norms[0], parts.epsilon)
+    # Whoever replaced a norm's forward may have replaced it by the same in another precision.
+    if not all(_is_norm(n, epsilon, parts.norm_offset) for n in norms if replaced_by_others(n)):
+        return None
     read = [lora_parts(linear, dtype) for linear in linears]
     gate = GATES.get(type(mlp.act_fn).__name__)
     if gate is None or None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
         return None
     entries = [(holder._modules, name) for holder, name in places]
-    entries += [(vars(m), "forward") for m in run]
+    entries += [(vars(m), "forward") for m in inside]
     entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), parts.epsilon))]
     numbers = ((attention, parts.rotates), (attention, parts.softcap), (self, parts.residual_scale))
     entries += [(vars(holder), name) for holder, name in numbers if name]
@@ -201,6 +204,17 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     own = [*weights, *(p.weight for p in read), *(p.bias for p in read if p.bias is not None)]
     turned = parts.rotates is None or bool(rotates)
     return _Operands(parameters, adapters, turned, softcap, own, [(d, key, d.get(key)) for d, key in entries], empty)
+
+
+@torch.no_grad()
+def _is_norm(module: Any, epsilon: float, offset: float) -> bool:
+    """Whether its forward is an RMS norm's, up to rounding, on rows of several sizes."""
+    weight = module.weight
+    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * weight.new_ones(
+        3, 1
+    ).cumsum(0)
+    expected = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (offset + weight)
+    return bool((module(x) - expected).norm() <= 1e-3 * expected.norm())
 
 
 def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def test_a_run_with_trained_embeddings_is_loaded_as_it_was(saved, alignment, tmp
     assert torch.equal(logits(MultiAgentSystem.from_pretrained(tmp_path / "run"), *rows()), before)
 
 
-@pytest.mark.parametrize("place", ["mlp", "self_attn", "mlp.up_proj", "mlp.up_proj.lora_A.default"])
+@pytest.mark.parametrize("place", ["mlp", "self_attn", "input_layernorm", "mlp.up_proj", "mlp.up_proj.lora_A.default"])
 def test_a_forward_that_was_replaced_runs(place):
     system = relay(clone(with_lora(causal_lm("qwen3"))))
     plain = logits(system, *rows())
