@@ -68,7 +68,8 @@ def _by_position(q: Tensor, module: nn.Module, call: Call) -> Tensor:
         torch.log1p(torch.floor((at.float() + 1.0) / attention.floor_scale)) * attention.attn_scale + 1.0
         for at in (places, call.position_ids[0])
     )
-    return q if torch.equal(used, right) else q * (right.double() / used.double()).to(q.dtype)[:, None, None]
+    # No comparison: it would wait for a device. Where both are the same, this is a product with 1.
+    return q * (right.double() / used.double()).to(q.dtype)[:, None, None]
 
 
 def _fit(x: Tensor, layer: LayerGeometry) -> Tensor:

@@ -210,9 +210,8 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
 def _is_norm(module: Any, epsilon: float, offset: float) -> bool:
     """Whether its forward is an RMS norm's, up to rounding, on rows of several sizes."""
     weight = module.weight
-    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * weight.new_ones(
-        3, 1
-    ).cumsum(0)
+    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    x = x * torch.arange(1, 4).to(weight)[:, None]
     expected = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (offset + weight)
     return bool((module(x) - expected).norm() <= 1e-3 * expected.norm())
 
