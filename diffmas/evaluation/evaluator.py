@@ -12,6 +12,7 @@ from diffmas.agents.thinking import switched
 from diffmas.agents.topology import alone
 from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
 from diffmas.evaluation.methods.base import TraceChannel
+from diffmas.evaluation.methods.text import TextChannel, last_alone
 from diffmas.evaluation.records import Record
 from diffmas.generation import Decoding
 from diffmas.support.distributed import gathered, is_sharded, process, processes, root_unsharded
@@ -32,9 +33,17 @@ MODES = {
     "single_thinking": "one agent without the adapter, thinking",
     "single_no_thinking": "one agent without the adapter, not thinking",
 }
-LABELS = VARIANTS | MODES
+#: The same agents with texts in place of a trace, where an evaluation is asked for them.
+TEXT = {"text": "agents talking in text, without the adapter"}
+LABELS = VARIANTS | TEXT | MODES
 #: What records of the trained system call its method.
 TRAINED = "trained"
+
+
+def check_message_tokens(value: int | None) -> None:
+    """Raise `ValueError` unless it is None or a positive number of tokens."""
+    if value is not None and value < 1:
+        raise ValueError(f"max_message_tokens is {value}; allowed: integers ≥ 1")
 
 
 def variant_of(record: Record) -> str:
@@ -50,6 +59,7 @@ class Evaluator:
 
     Args:
         batch_size: rows decoded together; at least 2, since a mismatched trace is another row's.
+        max_message_tokens: longest text of an agent before the last; default: as long as an answer may be.
     """
 
     def __init__(
@@ -60,13 +70,17 @@ class Evaluator:
         decoding: Decoding,
         *,
         batch_size: int = 8,
+        max_message_tokens: int | None = None,
     ):
         if batch_size < 2:
             raise ValueError(f"batch_size is {batch_size}; allowed: integers ≥ 2 (a mismatched trace is another row's)")
+        check_message_tokens(max_message_tokens)
         if len(task.eval) == 0:
             raise ValueError("the evaluation set is empty; allowed: at least one item")
         self.system, self.tokenizer, self.task = system, tokenizer, task
         self.decoding, self.batch_size = decoding, batch_size
+        longest = decoding.max_new_tokens if max_message_tokens is None else max_message_tokens
+        self._messages = replace(decoding, max_new_tokens=longest)
 
     def run(self, variant: str, items: Sequence[Item], advance: Callable[[int], None] = lambda n: None) -> list[Record]:
         """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
@@ -79,6 +93,8 @@ class Evaluator:
                 system = _on_same_model(system, topology=one)
             elif variant == "single":
                 system = _on_same_model(system, topology=alone(system.topology))
+            elif variant in TEXT:
+                system = _on_same_model(system, topology=last_alone(system.topology))
             elif variant == "training_free":
                 system = _on_same_model(system, **asdict(system.agent_model.alignment.options.untrained))
             with evaluating(system, adapter=variant in CONTROLS):
@@ -86,7 +102,10 @@ class Evaluator:
 
     def _share(self, system, variant, items, advance) -> list[Record]:
         method, control = (TRAINED, variant) if variant in CONTROLS else (variant, "matched")
-        task, channel = replace(self.task, eval=items), TraceChannel(system, self.task, self.tokenizer)
+        task, parts = replace(self.task, eval=items), (system, self.task, self.tokenizer)
+        channel = TraceChannel(*parts)
+        if variant in TEXT:
+            channel = TextChannel(*parts, self.system.topology, self._messages)
         first, step = (0, 1) if is_sharded(self.system) else (process(), processes())
         records: list[Record] = []
         all_batches = list(batches(len(items), self.batch_size))

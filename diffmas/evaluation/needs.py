@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.thinking import own_options, switch, thinks
 from diffmas.agents.topology import Topology, alone
-from diffmas.evaluation.evaluator import VARIANTS
+from diffmas.evaluation.evaluator import LABELS, TEXT
 from diffmas.evaluation.methods.base import Method
 from diffmas.evaluation.methods.text import TextChannel
 from diffmas.prompts import Prompts
@@ -43,7 +43,7 @@ def roles_of(topology: Topology) -> list[str]:
 
 
 def variants_left_out(task: Task, topology: Topology) -> dict[str, str]:
-    """Variants of an evaluation (:data:`~diffmas.evaluation.evaluator.VARIANTS`) that would say nothing, and why.
+    """Variants of an evaluation (:data:`~diffmas.evaluation.evaluator.LABELS`) that would say nothing, and why.
 
     Raises:
         ValueError: an item that the prompt of the one agent it is compared with cannot take.
@@ -51,6 +51,7 @@ def variants_left_out(task: Task, topology: Topology) -> dict[str, str]:
     reasons = {}
     if len(topology.agents) == 1:
         reasons = dict.fromkeys(("mismatched", "zero", "noise", "training_free"), "an agent alone receives no trace")
+        reasons |= dict.fromkeys(TEXT, "an agent alone receives no text")
     elif not several(task.eval):
         reasons["mismatched"] = ONE_ITEM
     roles = roles_of(alone(topology))
@@ -80,7 +81,7 @@ def several(items: Sequence[Item]) -> bool:
 def print_left_out(left_out: Mapping[str, str]) -> None:
     """What an evaluation will leave out, a line each."""
     for variant, reason in left_out.items():
-        print(f"not evaluated: {VARIANTS[variant]} ({reason})", flush=True)
+        print(f"not evaluated: {LABELS[variant]} ({reason})", flush=True)
 
 
 def method_left_out(method: Method, task: Task, topology: Topology) -> str | None:

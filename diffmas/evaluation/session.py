@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from diffmas.agents.thinking import switched
-from diffmas.evaluation.evaluator import LABELS, MODES, VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.evaluator import LABELS, MODES, TEXT, VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
 from diffmas.evaluation.report import (
     accuracy_fields,
@@ -46,7 +46,7 @@ def evaluate(args: EvalArguments) -> int:
     """
     args.check_used()
     started = time.perf_counter()
-    variants = _asked(args.variants)
+    variants = _asked(args)
     # Under torchrun, this joins the other processes.
     device = join()
     folder = Path(args.output_dir or Path(args.run, "eval"))
@@ -70,7 +70,14 @@ def evaluate(args: EvalArguments) -> int:
     task.ready()
     if args.eval_size is None and run.data.get("eval", same := fingerprint(task.eval)) != same and process() == 0:
         print(f"the held-out items are not those of {args.run}'s own evaluation")
-    evaluator = Evaluator(run.system, run.tokenizer, task, decoding, batch_size=args.batch_size)
+    evaluator = Evaluator(
+        run.system,
+        run.tokenizer,
+        task,
+        decoding,
+        batch_size=args.batch_size,
+        max_message_tokens=args.max_message_tokens,
+    )
     first = process() == 0
     if first:
         print_date(run.tokenizer, task_args.date)
@@ -105,10 +112,18 @@ def evaluate(args: EvalArguments) -> int:
     return 0
 
 
-def _asked(variants: str | None) -> Sequence[str]:
-    asked = [v.strip() for v in variants.split(",")] if variants else list(VARIANTS)
+def _asked(args: EvalArguments) -> Sequence[str]:
+    texts = args.max_message_tokens is not None
+    if args.variants is None:
+        return [*VARIANTS, *(TEXT if texts else ())]
+    asked = [v.strip() for v in args.variants.split(",")]
     if unknown := [v for v in asked if v not in LABELS]:
         raise ValueError(f"variants has {unknown}; allowed: {', '.join(LABELS)}")
+    if texts and not any(v in TEXT for v in asked):
+        raise ValueError(
+            f"max_message_tokens is {args.max_message_tokens} with variants {args.variants!r}, of which none talks in "
+            f"text; allowed: with {', '.join(TEXT)} among them"
+        )
     return asked
 
 

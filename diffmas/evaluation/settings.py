@@ -10,7 +10,7 @@ from diffmas.evaluation.methods import METHODS, MODES
 
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
-WITH_METHODS = ("tasks", "seeds", "controls", "samples", "max_message_tokens", "task_config")
+WITH_METHODS = ("tasks", "seeds", "controls", "samples", "task_config")
 
 
 @dataclass
@@ -55,7 +55,10 @@ class EvalArguments:
     controls: str = field(default=",".join(CONTROLS), metadata={"help": f"Any of {', '.join(CONTROLS)}."})
     samples: int = field(default=1, metadata={"help": "Answers an item, when comparing methods."})
     max_message_tokens: int | None = field(
-        default=None, metadata={"help": "Longest text between agents; default: max_new_tokens."}
+        default=None,
+        metadata={
+            "help": "Longest text between agents, who are then evaluated talking in text too; default: max_new_tokens."
+        },
     )
     task_config: str | None = field(
         default=None, metadata={"help": "YAML file {task: {flag: value}} of what differs between tasks."}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from diffmas.agents.collator import Collator
 from diffmas.agents.thinking import budget
 from diffmas.agents.topology import Topology, load_topology
-from diffmas.evaluation.evaluator import VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.evaluator import TEXT, VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
 from diffmas.evaluation.report import (
@@ -120,7 +120,10 @@ def train(
         fitted["fit"] = asdict(adapt(system, args, lengths, checkpointing=system_args.checkpointing))
         print_fit(args, fitted["fit"])
         check_batches(args, len(task.train))
-    evaluator = Evaluator(system, tokenizer, task, decoding, batch_size=args.per_device_eval_batch_size)
+    evaluator = Evaluator(
+        system, tokenizer, task, decoding,
+        batch_size=args.per_device_eval_batch_size, max_message_tokens=args.max_message_tokens,
+    )  # fmt: skip
     with contextlib.ExitStack() as held:
         args.output_dir, checkpoint, description = decided_by_first(lambda: _open_folder(args, task, description, held))
         trainer = _run(system, task, evaluator, collate, lengths, args, checkpoint)
@@ -198,6 +201,8 @@ def _load_task(
     check_batches(args, len(task.train))
     check_prompts(task, roles_of(topology), training=True)
     left_out = {} if args.disable_final_eval else variants_left_out(task, topology)
+    if args.max_message_tokens is None:
+        left_out = {variant: why for variant, why in left_out.items() if variant not in TEXT}
     if process() == 0:
         print_left_out(left_out)
     if _evaluates(args):
@@ -275,7 +280,8 @@ def _final_evaluation(
 ) -> dict[str, Any]:
     """What the summary says of every variant; the records are in the folder."""
     first = process() == 0
-    variants = [variant for variant in VARIANTS if variant not in left_out]
+    asked = VARIANTS if args.max_message_tokens is None else VARIANTS | TEXT
+    variants = [variant for variant in asked if variant not in left_out]
     variants += other_modes(evaluator.task, topology, evaluator.tokenizer)
     accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
     if first:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
 
+from diffmas.evaluation.evaluator import check_message_tokens
 from diffmas.support.launch import check_processes, settle_processes
 from diffmas.training.rules import settle, settle_updates
 
@@ -50,10 +51,17 @@ class TrainArguments(TrainingArguments):
     disable_final_eval: bool = field(
         default=False, metadata={"help": "Stop after training, without the evaluation of all variants."}
     )
+    max_message_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluate agents that talk in text too, without the adapter, in messages of at most so many tokens."
+        },
+    )
 
     def __post_init__(self):
         #: As they were given, for a run that goes on later.
         self.given = {f.name: getattr(self, f.name) for f in fields(self)}
+        check_message_tokens(self.max_message_tokens)
         chosen = self.output_dir
         settle(self)
         settle_processes(self)
