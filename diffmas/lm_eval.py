@@ -39,6 +39,9 @@ except ImportError as error:
         "diffmas.lm_eval needs lm-evaluation-harness, which is not installed; install diffmas[lm-eval]"
     ) from error
 
+#: Handed over by the harness where it is told nothing.
+_HARNESS_DEFAULT = "cuda:0"
+
 
 class HarnessModel(LM):
     """Answers the harness's requests with a run's system.
@@ -53,6 +56,7 @@ class HarnessModel(LM):
         think_end_token: what ends the reasoning of a model that writes some; only what follows is its answer.
         chat_template_args: what the chat template is told, beside or instead of what the run tells it.
         adapter: False for the untrained system.
+        device: default: a GPU if there is one. The harness's own default, cuda:0, is the CPU where there is none.
 
     Raises:
         FileNotFoundError: a folder that holds no finished run. ValueError: an argument outside its range.
@@ -76,7 +80,7 @@ class HarnessModel(LM):
             raise ValueError(f"batch_size is {batch_size!r}; allowed: integers ≥ 1")
         loaded = load_run(run)
         self.system, self.tokenizer = loaded.system, loaded.tokenizer
-        self.system.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.system.to(_device(device))
         own = as_asked(
             Prompts.load(prompts or loaded.task.prompts or "reasoning"), replace(loaded.task, max_prompt_tokens=None)
         )
@@ -220,6 +224,11 @@ class HarnessModel(LM):
         greedy = logits.argmax(-1) == answer_ids
         parts = zip(chosen.split(answer_lengths), greedy.split(answer_lengths), strict=True)
         return [(float(c.sum()), bool(g.all())) for c, g in parts]
+
+
+def _device(asked: str | None) -> str:
+    there = torch.cuda.is_available()
+    return asked or "cuda" if there else "cpu" if asked in (None, _HARNESS_DEFAULT) else asked
 
 
 def main() -> int:

@@ -201,6 +201,11 @@ def test_a_batch_size_is_a_number(build, size):
         build(batch_size=size)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
+def test_the_harness_s_default_device_is_the_cpu_where_there_is_no_gpu(build):
+    assert build(device="cuda:0").system.agent_model.device.type == "cpu"
+
+
 def test_the_harness_s_own_command_line(team_flags, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     given = [*team_flags(model=None, max_steps=2), f"--output_dir={tmp_path / 'run'}", "--disable_final_eval=true"]
@@ -224,7 +229,8 @@ def test_the_harness_s_own_command_line(team_flags, tmp_path):
 
 
 def test_without_the_harness_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    sys.modules.pop("diffmas.lm_eval", None)
+    for name in ("lm_eval", "lm_eval.api.model", "lm_eval.api.registry"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "diffmas.lm_eval", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"install diffmas\[lm-eval\]"):
         import diffmas.lm_eval  # noqa: F401

@@ -38,6 +38,8 @@ from diffmas_ops.cached_attention import reference as attention
 from diffmas_ops.cached_attention import tiles
 from diffmas_ops.cached_attention import triton as attention_triton
 from diffmas_ops.dtypes import accumulation_dtype
+from diffmas_ops.expected_embedding import reference as expected
+from diffmas_ops.expected_embedding import triton as expected_triton
 from diffmas_ops.kv_append import reference as append
 from diffmas_ops.kv_append import triton as append_triton
 from diffmas_ops.kv_concat import reference as concat
@@ -412,6 +414,53 @@ def test_latent_project(rows, size, weighted, dtype):
         for mine, theirs, exact_grad in zip(got, plain_grads, best, strict=True):
             assert mine.dtype == theirs.dtype
             assert_within("gradient", mine, theirs, exact_grad, BACKWARD)
+
+
+@pytest.mark.parametrize(
+    "rows, vocab, depth, width, biased, softcap, dtype",
+    [
+        (0, 5, 16, 16, True, None, torch.float32),
+        (1, 1, 16, 16, False, None, torch.float32),
+        (3, 70, 64, 64, False, None, torch.float16),
+        (2, 513, 77, 130, True, None, torch.float32),
+        # More rows than a block, several parts of the vocabulary, several blocks of a part.
+        (19, 1100, 40, 70, False, 2.5, torch.float32),
+        (17, 900, 70, 40, True, 2.5, torch.float16),
+        (17, 900, 70, 40, True, None, torch.bfloat16),
+    ],
+)
+def test_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype):
+    if dtype not in DTYPES:
+        pytest.skip(f"no {dtype} here")
+    torch.manual_seed(0)
+    hidden, keys, values = (random(*shape, dtype=dtype) for shape in ((rows, depth), (vocab, depth), (vocab, width)))
+    bias, grad_out = torch.randn(vocab).to(hidden) if biased else None, random(rows, width, dtype=dtype)
+    # One token that is far likelier than others, in the middle of a block.
+    keys[vocab // 3] *= 3
+    temperature = torch.tensor([0.7], device=hidden.device)
+    given = (hidden, keys, values, bias, temperature)
+    lifted = [None if x is None else x.double() for x in given]
+    got, plain = (f.expected_embedding(*given, 0.4, softcap) for f in (expected_triton, expected))
+    exact = expected.expected_embedding(*lifted, 0.4, softcap)
+    for name, mine, theirs, best in zip(("out", "lse"), got, plain, exact, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert_within(name, mine, theirs, best, FORWARD)
+    rest = (*plain, 0.4, softcap)
+    got, plain_grads = (f.expected_embedding_backward(grad_out, *given, *rest) for f in (expected_triton, expected))
+    best = expected.expected_embedding_backward(grad_out.double(), *lifted, *exact, 0.4, softcap)
+    # The temperature's is a sum that may cancel: it is measured beside what it is a sum of.
+    terms = float(((grad_out * plain[0]).double().abs().sum(1) * plain[1].double().abs()).sum())
+    for name, mine, theirs, exact_grad, more in zip(
+        ("grad_hidden", "grad_temperature"), got, plain_grads, best, (0.0, terms), strict=True
+    ):
+        assert mine.dtype == theirs.dtype
+        assert_within(name, mine, theirs, exact_grad, BACKWARD, more)
+    for function, arguments in (
+        ("expected_embedding", (*given, 0.4, softcap)),
+        ("expected_embedding_backward", (grad_out, *given, *rest)),
+    ):
+        first, again = (getattr(expected_triton, function)(*arguments) for _ in range(2))
+        assert all(map(same, first, again))
 
 
 @each_dtype

@@ -23,6 +23,9 @@ def test_kernels_compile(arch="90"):
         "_partial_product",
         "_rescale",
         "_rescale_backward",
+        "_attend",
+        "_attend_backward",
+        "_combine",
     )
     kernels += ("forward_kernel", "queries_kernel", "columns_kernel", "token_kernel")
     assert all(f" {kernel} " in done.stdout for kernel in kernels)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffmas_ops import triton_device
 from diffmas_ops.cached_attention import tiles
 from diffmas_ops.cached_attention import triton as attention
+from diffmas_ops.expected_embedding import triton as expected
 from diffmas_ops.kv_append import triton as append
 from diffmas_ops.kv_concat import triton as concat
 from diffmas_ops.latent_project import triton as latent
@@ -51,7 +52,7 @@ class AbsentGpu:
 def pretend(arch: int, report) -> None:
     """Compile instead of launching, for `arch`."""
     driver.set_active(AbsentGpu(arch))
-    for module in (triton_device, tiles, latent):
+    for module in (triton_device, tiles, latent, expected):
         for name, value in (("architecture", arch), ("multiprocessors", 132)):
             if hasattr(module, name):
                 setattr(module, name, lambda device, value=value: value)
@@ -95,6 +96,11 @@ def launch_everything(head_dim: int, dtype: torch.dtype) -> None:
     hidden, weight = torch.empty(16, 2560, dtype=dtype), torch.empty(2560, 2560, dtype=dtype)
     out, norm = latent.latent_project(hidden, weight, 1.0)
     latent.latent_project_backward(hidden, hidden, weight, out, norm, 1.0, True)
+    vocabulary, warm = torch.empty(50000, 2560, dtype=dtype), torch.ones(1)
+    for bias, softcap in ((None, None), (torch.empty(50000, dtype=dtype), 30.0)):
+        given = (hidden, vocabulary, vocabulary, bias, warm)
+        out, lse = expected.expected_embedding(*given, 1.0, softcap)
+        expected.expected_embedding_backward(hidden, *given, out, lse, 1.0, softcap)
 
 
 def main() -> None:
