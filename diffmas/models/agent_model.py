@@ -24,7 +24,7 @@ from diffmas.models.head import Head, head_of
 from diffmas.models.lora import check_lora, check_peft, fuse_lora
 from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
-from diffmas.models.outline import decoder_of
+from diffmas.models.outline import decoder_of, input_embedding
 from diffmas.models.recurrent import continue_states, state_bytes
 from diffmas.models.soft_alignment import SoftAlignment
 from diffmas.models.wrapper import check_unwrapped
@@ -91,7 +91,7 @@ class AgentModel(nn.Module):
             self.alignment = SoftAlignment(base, self.head, vectors, alignment, backend=backend)
         else:
             # Found from what the model began with: a run that is loaded finds the same.
-            embedding, linear = (initial(part) for part in (base.get_input_embeddings(), self.head.linear))
+            embedding, linear = (initial(part) for part in (input_embedding(base), self.head.linear))
             weight, out = embedding.weight, linear.weight
             began = initial_vectors(base, vectors, factor)
             tied = weight.data_ptr() == out.data_ptr() and proportional(began, weight)

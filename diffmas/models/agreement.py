@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from diffmas.models.attention import NAME
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.outline import decoder_of
+from diffmas.models.outline import decoder_of, input_embedding
 from diffmas_ops import KVTrace, UnsupportedError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def check_agreement(model: AgentModel, alone: Tensor | None, factor: float) -> N
         trace = KVTrace.allocate(batch=1, capacity=sum(_CALLS), backend=model.backend, **model.trace_sizes)
         parts = _tokens(base).split(_CALLS)
         first = model.read(trace, [_CALLS[0]], input_ids=parts[0])
-        inputs = model.language_model.get_input_embeddings()(parts[1]) * factor
+        inputs = input_embedding(model.language_model)(parts[1]) * factor
         given = inputs.clone()
         states = torch.cat((first, model.read(trace, [_CALLS[1]], inputs_embeds=inputs)))
     if not torch.equal(inputs, given):
@@ -82,7 +82,7 @@ def check_agreement(model: AgentModel, alone: Tensor | None, factor: float) -> N
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:
-    embedding: Any = model.get_input_embeddings()
+    embedding = input_embedding(model)
     return torch.arange(1, 1 + sum(_CALLS), device=embedding.weight.device) % embedding.num_embeddings
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.outline import decoder_of, first_layer, replaced_forward
+from diffmas.models.outline import decoder_of, first_layer, input_embedding, replaced_forward
 
 #: Tokens that are given to a model as ids and as embeddings.
 _TOKENS = 8
@@ -25,7 +25,7 @@ def input_vectors(model: PreTrainedModel) -> tuple[Tensor, float]:
     Raises:
         UnsupportedModelError: a model whose layers get something else of a token than of its embedding.
     """
-    embedding: Any = model.get_input_embeddings()
+    embedding = input_embedding(model)
     # An adapter's own part is trained: what it adds does not count.
     embedding = getattr(embedding, "base_layer", embedding)
     plain = type(embedding) is nn.Embedding and embedding.max_norm is None
@@ -43,7 +43,7 @@ def initial(module: nn.Module) -> Any:
 @torch.no_grad()
 def initial_vectors(model: PreTrainedModel, vectors: Tensor, factor: float) -> Tensor:
     """:func:`input_vectors`, which are `vectors` and `factor`, of the embedding before a copy of it was trained."""
-    embedding: Any = model.get_input_embeddings()
+    embedding = input_embedding(model)
     if (original := initial(embedding)) is embedding:
         return vectors
     return original(torch.arange(original.weight.shape[0], device=original.weight.device)) * factor

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.keywords import carried, carry_keywords
-from diffmas.models.outline import decoder_of
+from diffmas.models.outline import decoder_of, input_embedding
 from diffmas_ops import Rotary
 from diffmas_ops.kv_concat.reference import rotate
 
@@ -230,7 +230,7 @@ def _other_scales(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _read(model: PreTrainedModel, begin: int) -> list[_Sighting]:
-    embedding: Any = model.get_input_embeddings()
+    embedding = input_embedding(model)
     device = embedding.weight.device
     tokens = torch.arange(1, 1 + _TOKENS, device=device) % embedding.num_embeddings
     positions = torch.arange(begin, begin + _TOKENS, device=device)
@@ -323,7 +323,7 @@ def _frequencies(model: PreTrainedModel, config) -> Iterator[tuple[Tensor, str]]
     dims.add(config.hidden_size // (configured(config, "num_attention_heads") or 1))
     for theta in sorted(filter(None, thetas)):
         for dim in sorted(d for d in dims if d and d % 2 == 0):
-            device = cast(Tensor, model.get_input_embeddings().weight).device
+            device = cast(Tensor, input_embedding(model).weight).device
             inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
             if not any(f.shape == inv_freq.shape and torch.allclose(f.double(), inv_freq) for f in found):
                 found.append(inv_freq)

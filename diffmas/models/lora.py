@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.in_place import replace_forward, replaced_by_others
+from diffmas.models.outline import input_embedding
 from diffmas_ops import few_rows_matmul
 
 
@@ -39,7 +40,7 @@ def fuse_lora(model: nn.Module) -> None:
 
 def check_lora(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for an adapter on the input embedding, or LoRA on a layer more than linear."""
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
     if isinstance(embedding, (BaseTunerLayer, TrainableTokensWrapper)):
         raise UnsupportedModelError(
             f"an adapter is on the input embedding ({type(embedding).__name__}), and a latent step has no token; "

@@ -1,4 +1,4 @@
-"""Looking at a transformers model from outside: its decoder, the first layer, and a forward in another's place."""
+"""Looking at a transformers model from outside: decoder, embedding, first layer; a forward in another's place."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from diffmas.models.errors import UnsupportedModelError
 
 
 @contextlib.contextmanager
@@ -28,6 +30,23 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     """What makes the hidden states that the head takes: not every causal language model names it to transformers."""
     decoder = model.get_decoder()
     return getattr(model, "model", model) if decoder is model else decoder
+
+
+def input_embedding(model: PreTrainedModel) -> Any:
+    """The module that tokens enter `model` through.
+
+    Raises:
+        UnsupportedModelError: a model that names none.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        embedding = None
+    if embedding is None:
+        raise UnsupportedModelError(
+            f"model {type(model).__name__} names no input embedding (get_input_embeddings); latent steps go around it"
+        )
+    return embedding
 
 
 def first_layer(model: PreTrainedModel) -> nn.Module | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,6 +10,7 @@ from diffmas.models.alignment import AlignmentOptions, clipped
 from diffmas.models.embedding import proportional
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import Head
+from diffmas.models.outline import input_embedding
 from diffmas_ops import expected_embedding
 
 
@@ -43,7 +42,7 @@ class SoftAlignment(nn.Module):
             raise UnsupportedModelError(
                 f"model {name} has a head of type {kind}; alignment 'soft' allows: torch.nn.Linear, without an adapter"
             )
-        embedding: Any = model.get_input_embeddings()
+        embedding = input_embedding(model)
         embedding = getattr(embedding, "base_layer", embedding)
         weight, vocab = embedding.weight, head.linear.weight.shape[0]
         if len(vectors) != vocab:

@@ -14,7 +14,7 @@ from transformers import (
 
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import same_logits
-from diffmas.models.outline import decoder_of
+from diffmas.models.outline import decoder_of, input_embedding
 
 #: What loading leaves in a model besides its modules.
 _LOADED = (
@@ -85,7 +85,7 @@ def unwrapped(wrapper: PreTrainedModel) -> PreTrainedModel:
     decoder, head = wrapper.get_decoder(), wrapper.get_output_embeddings()
     if type(decoder) in MODEL_FOR_CAUSAL_LM_MAPPING.values():  # some have a whole language model inside
         decoder = decoder_of(decoder)
-    config.tie_word_embeddings = head.weight is wrapper.get_input_embeddings().weight
+    config.tie_word_embeddings = head.weight is input_embedding(wrapper).weight
     kind = cast(type[PreTrainedModel], MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     with torch.device("meta"):
         model = kind(config)

@@ -55,6 +55,19 @@ def test_an_encoder_decoder_is_refused():
         attach(transformers.BartForConditionalGeneration(config))
 
 
+@pytest.mark.parametrize("found", [NotImplementedError("no such thing"), None])
+def test_a_model_that_names_no_input_embedding(found, monkeypatch):
+    def look(self):
+        if found is None:
+            return None
+        raise found
+
+    model = causal_lm("qwen3")
+    monkeypatch.setattr(type(model), "get_input_embeddings", look)
+    with pytest.raises(UnsupportedModelError, match="model Qwen3ForCausalLM names no input embedding"):
+        MultiAgentSystem(model, TOPOLOGIES["relay"], latent_steps=1)
+
+
 def test_an_attached_model_outside_a_system_says_why_it_stops():
     model = causal_lm("qwen3")
     attach(model)
