@@ -23,7 +23,7 @@ import torch
 from diffmas.agents.collator import pack
 from diffmas.agents.thinking import own_options
 from diffmas.answers import reasoning
-from diffmas.evaluation.answering import evaluating
+from diffmas.evaluation.answering import evaluating, progress_bar
 from diffmas.generation import Decoding
 from diffmas.generation.text import cut
 from diffmas.loading import load_run
@@ -179,9 +179,13 @@ class HarnessModel(LM):
             top_p=float(given.get("top_p") or 1.0),
         )
 
-    def _rows(self, values: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        for begin in range(0, len(values), self.size):
-            yield values[begin : begin + self.size]
+    def _rows(self, requests: Sequence[Any]) -> Iterator[Sequence[Any]]:
+        """Those that run together, with a progress bar."""
+        with progress_bar(show=True) as progress:
+            bar = progress.add_task("requests", total=len(requests))
+            for begin in range(0, len(requests), self.size):
+                yield (batch := requests[begin : begin + self.size])
+                progress.advance(bar, len(batch))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens of both, split where the context's own tokens end; spaces at the seam belong to the continuation."""
