@@ -15,8 +15,8 @@ from torch import nn
 
 from diffmas.agents.topology import Topology
 from diffmas.models.agent_model import AgentModel, Lengths
-from diffmas.models.geometry import configured
 from diffmas.models.outline import decoder_of
+from diffmas.models.rotation import configured
 from diffmas_ops.dtypes import accumulation_dtype
 from diffmas_ops.scores import Scores
 

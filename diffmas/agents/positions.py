@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from diffmas.agents.costs import Lengths, Plan
 from diffmas.agents.trajectory import Trajectory
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.geometry import configured, keys_at
+from diffmas.models.geometry import keys_at
+from diffmas.models.rotation import configured
 
 _logger = logging.getLogger(__name__)
 _TOLD = "_told_about_positions"

@@ -26,12 +26,15 @@ from diffmas.models.loss import AnswerLoss
 from diffmas.models.norm import fuse_norms
 from diffmas.models.outline import decoder_of, input_embedding
 from diffmas.models.recurrent import continue_states, state_bytes
+from diffmas.models.rotation import Change
 from diffmas.models.soft_alignment import SoftAlignment
 from diffmas.models.wrapper import check_unwrapped
 from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
 
 Lengths = Sequence[int]
+#: What a configuration says of masks, which models read in every forward.
+_READ_ONCE = ("sliding_window", "attention_chunk_size", "layer_types")
 #: Told of every call before it runs, and whether it is a latent step; may return what is to be told its hidden states.
 Observer = Callable[[Call, bool], "Callable[[Tensor], None] | None"]
 
@@ -77,6 +80,8 @@ class AgentModel(nn.Module):
         check_lora(base)
         alone = states_alone(base)
         self.layers = attach(base)
+        self._config = base.config.get_text_config(decoder=True)
+        self._read_once = [(name, vars(self._config).get(name)) for name in _READ_ONCE]
         self._changes = list(dict.fromkeys(g.changes for g in self.layers.values() if g.changes))
         self._silenced = silence(base)
         self._head = head_of(base)
@@ -190,6 +195,12 @@ class AgentModel(nn.Module):
                 f"the model's attention implementation is {attends!r} now, which reads no trace; allowed: {NAME!r}, "
                 "as the system set it"
             )
+        for name, value in self._read_once:
+            if (now := vars(self._config).get(name)) is not value and now != value:
+                raise UnsupportedModelError(
+                    f"{name} in the model's configuration is {now!r} now, and was {value!r} when the system was made; "
+                    "allowed: a new system"
+                )
         latent = inputs_embeds is not None
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
         watching = [observer(call, latent) for observer in self.observers]
@@ -214,10 +225,11 @@ class AgentModel(nn.Module):
         transformers takes those of the longest row of a forward for all of it, and "dynamic" ones also of what it has
         seen before.
         """
-        for kind, limit in self._changes:
-            self._check_limit(call, kind, limit)
+        for change in self._changes:
+            self._check_limit(call, change)
 
-    def _check_limit(self, call: Call, kind: str, limit: int) -> None:
+    def _check_limit(self, call: Call, change: Change) -> None:
+        kind, limit, once = change
         positions = call.position_ids[0].tolist()
         if max(positions) < limit:
             return
@@ -225,7 +237,7 @@ class AgentModel(nn.Module):
         found = [(positions[begin], positions[end - 1] + 1) for begin, end in rows if begin < end]
         begins, ends = (sorted(set(column)) for column in zip(*found, strict=True))
         where = f"position {limit}, where frequencies of rope_type {kind!r} change (rows end at {ends})"
-        if kind != "longrope":
+        if not once:
             raise UnsupportedModelError(f"the call has a row beyond {where}; allowed: rows up to it")
         if min(ends) <= limit:
             raise UnsupportedModelError(

@@ -10,80 +10,98 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from diffmas.models.attention import NAME
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.outline import decoder_of, input_embedding
+from diffmas.models.fingerprint import made_of
+from diffmas.models.in_place import own_forwards
+from diffmas.models.outline import attend_with, decoder_of, input_embedding
+from diffmas.models.rotation import position_limits
 from diffmas_ops import KVTrace, UnsupportedError
 
 if TYPE_CHECKING:
     from diffmas.models.agent_model import AgentModel
 
-#: New tokens of two calls that follow each other.
-_CALLS = (4, 2)
-#: Where a model keeps its states until they have agreed.
+#: Tokens of a short row and of a longer one, which must not meet, at most; and how many come in a second call.
+_SHORT, _LONG, _GIVEN = 6, 24, 2
+#: Where a model keeps what it was made of when it was read by its own code; and its states, until they agree.
 _ALONE = "states_alone"
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def states_alone(model: PreTrainedModel) -> Tensor | None:
-    """Hidden states `[tokens, hidden]` of a few tokens, by the model's own code; None where they have agreed already.
+def states_alone(model: PreTrainedModel) -> list[Tensor] | None:
+    """Hidden states `[tokens, hidden]` of a few rows, by the model's own code; None where they have agreed already.
 
-    They stay with the model until they do: its attention is ours then, and another attempt on it is compared as well.
+    They stay with the model until they do, so that another attempt on it is compared with the same.
 
     Raises:
         UnsupportedModelError: a model that cannot read them.
     """
-    if (before := model.config._attn_implementation) == NAME:
-        return vars(model).get(_ALONE)
-    with _looking_on(model), _named(model, "by itself"):
+    made, (before, states) = made_of(model), vars(model).get(_ALONE, (None, None))
+    if made == before:
+        return states
+    attended = model.config._attn_implementation
+    with _looking_on(model), _named(model, "by itself"), own_forwards(model):
         # Other implementations may leave out what they lack: caps, in some versions.
-        model.set_attn_implementation("eager")
+        attend_with(model, "eager")
         try:
-            alone = decoder_of(model)(input_ids=_tokens(model)[None], use_cache=False).last_hidden_state[0]
+            rows = _tokens(model)
+            states = [decoder_of(model)(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
         finally:
-            model.set_attn_implementation(before)
-    vars(model)[_ALONE] = alone
-    return alone
+            attend_with(model, attended)
+    vars(model)[_ALONE] = (made, states)
+    return states
 
 
-def check_agreement(model: AgentModel, alone: Tensor | None, factor: float) -> None:
-    """Read the same tokens through a trace: in two calls, the second as a latent step is given.
+def check_agreement(model: AgentModel, alone: list[Tensor] | None, factor: float) -> None:
+    """Read the same rows through a trace: in two calls, the second as a latent step is given.
 
     `factor`: of embeddings that are given, as :func:`~diffmas.models.embedding.input_vectors` finds it.
 
     Raises:
         UnsupportedModelError: a model that cannot read them so, writes over them, or comes to something else.
     """
-    # What is not finite agrees with nothing: the first loss, or the first logits, are refused as that.
     base = model.language_model
-    if alone is None or not alone.isfinite().all():
-        vars(base).pop(_ALONE, None)
+    # What is not finite agrees with nothing: the first loss, or the first logits, are refused as that.
+    if alone is None or not all(states.isfinite().all() for states in alone):
+        vars(base)[_ALONE] = (made_of(base), None)
         return
+    rows = _tokens(base)
+    read, given = [len(row) - _GIVEN for row in rows], [_GIVEN] * len(rows)
     with _looking_on(base), _named(base, "through a trace"):
-        trace = KVTrace.allocate(batch=1, capacity=sum(_CALLS), backend=model.backend, **model.trace_sizes)
-        parts = _tokens(base).split(_CALLS)
-        first = model.read(trace, [_CALLS[0]], input_ids=parts[0])
-        inputs = input_embedding(model.language_model)(parts[1]) * factor
-        given = inputs.clone()
-        states = torch.cat((first, model.read(trace, [_CALLS[1]], inputs_embeds=inputs)))
-    if not torch.equal(inputs, given):
+        capacity = max(map(len, rows))
+        trace = KVTrace.allocate(batch=len(rows), capacity=capacity, backend=model.backend, **model.trace_sizes)
+        prompts, rest = (
+            torch.cat(parts) for parts in zip(*(row.tensor_split((-_GIVEN,)) for row in rows), strict=True)
+        )
+        first = model.read(trace, read, input_ids=prompts).split(read)
+        inputs = input_embedding(base)(rest) * factor
+        kept = inputs.clone()
+        second = model.read(trace, given, inputs_embeds=inputs).split(given)
+    if not torch.equal(inputs, kept):
         raise UnsupportedModelError(
             f"model {type(base).__name__} writes over inputs_embeds; a latent step's gradient needs them as they were"
         )
-    errors = (states.double() - alone.double()).norm(dim=-1) / alone.double().norm(dim=-1)
+    expected = torch.cat(alone).double()
+    states = torch.cat([part for row in zip(first, second, strict=True) for part in row])
+    errors = (states.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     # In 16 bits a router may choose another expert for a token, by rounding alone.
-    error, tolerance = (errors.max(), 1e-3) if alone.dtype.itemsize > 2 else (errors.median(), 0.1)
+    error, tolerance = (errors.max(), 1e-3) if states.dtype.itemsize > 2 else (errors.median(), 0.1)
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"model {type(base).__name__} comes to something else through a trace than by itself (relative difference "
-            f"{error:.1g} of its hidden states): it has positions, a mask or a state that a trace does not see"
+            f"{error:.1g} of its hidden states): it has positions, a mask or a state that a trace does not see, or "
+            "mixes rows"
         )
-    del vars(base)[_ALONE]
+    vars(base)[_ALONE] = (made_of(base), None)
 
 
-def _tokens(model: PreTrainedModel) -> Tensor:
+def _tokens(model: PreTrainedModel) -> list[Tensor]:
+    """The rows' tokens; none as far on as frequencies may change."""
     embedding = input_embedding(model)
-    return torch.arange(1, 1 + sum(_CALLS), device=embedding.weight.device) % embedding.num_embeddings
+    limit = min(position_limits(model.config.get_text_config(decoder=True)), default=_LONG)
+    longer = max(_GIVEN + 2, min(_LONG, limit - 1))
+    lengths = [min(_SHORT, longer - 1), longer]
+    tokens = torch.arange(1, 1 + sum(lengths), device=embedding.weight.device) % embedding.num_embeddings
+    return list(tokens.split(lengths))
 
 
 @contextlib.contextmanager

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.fingerprint import made_of
 from diffmas.models.geometry import LayerGeometry, geometry_of
 from diffmas.models.keywords import carried
+from diffmas.models.outline import attend_with
 from diffmas_ops import Call, cached_attention
 
 NAME = "diffmas"
+#: Where a model keeps what it was made of when its layers were looked at, and what they are.
+_LAYERS = "trace_layers"
 
 
 def trace_attention(
@@ -108,8 +112,10 @@ def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
     for what, present in refused.items():
         if present:
             raise UnsupportedModelError(f"model {type(model).__name__} has {what}; this is not supported")
-    # A second system on a model finds it attached, and layers that cannot be looked at without a call.
-    layers: dict[int, LayerGeometry] = vars(model).get("trace_layers") or geometry_of(model)
-    vars(model)["trace_layers"] = layers
-    model.set_attn_implementation(NAME)
+    # Another system on the same model finds what the first one did.
+    made, (before, layers) = made_of(model), vars(model).get(_LAYERS, (None, {}))
+    if made != before:
+        layers = geometry_of(model)
+        vars(model)[_LAYERS] = (made, layers)
+    attend_with(model, NAME)
     return layers

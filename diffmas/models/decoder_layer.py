@@ -49,9 +49,8 @@ class FusedLayer(nn.Module):
     """What :func:`fuse_layers` puts in front of a layer's class."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        call: Call | None = kwargs.get("trace_call")
-        result = None
-        if call is not None and attention_mask is None and hidden_states.device.type == "cpu":
+        call, result = kwargs.get("trace_call"), None
+        if isinstance(call, Call) and attention_mask is None and hidden_states.device.type == "cpu":
             index = self.self_attn.layer_idx
             geometry = kwargs["trace_layers"][index]
             if geometry.is_plain and geometry.slot == index:

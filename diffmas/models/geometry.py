@@ -12,24 +12,25 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.in_place import own_forwards
 from diffmas.models.keywords import carried, carry_keywords
-from diffmas.models.outline import decoder_of, input_embedding
+from diffmas.models.outline import attend_with, decoder_of, input_embedding
+from diffmas.models.rotation import Candidate, Change, candidates_of, position_limits, rotary_buffers, turning
 from diffmas_ops import Rotary
-from diffmas_ops.kv_concat.reference import rotate
 
 _PROBE = "diffmas_probe"
-#: Frequencies that do not depend on the sequence length: a key can be re-phased after it was written.
-_STATIC = ("default", "linear", "llama3", "yarn", "proportional")
 _TOKENS = 4
 #: How far apart the two readings are at most: far enough for slow frequencies to show, near enough for float32 angles.
 _APART = 997
+#: The last position that a model is asked for.
+_FARTHEST = 2**24
 #: Values of a mask that stands for a pattern: 0 sees all, n > 0 a window of n, -n a chunk of n.
 _NEITHER = torch.iinfo(torch.int64).min
 
@@ -45,10 +46,9 @@ class LayerGeometry:
         value_dim: of its values, and of what it returns.
         window: columns a query sees, the last of them its own; None: all.
         chunk: a query sees the columns of its own chunk of so many; None: all.
-        rotary: how its keys turn; None: not at all.
-        offset: dims in front of those that turn.
+        turn: how its keys turn, by frequencies as they are at the time.
         immovable: why its keys cannot be moved to other positions; None where they can.
-        changes: the rope type of frequencies that change with the length, and the position where; None: they never do.
+        changes: how its keys depend on the longest row of a forward; None: they do not.
     """
 
     slot: int
@@ -58,10 +58,19 @@ class LayerGeometry:
     value_dim: int
     window: int | None = None
     chunk: int | None = None
-    rotary: Rotary | None = None
-    offset: int = 0
+    turn: Candidate = Candidate(None)
     immovable: str | None = None
-    changes: tuple[str, int] | None = None
+    changes: Change | None = None
+
+    @property
+    def rotary(self) -> Rotary | None:
+        """How its keys turn; None: not at all."""
+        return self.turn.rotary
+
+    @property
+    def offset(self) -> int:
+        """Dims in front of those that turn."""
+        return self.turn.offset
 
     @property
     def is_plain(self) -> bool:
@@ -82,6 +91,13 @@ class _Sighting:
     options: dict[str, Any]
 
 
+class _Sightings:
+    """No list: hooks that move a forward's inputs to another device make new lists of those they find."""
+
+    def __init__(self) -> None:
+        self.all: list[_Sighting] = []
+
+
 def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
     """The attention layers of `model` by their `layer_idx`.
 
@@ -90,24 +106,67 @@ def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
             attends twice, keys of another number than values.
     """
     config = model.config.get_text_config(decoder=True)
-    apart = max(1, min(_APART, _last_position(config) - _TOKENS))
+    apart = max(1, min(_APART, _nearest_limit(config) - _TOKENS))
     with _probing(model), torch.no_grad(), _other_scales(model):
         try:
-            near = _read(model, 0)
+            near = _read(model, _positions())
         except _NoKeywords:
             lists = (child for child in decoder_of(model).children() if isinstance(child, nn.ModuleList))
             carry_keywords(layer for child in lists for layer in child)
-            near = _read(model, 0)
-        far = _read(model, apart)
-    if not near:
-        raise UnsupportedModelError(f"model {type(model).__name__} does not use transformers' attention interface")
-    _check_once(model, near)
-    candidates = list(_candidates(model, config))
+            near = _read(model, _positions())
+        if not near:
+            raise UnsupportedModelError(f"model {type(model).__name__} does not use transformers' attention interface")
+        _check_once(model, near)
+        changing = _changing(model, near, _far(model, config))
+        # What was seen of a longer row may have left its frequencies behind.
+        near, far = (_read(model, _positions(begin)) for begin in (0, apart))
+    candidates = candidates_of(model, config)
     geometry = {}
     for slot, (one, other) in enumerate(zip(near, far, strict=True)):
         sizes = _sizes(model, slot, one)
-        geometry[one.layer] = replace(sizes, **_mask(model, one), **_turn(one, other, apart, candidates, config))
+        turn = turning(one.key[0], other.key[0], apart, candidates, changing=one.layer in changing)
+        moved: dict[str, Any] = {"immovable": turn} if isinstance(turn, str) else {"turn": turn}
+        if one.layer in changing:
+            limit, once = changing[one.layer]
+            kind = "none" if isinstance(turn, str) or turn.frequencies is None else turn.frequencies.kind
+            moved["changes"] = Change(kind, limit, once)
+            moved["immovable"] = f"frequencies change with the length (rope_type {kind!r}, from position {limit} on)"
+        geometry[one.layer] = replace(sizes, **_mask(model, one), **moved)
     return geometry
+
+
+def _changing(model: PreTrainedModel, near: Sequence[_Sighting], far: int) -> dict[int, tuple[int, bool]]:
+    """Layers whose queries or keys at the first positions depend on how far the forward goes.
+
+    By layer, the first position that changes them, and whether all positions from there on do so alike.
+    """
+    first = _positions()
+    if far <= first[-1]:
+        return {}
+    reached: dict[int, list[Tensor]] = {}
+
+    def at(last: int) -> list[Tensor]:
+        if last not in reached:
+            # Some remember the longest row, until a short one comes.
+            _read(model, first)
+            seen = _read(model, [*first[:-1], last])
+            reached[last] = [torch.cat((s.query[0, :, :-1], s.key[0, :, :-1])) for s in seen]
+        return reached[last]
+
+    def differ(slot: int, one: int, other: int) -> bool:
+        x, y = at(one)[slot].double(), at(other)[slot].double()
+        return bool((x - y).norm() > 8 * torch.finfo(near[slot].key.dtype).eps * x.norm())
+
+    found = {}
+    for slot, sighting in enumerate(near):
+        if not differ(slot, first[-1], far):
+            continue
+        below, limit = first[-1], far
+        while limit - below > 1:
+            middle = (below + limit) // 2
+            below, limit = (below, middle) if differ(slot, first[-1], middle) else (middle, limit)
+        found[sighting.layer] = (limit, not differ(slot, limit, far) and not differ(slot, limit, (limit + far) // 2))
+    return found
 
 
 def keys_at(model: PreTrainedModel, begin: int) -> list[Tensor]:
@@ -117,29 +176,18 @@ def keys_at(model: PreTrainedModel, begin: int) -> list[Tensor]:
         UnsupportedModelError: the model has no code for these positions.
     """
     with _probing(model), torch.no_grad():
-        return [seen.key for seen in _read(model, begin)]
+        return [seen.key for seen in _read(model, _positions(begin))]
 
 
-def _last_position(config) -> int:
-    limits = [configured(config, name) for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    rope = getattr(config, "rope_parameters", None) or {}
-    limits += [config_.get("original_max_position_embeddings") for config_ in _rope_parameters(rope)]
-    limits.append(configured(config, "original_max_position_embeddings"))
-    return min((limit for limit in limits if limit), default=_APART + _TOKENS)
+def _nearest_limit(config) -> int:
+    return min(position_limits(config), default=_APART + _TOKENS)
 
 
-def configured(config, name: str) -> Any:
-    """What a configuration says, of all layers together; None where it says nothing, or not the same of all."""
-    try:
-        return getattr(config, name, None)
-    except (RuntimeError, ValueError):
-        return None
-
-
-def _rope_parameters(rope: dict) -> list[dict]:
-    """`rope_parameters`, of every kind of layer where it has several."""
-    nested = [inner for inner in rope.values() if isinstance(inner, dict)]
-    return nested or [rope]
+def _far(model: PreTrainedModel, config) -> int:
+    """A position beyond all where frequencies may change; of a model without any, the last that it has for sure."""
+    if next(rotary_buffers(model), None) is None:
+        return _nearest_limit(config) - 1
+    return min(4 * max(position_limits(config), default=_APART), _FARTHEST)
 
 
 class _NoKeywords(UnsupportedModelError):
@@ -149,14 +197,14 @@ class _NoKeywords(UnsupportedModelError):
 def _watch(module, query, key, value, attention_mask, trace_call=None, **options):
     """transformers attention function that writes down what it is given; every token gets its own value."""
     trace_call = carried("trace_call") if trace_call is None else trace_call
-    if not isinstance(trace_call, list):
+    if not isinstance(trace_call, _Sightings):
         raise _NoKeywords(
             f"model with {type(module).__name__} does not hand its forward's keywords on to its attention"
         )
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise UnsupportedModelError(f"attention of {type(module).__name__} has no layer_idx")
-    trace_call.append(_Sighting(module, layer, query, key, value, attention_mask, options))
+    trace_call.all.append(_Sighting(module, layer, query, key, value, attention_mask, options))
     heads, kv_heads = query.shape[1], value.shape[1]
     if key.shape[2] != query.shape[2] or heads % kv_heads:
         raise UnsupportedModelError(
@@ -195,14 +243,15 @@ AttentionMaskInterface.register(_PROBE, _pattern)
 
 @contextlib.contextmanager
 def _probing(model: PreTrainedModel) -> Iterator[None]:
-    """With the watching attention function, in evaluation mode."""
+    """With the watching attention function and the modules' own code, in evaluation mode."""
     before, modes = model.config._attn_implementation, [(m, m.training) for m in model.modules()]
     try:
-        model.set_attn_implementation(_PROBE)
+        attend_with(model, _PROBE)
         model.eval()
-        yield
+        with own_forwards(model):
+            yield
     finally:
-        model.set_attn_implementation(before)
+        attend_with(model, before)
         for module, training in modes:
             module.training = training
 
@@ -229,23 +278,28 @@ def _other_scales(model: PreTrainedModel) -> Iterator[None]:
             p.copy_(value)
 
 
-def _read(model: PreTrainedModel, begin: int) -> list[_Sighting]:
+def _positions(begin: int = 0) -> list[int]:
+    return list(range(begin, begin + _TOKENS))
+
+
+def _read(model: PreTrainedModel, positions: Sequence[int]) -> list[_Sighting]:
+    """What the layers' attention is given of a few tokens at `positions`."""
     embedding = input_embedding(model)
     device = embedding.weight.device
     tokens = torch.arange(1, 1 + _TOKENS, device=device) % embedding.num_embeddings
-    positions = torch.arange(begin, begin + _TOKENS, device=device)
-    seen: list[_Sighting] = []
-    inputs = dict(input_ids=tokens[None], position_ids=positions[None], use_cache=False, trace_call=seen)
+    at = torch.tensor([positions], device=device)
+    seen = _Sightings()
+    inputs = dict(input_ids=tokens[None], position_ids=at, use_cache=False, trace_call=seen)
     try:
         decoder_of(model)(**inputs)
     except UnsupportedModelError:
         raise
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
-            f"model {type(model).__name__} cannot read packed tokens at positions {begin} … {begin + _TOKENS - 1}: "
+            f"model {type(model).__name__} cannot read packed tokens at positions {positions[0]} … {positions[-1]}: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return sorted(seen, key=lambda sighting: sighting.layer)
+    return sorted(seen.all, key=lambda sighting: sighting.layer)
 
 
 def _check_once(model: PreTrainedModel, sightings: Sequence[_Sighting]) -> None:
@@ -278,92 +332,3 @@ def _mask(model: PreTrainedModel, seen: _Sighting) -> dict[str, Any]:
             "allowed: causal, a sliding window, chunks"
         )
     return {} if code == 0 else {"window": int(code)} if code > 0 else {"chunk": int(-code)}
-
-
-@dataclass(frozen=True, eq=False)
-class _Candidate:
-    """A way in which keys may turn; `kind`: the rope type of its frequencies, `limit`: where they change."""
-
-    rotary: Rotary | None
-    offset: int = 0
-    kind: str = "default"
-    limit: int | None = None
-
-
-def _candidates(model: PreTrainedModel, config) -> Iterator[_Candidate]:
-    """All that the model's own frequencies allow."""
-    yield _Candidate(None)
-    for inv_freq, kind in _frequencies(model, config):
-        changing = kind not in _STATIC
-        for interleaved in (False, True):
-            yield _Candidate(
-                Rotary(inv_freq, interleaved), kind=kind, limit=_last_position(config) if changing else None
-            )
-
-
-def _frequencies(model: PreTrainedModel, config) -> Iterator[tuple[Tensor, str]]:
-    """Frequencies and their rope type: buffers of rotary modules, and what the configuration says of those without."""
-    found: list[Tensor] = []
-    kinds_of: list[str] = []
-    for module in decoder_of(model).modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if not name.endswith("inv_freq") or "original" in name or buffer.dim() != 1:
-                continue
-            kinds = getattr(module, "rope_type", "default")
-            kind = kinds.get(name.removesuffix("_inv_freq"), "default") if isinstance(kinds, dict) else kinds
-            # Frequencies that change later may begin as others stay.
-            alike = zip(found, kinds_of, strict=True)
-            if not any(f.shape == buffer.shape and torch.equal(f, buffer) and k == kind for f, k in alike):
-                found.append(buffer.detach().clone())
-                kinds_of.append(kind)
-                yield found[-1], kind
-    rope = getattr(config, "rope_parameters", None) or {}
-    thetas = {p.get("rope_theta") for p in _rope_parameters(rope)} | {configured(config, "rope_theta"), 10000.0}
-    dims = {configured(config, name) for name in ("rotary_dim", "qk_rope_head_dim", "head_dim")}
-    dims.add(config.hidden_size // (configured(config, "num_attention_heads") or 1))
-    for theta in sorted(filter(None, thetas)):
-        for dim in sorted(d for d in dims if d and d % 2 == 0):
-            device = cast(Tensor, input_embedding(model).weight).device
-            inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
-            if not any(f.shape == inv_freq.shape and torch.allclose(f.double(), inv_freq) for f in found):
-                found.append(inv_freq)
-                yield inv_freq, "default"
-
-
-def _turn(one: _Sighting, other: _Sighting, apart: int, candidates: Sequence[_Candidate], config) -> dict[str, Any]:
-    """How the layer's keys turn, by the candidate that explains best what they are `apart` positions further on."""
-    before, after = (s.key[0].transpose(0, 1).double() for s in (one, other))
-    placed = [replace(c, offset=offset) for c in candidates for offset in _offsets(c, before.shape[-1])]
-    errors = [_error(c, before, after, apart) for c in placed]
-    least = min(errors)
-    # Where two explain it alike, the layer may have either: that which changes is the careful answer.
-    alike = [i for i, error in enumerate(errors) if error == least] or [0]
-    best = next((i for i in alike if placed[i].limit is not None), alike[0])
-    tolerance = 1e-3 if one.key.dtype in (torch.float32, torch.float64) else 30 * torch.finfo(one.key.dtype).eps
-    if not errors[best] <= tolerance:
-        return {"immovable": f"no rotation explains how keys change with their positions (error {errors[best]:.1g})"}
-    chosen = placed[best]
-    turn: dict[str, Any] = {"rotary": chosen.rotary, "offset": chosen.offset}
-    if chosen.limit is not None:
-        turn["immovable"] = f"frequencies change with the length (rope_type {chosen.kind!r})"
-        turn["changes"] = (chosen.kind, chosen.limit)
-    return turn
-
-
-def _offsets(candidate: _Candidate, dim: int) -> list[int]:
-    """Where in `dim` dims those that turn may begin: at the front, or at the end."""
-    if candidate.rotary is None:
-        return [0]
-    turned = 2 * candidate.rotary.inv_freq.numel()
-    return sorted({0, dim - turned}) if turned <= dim else []
-
-
-def _error(candidate: _Candidate, before: Tensor, after: Tensor, apart: int) -> float:
-    """Relative difference of `after` from `before [tokens, heads, dim]` turned by `apart` positions."""
-    if (rotary := candidate.rotary) is not None:
-        angles = apart * rotary.inv_freq.double()
-        before = before.roll(-candidate.offset, -1)
-        after = after.roll(-candidate.offset, -1)
-        before = rotate(before, angles.cos(), angles.sin(), rotary.interleaved)
-    size = after.norm()
-    return float((after - before).norm() / size) if size > 0 else float("nan")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -34,10 +35,29 @@ copyreg.pickle(_InFront, _pickled)
 
 def replaced_by_others(module: nn.Module) -> bool:
     """Whether the module's forward was replaced, and not by :func:`replace_forward`."""
-    forward = vars(module).get("forward")
-    return forward is not None and not (
-        isinstance(forward, functools.partial) and forward.func.__module__.startswith("diffmas.")
-    )
+    return (forward := vars(module).get("forward")) is not None and not _is_ours(forward)
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, functools.partial) and forward.func.__module__.startswith("diffmas.")
+
+
+def own_class(module: nn.Module) -> type:
+    """The module's class without what :func:`put_in_front`, or sharding, put before it."""
+    return next(c for c in type(module).__mro__ if not c.__module__.startswith(("diffmas.", "torch.distributed.")))
+
+
+@contextlib.contextmanager
+def own_forwards(model: nn.Module) -> Iterator[None]:
+    """With the forwards of its modules that :func:`replace_forward` replaced."""
+    found = [(module, f) for module in model.modules() if _is_ours(f := vars(module).get("forward"))]
+    for module, _ in found:
+        del module.forward
+    try:
+        yield
+    finally:
+        for module, forward in found:
+            module.forward = forward
 
 
 def replace_forward(module: nn.Module, function: Callable[..., Any], **options: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
 
@@ -46,7 +46,24 @@ def input_embedding(model: PreTrainedModel) -> Any:
         raise UnsupportedModelError(
             f"model {type(model).__name__} names no input embedding (get_input_embeddings); latent steps go around it"
         )
+    if (weight := getattr(embedding, "weight", None)) is not None and weight.device.type == "meta":
+        raise UnsupportedModelError(
+            f"the input embedding of model {type(model).__name__} is on the meta device (offloaded, or never loaded); "
+            "allowed: on a device"
+        )
     return embedding
+
+
+def attend_with(model: PreTrainedModel, name: str) -> None:
+    """Set the model's attention implementation, in copies of its configuration too.
+
+    A layer that was copied whole, such as an adapter's `modules_to_save`, has its own.
+    """
+    model.set_attn_implementation(name)
+    for module in model.modules():
+        config = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and hasattr(module, "layer_idx"):
+            config._attn_implementation = name
 
 
 def first_layer(model: PreTrainedModel) -> nn.Module | None:

@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from compare import error, gradients
 from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 from torch.nn.utils import parametrize
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    PhimoeConfig,
+    PhimoeForCausalLM,
+)
 
 from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.models.errors import UnsupportedModelError
@@ -151,3 +159,88 @@ def test_another_attention_implementation_is_refused():
     system.agent_model.language_model.set_attn_implementation("eager")
     with pytest.raises(UnsupportedModelError, match="attention implementation is 'eager' now, which reads no trace"):
         logits(system, *rows())
+
+
+def test_a_configuration_edited_afterwards():
+    """Another system on the model reads it anew; the one that is there stops."""
+    model, prompts = causal_lm("mistral", sliding_window=None), rows()
+    first = relay(model)
+    model.config.sliding_window = 4
+    with pytest.raises(UnsupportedModelError, match="sliding_window .* is 4 now, and was None .*allowed: a new system"):
+        logits(first, *prompts)
+    again, fresh = (logits(relay(m), *prompts) for m in (model, causal_lm("mistral", sliding_window=4)))
+    assert error(again, fresh) <= 1e-12
+
+
+@pytest.mark.parametrize("another", [False, True])
+def test_frequencies_changed_afterwards(another):
+    """Keys that move turn by the frequencies with which others are written."""
+    model, fresh = (causal_lm("qwen3") for _ in range(2))
+    system, prompts = relay(model), rows()
+    for changed in (model, fresh):
+        rotary = changed.model.rotary_emb
+        rotary.inv_freq = rotary.inv_freq * 0.7
+    found, expected = (logits(s, *prompts) for s in (relay(model) if another else system, relay(fresh)))
+    assert error(found, expected) <= 1e-12
+
+
+def test_layers_replaced_between_systems_are_compared_anew():
+    model = causal_lm("qwen3")
+    relay(model)
+
+    class Pooling(type(model.model.layers[1].mlp)):
+        def forward(self, x):
+            return super().forward(x) + x.mean(1, keepdim=True)
+
+    model.model.layers[1].mlp.__class__ = Pooling
+    with pytest.raises(UnsupportedModelError, match="mixes rows"):
+        relay(model)
+
+
+def test_rows_that_would_change_each_other_s_frequencies():
+    """By every kind's own limit, which running the model finds, whatever the rope type says."""
+    kinds = {
+        name: dict(
+            rope_type="longrope", rope_theta=1e4, factor=4.0, original_max_position_embeddings=limit,
+            short_factor=[1.0] * 4, long_factor=[1.0, 2.0, 3.0, 4.0],
+        )
+        for name, limit in (("full_attention", 8), ("sliding_attention", 24))
+    }  # fmt: skip
+    config = Gemma3TextConfig(
+        **SIZES, sliding_window=64, max_position_embeddings=128, rope_parameters=kinds, layer_types=list(kinds)
+    )
+    prompts, answers = rows()
+    prompts["sender"] = [torch.arange(n) for n in (10, 30, 12)]
+    torch.manual_seed(0)
+    with pytest.raises(UnsupportedModelError, match="both sides of position 24, where .* 'longrope'"):
+        logits(MultiAgentSystem(Gemma3ForCausalLM(config).double(), load_topology("relay", "full")), prompts, answers)
+    linear = dict(rope_type="linear", factor=2.0, rope_theta=1e4, original_max_position_embeddings=24)
+    config = PhimoeConfig(
+        **{k: v for k, v in SIZES.items() if k != "head_dim"}, num_local_experts=2, num_experts_per_tok=1,
+        max_position_embeddings=128, rope_parameters=linear | {"short_mscale": 1.0, "long_mscale": 2.0},
+    )  # fmt: skip
+    model = PhimoeForCausalLM(config).double()
+    # Its grouped products have no float64.
+    model.config._experts_implementation = "eager"
+    with pytest.raises(UnsupportedModelError, match="both sides of position 24, where .* 'linear'"):
+        logits(MultiAgentSystem(model, load_topology("relay", "full")), prompts, answers)
+
+
+def test_offloaded_layers_and_copied_configurations():
+    """Hooks that move inputs, and layers that an adapter copied whole, still attend through the trace."""
+    prompts = rows()
+    expected = logits(relay(causal_lm("llama")), *prompts)
+    offloaded = causal_lm("llama")
+    for layer in offloaded.model.layers:
+        cpu_offload(layer, torch.device("cpu"))
+    assert error(logits(relay(offloaded), *prompts), expected) <= 1e-12
+    copied = LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["self_attn"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(causal_lm("llama"), copied).double()
+    assert error(logits(relay(adapted), *prompts), expected) <= 1e-12
+
+
+def test_a_model_on_no_device():
+    with torch.device("meta"):
+        model = causal_lm("llama", dtype=torch.float32)
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on the meta device"):
+        relay(model)
