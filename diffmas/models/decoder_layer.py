@@ -7,19 +7,22 @@ cannot be computed again from it without a matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from diffmas.models.geometry import LayerGeometry
-from diffmas.models.in_place import put_in_front, replaced_by_others
-from diffmas.models.layer_parts import GATES, LAYERS
+from diffmas.models.in_place import is_from, own_kind, put_in_front, replaced_by_others
+from diffmas.models.layer_parts import GATES, LAYERS, LayerParts
 from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
@@ -36,12 +39,13 @@ def fuse_layers(model: PreTrainedModel) -> None:
     """Run the decoder layers inside `model` as one operation on the CPU, wherever they are plain.
 
     A layer is left to transformers and PEFT, call by call, while it is anything else: another device, dtype or
-    architecture, hooks inside, base weights that train, an adapter that :func:`~diffmas.models.lora.lora_parts` does
-    not know. The last layer computes nothing but keys and values for tokens that are not among the call's `outputs`.
+    architecture, modules inside of any other code than transformers' own, hooks, dropout, base weights that train, an
+    adapter that :func:`~diffmas.models.lora.lora_parts` does not know. The last layer computes nothing but keys and
+    values for tokens that are not among the call's `outputs`.
     """
     for module in model.modules():
-        kind: Any = type(module)
-        if kind.__name__ in LAYERS and type(module.mlp.act_fn).__name__ in GATES:
+        if own_kind(module).__name__ in LAYERS and _own_parts(module) is not None:
+            kind: Any = type(module)
             module.__class__ = put_in_front(FusedLayer, kind)
 
 
@@ -89,23 +93,31 @@ def _unturned(like: Tensor) -> Turns:
 class _Operands:
     """What was read of a layer, and the A and B among it.
 
-    It stands while `entries`, of dictionaries, hold the objects they held, and the collections `empty` are.
+    It stands for a layer of `kind` and tensors of `dtype` while `modules` are of `kinds`, `entries`, of dictionaries,
+    hold the objects they held, and the collections `empty` are.
     """
 
+    kind: type
+    dtype: torch.dtype
     parameters: Parameters
     adapters: list[Tensor]
     rotates: bool
     softcap: float | None
     own: list[Tensor]
-    entries: list[tuple[dict, str, Any]]
+    modules: list[nn.Module]
+    kinds: list[type]
+    entries: list[tuple[Mapping, str, Any]]
     empty: list[Collection]
 
-    def stand(self) -> bool:
-        return not any(self.empty) and all([holder.get(key) is value for holder, key, value in self.entries])
+    def stand(self, layer: nn.Module, dtype: torch.dtype) -> bool:
+        if type(layer) is not self.kind or dtype is not self.dtype or any(self.empty):
+            return False
+        return list(map(type, self.modules)) == self.kinds and all([h.get(key) is x for h, key, x in self.entries])
 
-    def are_plain(self, dtype: torch.dtype) -> bool:
+    def are_plain(self) -> bool:
         if torch.is_grad_enabled() and any([t.requires_grad for t in self.own]):
             return False
+        dtype = self.dtype
         return all([t.dtype is dtype for t in self.own]) and all([t.dtype is dtype for t in self.adapters])
 
 
@@ -132,11 +144,11 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
     # What insists on another backend of the operators gets it, from the model's own modules.
     if call.backend not in ("auto", "cpu") or call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
-    if (operands := _OPERANDS.get(self)) is None or not operands.stand():
+    if (operands := _OPERANDS.get(self)) is None or not operands.stand(self, dtype):
         if (operands := _read(self, dtype)) is None:
             return None
         _OPERANDS[self] = operands
-    if not operands.are_plain(dtype):
+    if not operands.are_plain():
         return None
     outputs = call.outputs if attention.layer_idx == call.storage.num_layers - 1 else None
     scores = Scores(attention.scaling, geometry.window, operands.softcap, geometry.chunk)
@@ -150,11 +162,10 @@ _OPERANDS: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
 def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     if backends.refusal("cpu", Need("decoder_layer", "cpu", dtype)) is not None:
         return None
-    # FSDP puts a class of another name in front.
-    parts = next(LAYERS[kind.__name__] for kind in type(self).__mro__ if kind.__name__ in LAYERS)
-    attention, mlp = self.self_attn, self.mlp
-    kinds = ((self, parts.before), (attention, parts.head_norms), (self, parts.behind))
-    places = [(holder, name) for holder, names in kinds for name in names]
+    if (parts := _own_parts(self)) is None:
+        return None
+    attention, mlp = cast(Any, self.self_attn), cast(Any, self.mlp)
+    places = _norm_places(self, parts)
     norms = [getattr(*place) for place in places]
     places += [(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     places += [(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")]
@@ -162,7 +173,7 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     places += [(self, "self_attn"), (self, "mlp"), (mlp, "act_fn")]
     modules = (attention, mlp, mlp.act_fn, *linears)
     inside = (*modules, *norms)
-    if any(hooked(m) for m in inside) or any(replaced_by_others(m) for m in modules):
+    if any(hooked(m) for m in inside) or any(replaced_by_others(m) for m in modules) or _dropout(attention):
         return None
     if not all("weight" in n._parameters for n in norms):  # computed anew in every forward
         return None
@@ -171,12 +182,14 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     if not all(_is_norm(n, epsilon, parts.norm_offset) for n in norms if replaced_by_others(n)):
         return None
     read = [lora_parts(linear, dtype) for linear in linears]
-    gate = GATES.get(type(mlp.act_fn).__name__)
-    if gate is None or None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
+    if None in read or any(getattr(n, parts.epsilon) != epsilon for n in norms):
         return None
-    entries = [(holder._modules, name) for holder, name in places]
+    inside += tuple(linear.base_layer for linear in linears if isinstance(linear, Linear))
+    entries: list[tuple[Mapping, str]] = [(holder._modules, name) for holder, name in places]
     entries += [(vars(m), "forward") for m in inside]
     entries += [place for n in norms for place in ((n._parameters, "weight"), (vars(n), parts.epsilon))]
+    entries += [(vars(kind), "forward") for kind in {own_kind(self), *map(type, inside)}]
+    entries += [(vars(attention), _DROPOUT), (_code_of(type(attention)), _ROTARY)]
     numbers = ((attention, parts.rotates), (attention, parts.softcap), (self, parts.residual_scale))
     entries += [(vars(holder), name) for holder, name in numbers if name]
     rotates, softcap, residual_scale = (getattr(holder, name) if name else None for holder, name in numbers)
@@ -185,12 +198,13 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
         more, collections = lora_places(linear)
         entries += more
         empty += collections
-    form = Parts(parts.norm_offset, *gate, 1.0 if residual_scale is None else residual_scale)
+    form = Parts(parts.norm_offset, *GATES[type(mlp.act_fn)], 1.0 if residual_scale is None else residual_scale)
     none = norms[0].weight.new_empty(0)
     weights = [norm.weight for norm in norms]
+    groups = (parts.before, parts.head_norms, parts.behind)[: 3 if parts.behind else 2]
     given = iter(weights)
     parameters = Parameters(
-        [next(given) if names else none for _, names in kinds[: 3 if parts.behind else 2] for _ in range(2)],
+        [next(given) if names else none for names in groups for _ in range(2)],
         epsilon,
         [p.weight for p in read],
         [none if p.bias is None else p.bias for p in read] if any(p.bias is not None for p in read) else [],
@@ -201,18 +215,68 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     )
     adapters = [t for p in read if p.a is not None for t in (p.a, p.b)]
     own = [*weights, *(p.weight for p in read), *(p.bias for p in read if p.bias is not None)]
+    if not all(_is_readable(t) for t in (*own, *adapters)):
+        return None
     turned = parts.rotates is None or bool(rotates)
-    return _Operands(parameters, adapters, turned, softcap, own, [(d, key, d.get(key)) for d, key in entries], empty)
+    # Those of all modules came with each.
+    empty = list({id(hooks): hooks for hooks in empty}.values())
+    return _Operands(
+        type(self), dtype, parameters, adapters, turned, softcap, own,
+        list(inside), list(map(type, inside)), [(d, key, d.get(key)) for d, key in entries], empty,
+    )  # fmt: skip
+
+
+def _own_parts(layer: Any) -> LayerParts | None:
+    """What the layer is made of, or None where it, or what is inside, is not of one of transformers' own files.
+
+    Whose code may be another's says nothing of what it computes by what it computes now: a gate may begin at zero.
+    """
+    kind = own_kind(layer)
+    parts, origin = LAYERS.get(kind.__name__), kind.__module__
+    if parts is None or not origin.startswith("transformers.models."):
+        return None
+    if not all(is_from(k, origin) for k in (kind, type(layer.self_attn), type(layer.mlp))):
+        return None
+    if getattr(_code_of(kind).get(_ROTARY), "__module__", None) != origin or type(layer.mlp.act_fn) not in GATES:
+        return None
+    return parts if all(is_from(type(getattr(*place)), origin) for place in _norm_places(layer, parts)) else None
+
+
+def _norm_places(layer: Any, parts: LayerParts) -> list[tuple[nn.Module, str]]:
+    kinds = ((layer, parts.before), (layer.self_attn, parts.head_norms), (layer, parts.behind))
+    return [(holder, name) for holder, names in kinds for name in names]
+
+
+#: The attention's attribute for its dropout, and the function of its file that turns heads.
+_DROPOUT, _ROTARY = "attention_dropout", "apply_rotary_pos_emb"
+
+
+def _code_of(kind: type) -> Mapping[str, Any]:
+    """What stands in the file of a class."""
+    return vars(sys.modules[kind.__module__])
+
+
+def _dropout(attention: nn.Module) -> float:
+    return getattr(attention, _DROPOUT, 0.0)
 
 
 @torch.no_grad()
 def _is_norm(module: Any, epsilon: float, offset: float) -> bool:
-    """Whether its forward is an RMS norm's, up to rounding, on rows of several sizes."""
-    weight = module.weight
+    """Whether its forward has only the weight, and is an RMS norm's, up to rounding, on rows of several sizes."""
+    weight, forward = module.weight, module.forward
+    # What else it might hold may do nothing yet.
+    held = [*module._parameters, *module._buffers, *module._modules]
+    if held != ["weight"] or not isinstance(forward, MethodType) or forward.__closure__ or forward.__self__ != module:
+        return False
     x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     x = x * torch.arange(1, 4).to(weight)[:, None]
     expected = x * (x.square().mean(-1, keepdim=True) + epsilon).rsqrt() * (offset + weight)
     return bool((module(x) - expected).norm() <= 1e-3 * expected.norm())
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether it is what the operators take: numbers in memory, those of a row side by side."""
+    return type(x) in (Tensor, nn.Parameter) and (x.shape[-1] <= 1 or x.stride(-1) == 1)
 
 
 def _or_empty(x: Tensor | None, rows: int, columns: int, like: Tensor) -> Tensor:

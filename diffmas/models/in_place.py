@@ -33,6 +33,17 @@ def _pickled(kind: _InFront) -> tuple[Callable[..., Any], tuple[type, ...]]:
 copyreg.pickle(_InFront, _pickled)
 
 
+def own_kind(module: nn.Module) -> type:
+    """The module's class without what torch (FSDP) and :func:`put_in_front` put before it."""
+    return next((k for k in type(module).__mro__ if not k.__module__.startswith(("torch.", "diffmas."))), object)
+
+
+def is_from(kind: type, origin: str) -> bool:
+    """Whether the class and the forward it has now are of the module or package `origin`."""
+    forward = getattr(kind, "forward", None)
+    return kind.__module__.startswith(origin) and getattr(forward, "__module__", "").startswith(origin)
+
+
 def replaced_by_others(module: nn.Module) -> bool:
     """Whether the module's forward was replaced, and not by :func:`replace_forward`."""
     return (forward := vars(module).get("forward")) is not None and not _is_ours(forward)

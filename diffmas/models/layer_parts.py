@@ -1,4 +1,4 @@
-"""What the decoder layers that run as one operation are made of, by the name of their class.
+"""What the decoder layers of transformers that run as one operation are made of, by the name of their class.
 
 Layers not named here run as their own modules do, and so does one whose activation is none of :data:`GATES`.
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers.activations import GELUTanh, SiLUActivation
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,10 @@ LAYERS: Mapping[str, LayerParts] = {
 }
 
 _TANH = 2 * math.sqrt(2 / math.pi)
-#: Activations `g σ(g (slope + cubic g²))` by the name of their class. GELU (arXiv 1606.08415) by tanh is one:
+#: Activations `g σ(g (slope + cubic g²))` by their class. GELU (arXiv 1606.08415) by tanh is one:
 #: `(1 + tanh u) / 2 = σ(2 u)`.
-GATES: Mapping[str, tuple[float, float]] = {
-    "GELUTanh": (_TANH, 0.044715 * _TANH),
-    "SiLU": (1.0, 0.0),
-    "SiLUActivation": (1.0, 0.0),
+GATES: Mapping[type[nn.Module], tuple[float, float]] = {
+    GELUTanh: (_TANH, 0.044715 * _TANH),
+    SiLUActivation: (1.0, 0.0),
+    nn.SiLU: (1.0, 0.0),
 }

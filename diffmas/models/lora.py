@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module as everywhere
 from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
@@ -144,14 +145,23 @@ def _special(base: nn.Module, dtype: torch.dtype) -> bool:
     )
 
 
+_HOOKS_OF_ALL: list[Collection] = [
+    everywhere._global_forward_hooks,
+    everywhere._global_forward_pre_hooks,
+    everywhere._global_backward_hooks,
+    everywhere._global_backward_pre_hooks,
+]
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether running the module does more than its forward."""
     return any(hooks_of(module))
 
 
 def hooks_of(module: nn.Module) -> list[Collection]:
-    """The collections that :func:`hooked` finds empty, or not."""
-    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+    """The collections that :func:`hooked` finds empty, or not: its own, and those of all modules."""
+    own = [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
+    return own + _HOOKS_OF_ALL
 
 
 def _forward(self: Linear, x: Tensor, *args, **kwargs) -> Tensor:

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from diffmas.models.in_place import replace_forward
+from diffmas.models.in_place import is_from, replace_forward
+
+_TRANSFORMERS = "transformers.models."
 
 
 def fuse_norms(model: nn.Module) -> None:
     """Run the RMS norms inside `model` as one operation on float32 inputs; other dtypes keep the model's own.
 
-    Which modules are RMS norms of the usual kind is found by trying: their own forward decides.
+    Which of transformers' norms are of the usual kind is found by trying: their own forward decides. It says nothing of
+    anybody else's, which may have more parameters that do nothing yet.
     """
     for module in model.modules():
         if "forward" not in vars(module) and _is_rms_norm(module):
@@ -20,7 +23,7 @@ def fuse_norms(model: nn.Module) -> None:
 
 
 def _forward(self: nn.Module, x: Tensor) -> Tensor:
-    if x.dtype == self.weight.dtype == torch.float32:
+    if x.dtype == self.weight.dtype == torch.float32 and is_from(type(self), _TRANSFORMERS):
         return _RMSNorm.apply(x, self.weight, self.variance_epsilon)
     return type(self).forward(self, x)
 
@@ -28,7 +31,9 @@ def _forward(self: nn.Module, x: Tensor) -> Tensor:
 @torch.no_grad()
 def _is_rms_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not hasattr(module, "variance_epsilon"):
+    if not type(module).__name__.endswith("RMSNorm") or not is_from(type(module), _TRANSFORMERS):
+        return False
+    if not hasattr(module, "variance_epsilon"):
         return False
     if weight is None or weight.dim() != 1 or weight.dtype != torch.float32 or weight.is_meta:
         return False

@@ -8,6 +8,7 @@ from compare import error
 from tiny_models import FAMILIES, causal_lm
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from diffmas.models.norm import _RMSNorm, fuse_norms
 
@@ -36,10 +37,39 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: _RMSNorm.apply(*t, 1e-6), (x, weight))
 
 
-@pytest.mark.parametrize("module", [Gemma2RMSNorm(8), CohereLayerNorm(8), torch.nn.LayerNorm(8), torch.nn.RMSNorm(8)])
+class _RMSNormWithBias(LlamaRMSNorm):
+    """As good as its base at first."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        self.bias = torch.nn.Parameter(torch.zeros(size))
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states) + self.bias
+
+
+_RMSNormWithBias.__name__ = "LlamaRMSNorm"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Gemma2RMSNorm(8), CohereLayerNorm(8), torch.nn.LayerNorm(8), torch.nn.RMSNorm(8), _RMSNormWithBias(8)],
+)
 def test_other_norms_are_left_alone(module):
     fuse_norms(module)
     assert "forward" not in vars(module)
+
+
+def test_what_has_changed_since_it_was_fused_is_seen():
+    norm, x = LlamaRMSNorm(8), torch.randn(3, 8)
+    fuse_norms(norm)
+    norm.variance_epsilon, norm.weight = 0.5, torch.nn.Parameter(torch.full((8,), 3.0))
+    plain = LlamaRMSNorm(8, 0.5)
+    plain.weight = norm.weight
+    assert error(norm(x), plain(x)) < 1e-6
+    norm.__class__ = _RMSNormWithBias
+    norm.bias = torch.nn.Parameter(torch.ones(8))
+    assert error(norm(x), plain(x) + 1) < 1e-6
 
 
 def test_other_dtypes_keep_the_model_s_own():
