@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -110,8 +112,19 @@ def _place(path: Path, dtype: torch.dtype) -> Path:
     return cache_folder() / f"{path.stem}-{kind}-{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
 
 
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with a GGUF file is said with its name, which what reads it does not always know."""
+    try:
+        yield
+    except ValueError as error:
+        if path.name in str(error):
+            raise
+        raise ValueError(f"model {path} cannot be read: {error}") from error
+
+
 def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
-    with quiet_loading():
+    with quiet_loading(), _naming(path):
         read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     # A model that was read from GGUF refuses to be saved; one that is merely equal does not.
     config, weights = read.config, read.state_dict()
@@ -121,7 +134,8 @@ def _convert(path: Path, folder: Path, dtype: torch.dtype) -> None:
     model.load_state_dict(weights, assign=True)
     model.generation_config = read.generation_config
     model.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with _naming(path):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     with writing(folder), quiet_loading():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import product
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.lora import hooked, replaced
 from diffmas.models.outline import decoder_of, replaced_forward
 
 #: How configurations call a factor of logits, a divisor of logits, and a cap.
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_NAMES = (*_FACTORS, *_DIVISORS, *_CAPS)
 #: The largest logits that a model's own are compared at: within any cap, around it, far beyond.
 _PEAKS = (1.0, 30.0, 1000.0)
 
@@ -31,12 +35,51 @@ class Head:
     linear: nn.Module
     scale: float = 1.0
     cap: float | None = None
+    #: Where scale and cap were found, and what it said of them then.
+    config: PreTrainedConfig | None = None
+    said: Mapping[str, float | None] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise `UnsupportedModelError` where the configuration says something else of logits than it did.
+
+        Some models read it in every call and others once: what this one does now is not known.
+        """
+        if not self.said:
+            return
+        now = vars(self.config)
+        for name, before in self.said.items():
+            if (value := now.get(name)) != before:
+                raise UnsupportedModelError(
+                    f"the model's configuration has {name} {value!r}, and had {before!r} when the system was made; "
+                    "allowed: the same, or a new system"
+                )
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        self.check()
         logits = self.linear(hidden)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def more_than_weights(head: nn.Module) -> str | None:
+    """Why `head` may not be computed from its weight and bias without being run; None where it may."""
+    if type(head) is not nn.Linear:
+        return f"the model's head is a {type(head).__module__}.{type(head).__name__}, not a torch.nn.Linear"
+    # What accelerate does to have a weight and its inputs on one device changes nothing where they are.
+    hook = vars(head).get("_hf_hook")
+    if replaced(head) or not (hook is None or type(hook) is AlignDevicesHook):
+        return "the model's head has a forward that was put in place of its own"
+    if hooked(head):
+        return "the model's head has hooks"
+    weight = head._parameters.get("weight")
+    if weight is None:
+        return "the model's head has a weight that is no parameter"
+    if isinstance(weight, DTensor):
+        return "the model's head is sharded"
+    if weight.is_meta:
+        return "the model's head is offloaded"
+    return None
 
 
 @torch.no_grad()
@@ -63,8 +106,10 @@ def head_of(model: PreTrainedModel) -> Head:
     own = _own_logits(model, hidden)
     for scale, cap in _described(model):
         if same_logits(Head(linear, scale, cap)(hidden), own):
-            return Head(linear, scale, cap)
-    names = ", ".join((*_FACTORS, *_DIVISORS, *_CAPS))
+            config = model.config.get_text_config(decoder=True)
+            said = vars(config)
+            return Head(linear, scale, cap, config, {name: said[name] for name in _NAMES if name in said})
+    names = ", ".join(_NAMES)
     raise UnsupportedModelError(
         f"model {type(model).__name__} changes its head's logits in a way that is not supported; "
         f"allowed: a scale and a cap that its configuration names ({names})"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from peft import PeftConfig
 from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
@@ -24,6 +25,15 @@ from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.in_place import replace_forward, replaced_by_others
 from diffmas.models.outline import input_embedding
 from diffmas_ops import few_rows_matmul
+
+#: Kinds of adapters, by PEFT's names, that were compared: each makes of a token what it makes of it alone, in layers.
+_TOKEN_BY_TOKEN = {
+    "ADALORA", "ADAMSS", "BEFT", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "FROD", "GLORA", "GRALORA", "HIRA",
+    "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD",
+    "SHIRA", "SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+#: Of LoRA's variants, by their options, those of which that is true.
+_LORA_VARIANTS = ("use_dora", "use_bdlora", "kasa_config")
 
 
 def fuse_lora(model: nn.Module) -> None:
@@ -56,17 +66,65 @@ def check_lora(model: PreTrainedModel) -> None:
 
 
 def check_peft(model: nn.Module) -> None:
-    """Raise `UnsupportedModelError` for adapters of PEFT that act outside the layers of a model."""
+    """Raise `UnsupportedModelError` for what acts outside the layers of a model: adapters of PEFT, hooks on it."""
     for name, config in getattr(model, "peft_config", {}).items():
-        if config.is_prompt_learning:
-            what = f"a {type(config).__name__}, which puts learned tokens or keys in front of prompts"
-        elif getattr(config, "alora_invocation_tokens", None):
-            what = "an activated LoRA (alora_invocation_tokens), which begins at a token of the prompt"
-        else:
-            continue
-        raise UnsupportedModelError(
-            f"adapter {name!r} is {what}; allowed: adapters inside the model's layers, such as LoRA"
-        )
+        if (what := _outside_layers(config)) is not None:
+            raise UnsupportedModelError(
+                f"adapter {name!r} is {what}; allowed: adapters inside the model's layers, such as LoRA"
+            )
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if kind not in _TOKEN_BY_TOKEN:
+            raise UnsupportedModelError(
+                f"adapter {name!r} is of PEFT's kind {kind}, which is not known to do the same to a token in every "
+                f"call; allowed: {', '.join(sorted(_TOKEN_BY_TOKEN))}"
+            )
+        for field in fields(config):
+            variant = field.metadata.get("is_lora_variant") and getattr(config, field.name)
+            if variant and field.name not in _LORA_VARIANTS:
+                raise UnsupportedModelError(
+                    f"adapter {name!r} is a {type(config).__name__} with {field.name}, which is not known to do the "
+                    f"same to a token in every call; allowed: none or {', '.join(_LORA_VARIANTS)}"
+                )
+    _check_called(model)
+
+
+def _outside_layers(config: PeftConfig) -> str | None:
+    if config.is_prompt_learning:
+        return f"a {type(config).__name__}, which puts learned tokens or keys in front of prompts"
+    if getattr(config, "alora_invocation_tokens", None):
+        return "an activated LoRA (alora_invocation_tokens), which begins at a token of the prompt"
+    if getattr(config, "layer_replication", None):
+        return f"a {type(config).__name__} with layer_replication, whose copies of layers have a configuration apart"
+    return None
+
+
+def _check_called(model: nn.Module) -> None:
+    """Raise for what would be skipped around the decoder and the head, which agents call by themselves."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    around = () if base is model else (model, getattr(model, "base_model", model))
+    for module in (*around, base):
+        # A compiled model runs what it holds.
+        module = getattr(module, "_orig_mod", module)
+        what = "a hook" if hooked(module) else "a forward that was put in place of its own" if replaced(module) else ""
+        if what:
+            raise UnsupportedModelError(
+                f"{what} on {type(module).__name__} would not run: agents call its decoder and its head; allowed: on "
+                "modules inside the decoder"
+            )
+
+
+def replaced(module: nn.Module) -> bool:
+    """Whether the module's forward is another than its class's, apart from what places or compiles it."""
+    own = vars(module)
+    if "forward" not in own:
+        return False
+    forward = own["forward"]
+    if (hook := own.get("_hf_hook")) is not None:
+        if not type(hook).__module__.startswith("accelerate."):
+            return True
+        forward = own["_old_forward"]
+    forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    return getattr(forward, "__func__", None) is not type(module).forward
 
 
 def more_than_linear(module: nn.Module) -> bool:

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
-from diffmas.models.head import Head
+from diffmas.models.head import Head, more_than_weights
 
 LOSSES = ("auto", "chunked", "liger", "cce", "plain")
 #: What a chunk's logits and their log-softmax may take together, in bytes.
@@ -49,6 +48,7 @@ class AnswerLoss:
         Raises:
             ValueError: the kind asked for cannot serve this head, device or dtype.
         """
+        head.check()
         kind = self.kind
         if kind == "auto":
             kind = next(k for k in ("liger", "chunked", "plain") if _obstacle(k, head.linear, hidden) is None)
@@ -76,13 +76,10 @@ def _obstacle(kind: str, head: nn.Module, hidden: Tensor) -> str | None:
     """Why `kind` cannot serve; None where it can."""
     if kind == "plain":
         return None
-    weight = getattr(head, "weight", None)
-    if type(head) is not nn.Linear or "forward" in vars(head):
-        return f"the model's head is a {type(head).__name__} that may do more than a linear layer"
-    if any((head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)):
-        return "the model's head has hooks"
-    if isinstance(weight, DTensor):
-        return "the model's head is sharded"
+    if (why := more_than_weights(head)) is not None:
+        return why
+    if head.weight.device != hidden.device:
+        return f"the model's head is on {head.weight.device}, and the states are on {hidden.device}"
     if kind == "chunked":
         return None
     if not _installed(kind):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -9,7 +11,8 @@ from transformers import PreTrainedModel
 from diffmas.models.alignment import AlignmentOptions, clipped
 from diffmas.models.embedding import proportional
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.head import Head
+from diffmas.models.head import Head, more_than_weights
+from diffmas.models.lora import hooks_of
 from diffmas.models.outline import input_embedding
 from diffmas_ops import expected_embedding
 
@@ -28,7 +31,7 @@ class SoftAlignment(nn.Module):
     Raises:
         ValueError: `alignment_top_k` beyond the vocabulary.
         UnsupportedModelError: a head that is more than a linear layer, or an embedding that trains and is not what
-            enters the model up to a factor.
+            enters the model up to a factor; at construction or in a call.
     """
 
     def __init__(
@@ -37,26 +40,17 @@ class SoftAlignment(nn.Module):
         """`vectors`: tokens as the model's input, `[vocab, hidden]`."""
         super().__init__()
         name = type(model).__name__
-        if type(head.linear) is not nn.Linear:
-            kind = f"{type(head.linear).__module__}.{type(head.linear).__name__}"
-            raise UnsupportedModelError(
-                f"model {name} has a head of type {kind}; alignment 'soft' allows: torch.nn.Linear, without an adapter"
-            )
-        embedding = input_embedding(model)
-        embedding = getattr(embedding, "base_layer", embedding)
-        weight, vocab = embedding.weight, head.linear.weight.shape[0]
-        if len(vectors) != vocab:
-            raise UnsupportedModelError(
-                f"model {name} has {len(vectors)} input embeddings and a head for {vocab} tokens; alignment 'soft' "
-                "allows: as many of one as of the other"
-            )
-        if options.alignment_top_k > vocab:
-            raise ValueError(f"alignment_top_k is {options.alignment_top_k}; allowed: up to {vocab}, the vocabulary")
         self.options, self.backend = options, backend
-        self._scale, self._cap = head.scale, head.cap
+        embedding = input_embedding(model)
+        plain = getattr(embedding, "base_layer", embedding)
         # In a tuple: the model's modules are not this one's, and must not be saved or moved twice.
-        self._modules_of_model = (head.linear, embedding)
+        self._of_model = (model, embedding, plain, head)
+        # transformers takes longer to find them than a call may.
+        self._paths = _path(model, embedding), _path(model, head.linear)
+        self._hooks = _hooks(embedding)
+        weight = plain.weight
         self._factor, self._vectors = 1.0, None
+        self._checked(head.linear, vectors)
         if weight.shape != vectors.shape or not proportional(vectors, weight):
             if weight.requires_grad:
                 raise UnsupportedModelError(
@@ -84,27 +78,67 @@ class SoftAlignment(nn.Module):
             return clipped(expected, hidden, self.options.latent_grad_clip)
 
     def _expected(self, hidden: Tensor) -> Tensor:
-        linear, values = self._weights()
+        head, linear, values = self._now()
         out = expected_embedding(
             hidden.to(values.dtype), linear.weight, values, bias=linear.bias, temperature=self.temperature,
-            scale=self._scale, softcap=self._cap, backend=self.backend,
+            scale=head.scale, softcap=head.cap, backend=self.backend,
         )  # fmt: skip
         return (out * self._factor).to(hidden.dtype)
 
     def _likeliest(self, hidden: Tensor) -> Tensor:
         """The same over the likeliest tokens alone, which are few enough to be gathered."""
-        linear, values = self._weights()
+        head, linear, values = self._now()
         with torch.no_grad():
             chosen = linear(hidden.to(values.dtype)).topk(self.options.alignment_top_k).indices
         wide = torch.promote_types(values.dtype, torch.float32)
         logits = torch.einsum("nh,nkh->nk", hidden.to(wide), linear.weight[chosen].to(wide))
-        logits = (logits if linear.bias is None else logits + linear.bias[chosen]) * self._scale
-        logits = logits if self._cap is None else self._cap * torch.tanh(logits / self._cap)
+        logits = (logits if linear.bias is None else logits + linear.bias[chosen]) * head.scale
+        logits = logits if head.cap is None else head.cap * torch.tanh(logits / head.cap)
         weights = (logits / self.temperature).softmax(-1)
         out = torch.einsum("nk,nkh->nh", weights.to(wide), values[chosen].to(wide))
         return (out * self._factor).to(hidden.dtype)
 
-    def _weights(self) -> tuple[nn.Linear, Tensor]:
-        """The head, and what stands for tokens as inputs, up to a factor."""
-        linear, embedding = self._modules_of_model
-        return linear, embedding.weight if self._vectors is None else self._vectors
+    def _now(self) -> tuple[Head, nn.Linear, Tensor]:
+        """The head, its layer as it is now, and what stands for tokens as inputs, up to a factor."""
+        (model, embedding, plain, head), (path, path_of_head) = self._of_model, self._paths
+        if _at(model, path) is not embedding or _hooks(embedding) != self._hooks:
+            raise UnsupportedModelError(
+                f"model {type(model).__name__} has got another input embedding, or other hooks on it, since the system "
+                "was made, and alignment 'soft' knows the one from then; allowed: a new system"
+            )
+        head.check()
+        values = plain.weight if self._vectors is None else self._vectors
+        return head, self._checked(_at(model, path_of_head), values), values
+
+    def _checked(self, linear: Any, values: Tensor) -> nn.Linear:
+        """The head's layer, which has to make logits of as many tokens as there are `values`, by its weights alone."""
+        if (why := more_than_weights(linear)) is not None:
+            raise UnsupportedModelError(
+                f"alignment 'soft' reads the head's weights, but {why}; allowed: a torch.nn.Linear by itself, without "
+                "an adapter"
+            )
+        vocab, count = linear.weight.shape[0], values.shape[0]
+        if vocab != count:
+            raise UnsupportedModelError(
+                f"model {type(self._of_model[0]).__name__} has {count} input embeddings and a head for {vocab} "
+                "tokens; alignment 'soft' allows: as many of one as of the other"
+            )
+        if (most := self.options.alignment_top_k) > vocab:
+            raise ValueError(f"alignment_top_k is {most}; allowed: up to {vocab}, the vocabulary")
+        return linear
+
+
+def _path(model: nn.Module, module: nn.Module) -> list[str]:
+    return next(name for name, found in model.named_modules() if found is module).split(".")
+
+
+def _at(model: nn.Module, path: list[str]) -> nn.Module | None:
+    module: nn.Module | None = model
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
+
+
+def _hooks(module: nn.Module) -> list[int]:
+    """How many hooks are on it, by kind."""
+    return [len(hooks) for hooks in hooks_of(module)]

