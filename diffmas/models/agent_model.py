@@ -17,7 +17,7 @@ from diffmas.models.agreement import check_agreement, states_alone
 from diffmas.models.alignment import IDENTITY, Alignment, AlignmentOptions
 from diffmas.models.attention import NAME, attach
 from diffmas.models.decoder_layer import fuse_layers
-from diffmas.models.dropout import silence, warn
+from diffmas.models.dropout import sampling_routers, silence, warn
 from diffmas.models.embedding import initial, initial_vectors, input_vectors, proportional
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import Head, head_of
@@ -83,7 +83,8 @@ class AgentModel(nn.Module):
         self._config = base.config.get_text_config(decoder=True)
         self._read_once = [(name, vars(self._config).get(name)) for name in _READ_ONCE]
         self._changes = list(dict.fromkeys(g.changes for g in self.layers.values() if g.changes))
-        self._silenced = silence(base)
+        self._silenced, self._warned = silence(base), False
+        self._routers = sampling_routers(base)
         self._head = head_of(base)
         vectors, factor = input_vectors(base)
         self.recurrent = continue_states(base)
@@ -105,10 +106,13 @@ class AgentModel(nn.Module):
 
     def train(self, mode: bool = True) -> AgentModel:
         """As for any module; training says once what dropout of the model it goes without."""
-        if mode and self._silenced:
-            warn(self._silenced)
-            self._silenced = {}
-        return super().train(mode)
+        if mode and not self._warned:
+            warn(self._silenced, self._routers)
+            self._warned = True
+        super().train(mode)
+        for router in self._routers:
+            router.training = False
+        return self
 
     @property
     def language_model(self) -> PreTrainedModel:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from diffmas.models.in_place import own_class
+
 #: What configurations and modules call a probability of dropping, or a width of noise: attention_dropout, embd_pdrop,
 #: layerdrop, router_jitter_noise.
 _NAME = re.compile(r"dropout|pdrop|layerdrop|jitter")
+#: Routers that sample experts in training, by a number that decides between experts in evaluation too.
+_SAMPLING = {"PhimoeTopKRouter": "router_jitter_noise"}
 
 
 class Silenced(Warning):
@@ -22,26 +27,40 @@ class Silenced(Warning):
 def silence(model: PreTrainedModel) -> dict[str, float]:
     """Set every dropout and jitter of `model` to 0; an adapter's own (`lora_dropout`) stays.
 
-    They take part in training only: what the model computes in evaluation is as before.
+    They take part in training only: what the model computes in evaluation is as before. What decides there too is kept,
+    of :func:`sampling_routers`.
 
     Returns:
         what they were, by their names: those of the configuration, or of modules where it has none.
     """
     config = model.config.get_text_config(decoder=True)
-    found = {name: value for name, value in vars(config).items() if _acts(name, value)}
+    kept = {_SAMPLING[own_class(router).__name__] for router in sampling_routers(model)}
+    found = {name: value for name, value in vars(config).items() if _acts(name, value) and name not in kept}
     for name in found:
         setattr(config, name, 0.0)
     modules = {}
     for path, module in _own_modules(model):
         for name, value in list(vars(module).items()):
+            if name in kept:
+                continue
             if _acts(name, value) or (isinstance(module, nn.modules.dropout._DropoutNd) and name == "p" and value > 0):
                 modules[f"{path}.{name}"] = value
                 setattr(module, name, 0.0)
     return found or modules
 
 
-def warn(found: dict[str, float]) -> None:
-    """Say that training goes without them."""
+def sampling_routers(model: nn.Module) -> list[nn.Module]:
+    """Routers that sample experts while they train: a trajectory has them choose as in evaluation."""
+    return [module for module in model.modules() if own_class(module).__name__ in _SAMPLING]
+
+
+def warn(found: dict[str, float], routers: Sequence[nn.Module]) -> None:
+    """Say what training goes without."""
+    if routers:
+        name = own_class(routers[0]).__name__
+        warnings.warn(f"{name} samples experts in training; here it chooses as in evaluation", Silenced, stacklevel=3)
+    if not found:
+        return
     listed = ", ".join(f"{name} = {value:g}" for name, value in list(found.items())[:8])
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     warnings.warn(f"the model has {listed}{more}; training takes 0 for each", Silenced, stacklevel=3)

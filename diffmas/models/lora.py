@@ -161,7 +161,10 @@ def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
         return None
     a, b = module.lora_A[name], module.lora_B[name]
     allowed = (dtype, torch.promote_types(dtype, torch.float32))
-    if type(module.lora_dropout[name]) is not nn.Identity or b.bias is not None or a.weight.dtype not in allowed:
+    dropout = module.lora_dropout[name]
+    if type(dropout) is not nn.Identity or hooked(dropout) or "forward" in vars(dropout):
+        return None
+    if type(a) is not nn.Linear or type(b) is not nn.Linear or b.bias is not None or a.weight.dtype not in allowed:
         return None
     if any(hooked(x) or "forward" in vars(x) or "weight" not in x._parameters for x in (a, b)):
         return None
@@ -178,18 +181,17 @@ def lora_places(module: nn.Module) -> tuple[list[tuple[dict, str]], list[Collect
     entries += [(module._modules, "base_layer"), (vars(module), "_disable_adapters"), (vars(module), "_active_adapter")]
     empty.append(module.merged_adapters)
     for name in module.active_adapters if not module.disable_adapters else ():
-        a, b = module.lora_A[name], module.lora_B[name]
+        a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
         modules = (module.lora_A, module.lora_B, module.lora_dropout)
         entries += [*((holder._modules, name) for holder in modules), (module.lora_variant, name)]
         entries += [
             (module.scaling, name),
-            (vars(a), "forward"),
-            (vars(b), "forward"),
+            *((vars(x), "forward") for x in (a, b, dropout)),
             (a._parameters, "weight"),
             (b._parameters, "weight"),
             (b._parameters, "bias"),
         ]
-        empty += [*hooks_of(a), *hooks_of(b)]
+        empty += [*hooks_of(a), *hooks_of(b), *hooks_of(dropout)]
     return entries, empty
 
 

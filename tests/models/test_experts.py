@@ -9,8 +9,10 @@ from peft import LoraConfig, get_peft_model
 from test_own_forward import DAG, SIZES, TOLERANCE, system_of, wide  # noqa: F401
 from tiny_models import arguments, clone, ragged, with_lora
 
+from diffmas.agents.topology import TOPOLOGIES
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.loading import build_system
+from diffmas.models.dropout import Silenced
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.prompts import Prompts
 from diffmas.runs.settings import SystemArguments
@@ -92,3 +94,17 @@ def test_a_mask_of_the_layer_s_own_is_refused():
     """In a new model it is the same everywhere, like that of a window."""
     with pytest.raises(UnsupportedModelError, match="layer 0 of DogeForCausalLM has an attention mask of its own"):
         system_of(transformers.DogeForCausalLM(transformers.DogeConfig(**SIZES)))
+
+
+def test_routers_that_sample_choose_as_in_evaluation():
+    """Phi-3.5-MoE mixes experts that are within `router_jitter_noise`, in evaluation too, and samples in training."""
+    model = model_of("Phimoe", router_jitter_noise=0.3)
+    ids = torch.arange(1, 13)
+    with torch.no_grad():
+        expected = model(input_ids=ids[None]).logits[0, 7:11]
+    system = MultiAgentSystem(model, TOPOLOGIES["single"])
+    with pytest.warns(Silenced, match="PhimoeTopKRouter samples experts in training; here it chooses as in evaluation"):
+        system.train()
+    for mode in (True, False):
+        logits = system.train(mode)([ids[:8]], [[8]], ids[8:12], [4]).logits
+        assert error(logits.detach(), expected) <= 1e-5
