@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from diffmas.comparison.stability import agreement, entropy_curve, perplexity
-from diffmas.comparison.statistics import Interval, mean_interval, paired_difference
 from diffmas.evaluation.records import Record
+from diffmas.evaluation.statistics import Interval, mean_interval, paired_difference
 
 Cell = tuple[str, str, str]
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from diffmas.evaluation.evaluator import LABELS, variant_of
 from diffmas.evaluation.records import Record
+from diffmas.evaluation.statistics import paired_difference
 from diffmas.runs import profile as profiles
 from diffmas.runs.files import METRICS_FILE, PROFILE_FILE, RECORDS_FILE, REPORT_FILE, SUMMARY_FILE
 from diffmas.runs.metrics import LATENT_NORMS, read_metrics
@@ -21,6 +22,8 @@ from diffmas.support.failures import writing
 from diffmas.support.page import heading, note, page, svg, table
 from diffmas.support.valid_json import to_json
 
+#: The variants whose difference is what a trace carries.
+_PAIR = ("matched", "mismatched")
 _COLUMNS = ("", "accuracy", "cut by length")
 
 
@@ -37,6 +40,19 @@ def cut_by_length(records: Sequence[Record]) -> dict[str, float]:
     return {variant: sum(cut) / len(cut) for variant, cut in found.items()}
 
 
+def carried(records: Sequence[Record]) -> dict[str, float] | None:
+    """Accuracy with the row's own trace less that with another row's, with its 95 % interval over the items.
+
+    None where they were not both evaluated. It is what the trained trace says of its row, and of no other.
+    """
+    right = {variant: {r.index: r.correct for r in records if variant_of(r) == variant} for variant in _PAIR}
+    own, other = right.values()
+    if not own or own.keys() != other.keys():
+        return None
+    found = paired_difference([own[i] for i in sorted(own)], [other[i] for i in sorted(own)])
+    return {"mean": found.mean, "low": found.low, "high": found.high}
+
+
 def write_summary(folder: str | Path, summary: dict[str, Any]) -> None:
     write_atomically(Path(folder, SUMMARY_FILE), to_json(summary, indent=2) + "\n")
 
@@ -50,12 +66,14 @@ def write_records(folder: str | Path, records: Sequence[Record]) -> None:
 
 def print_accuracies(summary: dict[str, Any]) -> None:
     """The accuracies of a summary as a table on the terminal."""
-    rows = _accuracies(summary)
+    rows, said = _accuracies(summary), _carried(summary)
     if rows:
         table = Table(*_COLUMNS, title=f"{summary['eval_items']} held-out items")
         for row in _cells(rows):
             table.add_row(*row)
         Console().print(table)
+    if said:
+        Console().print(said, highlight=False)
 
 
 def write_report(folder: str | Path) -> Path:
@@ -78,7 +96,8 @@ def write_report(folder: str | Path) -> Path:
     if rows := _accuracies(summary):
         body += [table(_COLUMNS, _cells(rows)), svg(_bars, rows)]
         missing = [f"Not evaluated: {LABELS[v]} ({reason})." for v, reason in summary.get("left_out", {}).items()]
-        body.append(note(" ".join([f"{summary['eval_items']} held-out items.", *missing])))
+        said = filter(None, [f"{summary['eval_items']} held-out items.", *missing, _carried(summary)])
+        body.append(note(" ".join(said)))
     if any("loss" in entry for entry in metrics):
         body += [heading("Training"), svg(_curves, metrics)]
     if any(LATENT_NORMS in entry for entry in metrics):
@@ -95,6 +114,17 @@ def write_report(folder: str | Path) -> Path:
     path = folder / REPORT_FILE
     write_atomically(path, page("DiffMAS run", body))
     return path
+
+
+def _carried(summary: dict[str, Any]) -> str:
+    """What :func:`carried` found, in words; nothing where it found nothing."""
+    if (found := summary.get("carried")) is None:
+        return ""
+    mean, low, high = (100 * found[name] for name in ("mean", "low", "high"))
+    text = f"The row's own trace less another row's: {mean:+.1f} [{low:+.1f}, {high:+.1f}] points."
+    if low <= 0:
+        text += " The trained trace says no more of its row than another row's does: no communication was learnt."
+    return text
 
 
 def _field(variant: str) -> str:

@@ -15,6 +15,7 @@ from diffmas.evaluation.evaluator import LABELS, MODES, TEXT, VARIANTS, Evaluato
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
 from diffmas.evaluation.report import (
     accuracy_fields,
+    carried,
     cut_by_length,
     print_accuracies,
     write_records,
@@ -95,6 +96,7 @@ def evaluate(args: EvalArguments) -> int:
         summary = {
             **accuracy_fields(accuracies),
             "cut_by_length": cut_by_length(records),
+            **({"carried": said} if (said := carried(records)) else {}),
             "eval_items": len(task.eval),
             "left_out": left_out,
             **({"cut": cut} if cut else {}),

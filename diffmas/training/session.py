@@ -24,6 +24,7 @@ from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
 from diffmas.evaluation.report import (
     accuracy_fields,
+    carried,
     cut_by_length,
     print_accuracies,
     write_records,
@@ -289,6 +290,7 @@ def _final_evaluation(
     return {
         **accuracy_fields(accuracies),
         "cut_by_length": cut_by_length(records),
+        **({"carried": said} if (said := carried(records)) else {}),
         "eval_items": len(evaluator.task.eval),
         "left_out": left_out,
     }

@@ -9,9 +9,9 @@ import pytest
 
 from diffmas.comparison.report import markdown_table, print_comparison, write_comparison_report
 from diffmas.comparison.stability import agreement, entropy_curve, perplexity
-from diffmas.comparison.statistics import paired_difference
 from diffmas.comparison.summary import summarise
 from diffmas.evaluation.records import Record
+from diffmas.evaluation.statistics import paired_difference
 from diffmas.support.machine import machine
 
 ONE = Record(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from diffmas.comparison.statistics import mean_interval, paired_difference
+from diffmas.evaluation.statistics import mean_interval, paired_difference
 
 TRIALS = 400
 
