@@ -180,6 +180,34 @@ class Project(Case):
 
 
 @dataclass(frozen=True)
+class Expect(Case):
+    """`rows` hidden states to the embeddings expected of their next tokens; `tied`: one matrix is keys and values."""
+
+    rows: int
+    hidden: int
+    vocab: int
+    tied: bool
+    dtype: str
+
+    def _sizes(self):
+        return {"rows": self.rows, "hidden": self.hidden, "vocab": self.vocab, "tied": "yes" if self.tied else "no"}
+
+    @property
+    def _matrices(self) -> int:
+        """Bytes of both, each read once."""
+        return (2 - self.tied) * self.vocab * self.hidden * self.item
+
+    def forward(self) -> Work:
+        states = 2 * self.rows * self.hidden * self.item
+        return Work(4 * self.rows * self.vocab * self.hidden, self._matrices + states)
+
+    def backward(self) -> Work:
+        """Of the hidden states: scores and probabilities anew, their gradients, and back through the keys."""
+        states = 4 * self.rows * self.hidden * self.item
+        return Work(6 * self.rows * self.vocab * self.hidden, self._matrices + states)
+
+
+@dataclass(frozen=True)
 class Merge(Case):
     """Attention over `splits` disjoint key sets combined."""
 
@@ -325,6 +353,9 @@ def _cpu_cases() -> list[Case]:
         Project(1, 512, True, **f32),
         Project(16, 512, True, **f32),
         Project(16, 512, False, **f32),
+        # SmolLM2-135M's vocabulary.
+        Expect(8, 576, 49152, True, **f32),
+        Expect(1, 576, 49152, False, **f32),
         Merge(8, 16, 8, 64, **f32),
     ]
 
@@ -347,6 +378,8 @@ def _cuda_cases() -> list[Case]:
     ]
     projections = [Project(n, h, True, **bf16) for h, n in product((2560, 4096, 5120), (1, 4, 16, 64, 128))]
     projections += [Project(64, 4096, False, **bf16)]
+    # Qwen3 4B and 8B.
+    expectations = [Expect(n, h, 151936, h < 4096, **bf16) for h, n in product((2560, 4096), (1, 8, 64))]
     prefills = [
         Attention(b, prefix, prefix // 4, **g, **bf16) for g in groups for prefix, b in product(_TRACES, (1, 8))
     ]
@@ -354,5 +387,5 @@ def _cuda_cases() -> list[Case]:
     concats = [Concat(n, 4, b, c, 8, 128, **bf16) for n, b, c in product((2, 8), (1, 16), (512, 8192))]
     appends = [Append(b, 2048, n, 8, 128, **bf16) for b, n in product((1, 8, 64), (1, 2048))]
     # One of each in turn: a run cut off has seen something of everything.
-    sweep = chain.from_iterable(zip_longest(prefills, tokens, projections, concats, appends))
+    sweep = chain.from_iterable(zip_longest(prefills, tokens, projections, expectations, concats, appends))
     return list(dict.fromkeys([*anchors, *(case for case in sweep if case is not None)]))

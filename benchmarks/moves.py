@@ -1,4 +1,4 @@
-"""Experiments of the operators around attention: append, concatenation, projection, merging."""
+"""Experiments of the operators around attention: append, concatenation, projection, expected embedding, merging."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.cases import Append, Concat, Merge, Project
+from benchmarks.cases import Append, Concat, Expect, Merge, Project
 from benchmarks.contest import experiment, gradients, int32, normal
 from benchmarks.experiment import Contender, Experiment
 from diffmas_ops.rows import RowRanges
 
-_TARGET_NORM = 1.5
+_TARGET_NORM, _TEMPERATURE = 1.5, 0.7
 
 
 def append_forward(case: Append, device: str) -> Experiment:
@@ -169,6 +169,47 @@ def project_backward(case: Project, device: str) -> Experiment:
     exact = lambda: gradients(eager(torch.float64))  # noqa: E731
     outputs = ("grad hidden", "grad Wₐ")[:wanted]
     return experiment("latent_project", "backward", case, device, ours, others, exact, outputs)
+
+
+def _vocabulary(case: Expect, device: str):
+    hidden, grad = (normal(case.rows, case.hidden, like=case, device=device) for _ in range(2))
+    keys = normal(case.vocab, case.hidden, like=case, device=device) * case.hidden**-0.5
+    values = keys if case.tied else normal(case.vocab, case.hidden, like=case, device=device)
+    return hidden, keys, values, grad, torch.full((1,), _TEMPERATURE, device=device)
+
+
+def expect_forward(case: Expect, device: str) -> Experiment:
+    hidden, keys, values, _, temperature = _vocabulary(case, device)
+
+    def ours(ops, _):
+        given = (hidden, keys, values, None, temperature, 1.0, None)
+        return Contender(lambda _: ops.expected_embedding(*given), read=lambda result: result[:1])
+
+    def eager(*given: Tensor):
+        return (peers.expect(*given, _TEMPERATURE),)
+
+    others = {"matmul, softmax, matmul": Contender(lambda _: eager(hidden, keys, values))}
+    exact = lambda: eager(*(x.double() for x in (hidden, keys, values)))  # noqa: E731
+    return experiment("expected_embedding", "forward", case, device, ours, others, exact, ("out",))
+
+
+def expect_backward(case: Expect, device: str) -> Experiment:
+    hidden, keys, values, grad, temperature = _vocabulary(case, device)
+
+    def eager(dtype: torch.dtype):
+        leaf = hidden.detach().to(dtype).requires_grad_()
+        return [peers.expect(leaf, keys.to(dtype), values.to(dtype), _TEMPERATURE)], [leaf], [grad.to(dtype)]
+
+    def ours(ops, _):
+        given = (hidden, keys, values, None, temperature)
+        saved = ops.expected_embedding(*given, 1.0, None)
+        return Contender(
+            lambda _: ops.expected_embedding_backward(grad, *given, *saved, 1.0, None), read=lambda result: result[:1]
+        )
+
+    others = {"matmul, softmax, matmul": Contender(gradients, lambda: eager(hidden.dtype))}
+    exact = lambda: gradients(eager(torch.float64))  # noqa: E731
+    return experiment("expected_embedding", "backward", case, device, ours, others, exact, ("grad hidden",))
 
 
 def merge_forward(case: Merge, device: str) -> Experiment:

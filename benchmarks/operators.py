@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks import attention, moves
-from benchmarks.cases import Append, Attention, Case, Concat, LatentRollout, Merge, Project
+from benchmarks.cases import Append, Attention, Case, Concat, Expect, LatentRollout, Merge, Project
 from benchmarks.experiment import Experiment
 
 _BUILDERS = {
@@ -18,6 +18,7 @@ _BUILDERS = {
     Append: {"forward": moves.append_forward, "backward": moves.append_backward},
     Concat: {"forward": moves.concat_forward, "backward": moves.concat_backward},
     Project: {"forward": moves.project_forward, "backward": moves.project_backward},
+    Expect: {"forward": moves.expect_forward, "backward": moves.expect_backward},
     Merge: {"forward": moves.merge_forward},
 }
 

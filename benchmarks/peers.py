@@ -106,6 +106,13 @@ def concat(keys: list[Tensor], values: list[Tensor], cos: Tensor, sin: Tensor) -
     return torch.cat(turned, 3), torch.cat(values, 3)
 
 
+def expect(hidden: Tensor, keys: Tensor, values: Tensor, temperature: float) -> Tensor:
+    """The embedding expected of the next token, with all probabilities in memory."""
+    logits = hidden @ keys.T
+    logits = logits.float() if hidden.dtype.itemsize < 4 else logits
+    return (logits / temperature).softmax(-1).to(values.dtype) @ values
+
+
 def project(hidden: Tensor, weight: Tensor | None, target_norm: float) -> Tensor:
     """Wₐ as an eager product and rescale."""
     y = hidden if weight is None else hidden @ weight
