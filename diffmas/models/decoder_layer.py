@@ -53,11 +53,12 @@ class FusedLayer(nn.Module):
     """What :func:`fuse_layers` puts in front of a layer's class."""
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        call, result = kwargs.get("trace_call"), None
-        if isinstance(call, Call) and attention_mask is None and hidden_states.device.type == "cpu":
+        layers, result = kwargs.get("trace_layers"), None
+        if layers is not None and attention_mask is None and hidden_states.device.type == "cpu":
             index = self.self_attn.layer_idx
-            geometry = kwargs["trace_layers"][index]
+            geometry = layers[index]
             if geometry.is_plain and geometry.slot == index:
+                call = kwargs["trace_call"]
                 result = _fused_forward(self, hidden_states, *kwargs["position_embeddings"], call, geometry)
         return super().forward(hidden_states, attention_mask=attention_mask, **kwargs) if result is None else result
 

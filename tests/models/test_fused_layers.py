@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from diffmas.agents.topology import TOPOLOGIES
+from diffmas.embedded.tokenizer import build_tokenizer
+from diffmas.generation import Decoding
 from diffmas.models import decoder_layer
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace, library
@@ -30,6 +32,18 @@ def run_system(system, monkeypatch):
     output.loss.backward()
     monkeypatch.undo()
     return output.loss.detach(), gradients(system.agent_model.model), len(runs)
+
+
+def test_decoding_runs_fused(monkeypatch):
+    """A decoding step is no call of a trace, and takes its layers all the same."""
+    tokenizer, runs, fused = build_tokenizer(), [], decoder_layer._run
+    model = with_lora(causal_lm("qwen3", vocab_size=len(tokenizer), eos_token_id=None), embeddings=False).eval()
+    system = MultiAgentSystem(model, TOPOLOGIES["single"])
+    monkeypatch.setattr(decoder_layer, "_run", lambda *args: runs.append(1) or fused(*args))
+    decoding = Decoding(max_new_tokens=5, temperature=0)
+    (answers,) = system.generate([torch.arange(5, 12)], [[7]], tokenizer, decoding)
+    # The prompt, and every token but the last, in both layers.
+    assert len(answers[0].logprobs) == 5 and len(runs) == 2 * 5
 
 
 def layer_of(model):
