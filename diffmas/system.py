@@ -25,6 +25,7 @@ from diffmas.agents.thinking import budget
 from diffmas.agents.topology import AUTO, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
+from diffmas.models.adapters import add_adapters, choose_trained
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.loss import plain_loss
@@ -129,6 +130,9 @@ class MultiAgentSystem(nn.Module):
                 raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
             with quiet_loading():
                 model = get_peft_model(model, peft_config)
+                add_adapters(model, topology.adapter_names)
+        if len(topology.adapter_names) > 1 or topology.adapter_options:
+            choose_trained(model, topology.adapter_names, topology.trained_adapters)
         self.agent_model = AgentModel(
             model,
             alignment=AlignmentOptions(
@@ -311,9 +315,12 @@ class MultiAgentSystem(nn.Module):
 
     @property
     def has_unreached_parameters(self) -> bool:
-        """Whether an alignment that is trained takes no part in the gradient."""
+        """Whether an alignment that is trained, or an adapter of agents before the last, takes no part in the gradient.
+
+        Without latent steps, of an agent's last layer only the keys and values go on.
+        """
         reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
-        return self.agent_model.alignment.options.trains and not reached
+        return (self.agent_model.alignment.options.trains or len(self.topology.trained_adapters) > 1) and not reached
 
     def forward(
         self,
@@ -350,7 +357,8 @@ class MultiAgentSystem(nn.Module):
         check_positions(model.language_model, longest, "a training batch")
         # The tokens that predict the answer's.
         predicting = [(p - 1, p - 1 + a) for p, a in zip(lengths, answer_lengths, strict=True)]
-        states = model.read(trace, totals, input_ids=ids, outputs=predicting)
+        last = self.trajectory.model_of(self.topology.last)
+        states = last.read(trace, totals, input_ids=ids, outputs=predicting)
         logits = model.head(states) if return_logits else None
         loss = plain_loss(logits, answer_ids) if return_logits else model.answer_loss(model.head, states, answer_ids)
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch
