@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,13 @@ class Topology:
                 f"adapters has {unused}, which no agent runs with; allowed: {', '.join(self.adapter_names)}"
             )
 
+    def with_agents(self, agents: Iterable[Agent], name: str = "") -> Topology:
+        """The same of other agents: of adapters that none of them runs with, nothing is said."""
+        agents = tuple(agents)
+        bare = replace(self, name=name or self.name, agents=agents, adapter_options={})
+        options = {n: o for n, o in self.adapter_options.items() if n in bare.adapter_names}
+        return replace(bare, adapter_options=options)
+
     def adapter_of(self, agent: Agent) -> str:
         """The name of the adapter that `agent` runs with; "none": without any."""
         if agent.adapter:
@@ -186,7 +193,7 @@ class Topology:
         whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
         if self.adapter_options:
             return whole | {"adapters": {name: dict(options) for name, options in self.adapter_options.items()}}
-        return whole if self.adapters == "shared" else whole | {"adapters": self.adapters}
+        return whole | {"adapters": self.adapters}
 
     @classmethod
     def from_dict(
