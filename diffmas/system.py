@@ -25,13 +25,14 @@ from diffmas.agents.thinking import budget
 from diffmas.agents.topology import AUTO, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
+from diffmas.models.adapters import DEFAULT, add_adapters, choose_trained
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.loss import plain_loss
 from diffmas.models.pretrained import load_base
 from diffmas.prompts import Prompts
 from diffmas.runs.description import describe, fetched, known, read_description, write_description
-from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE
+from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE, adapter_folder
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import load_alignment, save_weights
 from diffmas.support.failures import reading
@@ -129,6 +130,7 @@ class MultiAgentSystem(nn.Module):
                 raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
             with quiet_loading():
                 model = get_peft_model(model, peft_config)
+                add_adapters(model, topology.adapter_names)
         self.agent_model = AgentModel(
             model,
             alignment=AlignmentOptions(
@@ -164,6 +166,7 @@ class MultiAgentSystem(nn.Module):
             latent_rollout=captured or latent_rollout(latent_backward),
             allocate=captured.allocate if captured else KVTrace.allocate,
         )
+        self.choose_trained()
         self._options = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
         #: Of the run it was read from (`system.json`).
         self.description: dict[str, Any] = {}
@@ -224,6 +227,8 @@ class MultiAgentSystem(nn.Module):
             )
         with reading(f"the adapter of run {folder}"), quiet_loading():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+            for name in topology.adapter_names[1:]:
+                adapted.load_adapter(str(adapter_folder(folder, name)), name, is_trainable=True)
         if (folder / PROMPTS_FILE).is_file():
             prompts = Prompts.load(folder / PROMPTS_FILE)
         else:
@@ -238,11 +243,17 @@ class MultiAgentSystem(nn.Module):
         system.description = description
         return system.eval()
 
+    def choose_trained(self) -> None:
+        """Of the adapters that agents name, let those train that the topology says, and no other."""
+        names = self.topology.adapter_names
+        if len(names) > 1 or self.topology.adapter_options:
+            choose_trained(self.agent_model.model, names, self.topology.trained_adapters)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what :meth:`from_pretrained` reads: adapter, learned alignment, prompts, topology, a model card.
 
         Raises:
-            ValueError: a model without exactly one adapter, called "default".
+            ValueError: a model with other adapters than those that agents name: one, called "default", in most teams.
         """
         self.check_adapter()
         task = known(TaskArguments, self.description["task"]) if self.description else TaskArguments(task=IN_PYTHON)
@@ -252,11 +263,12 @@ class MultiAgentSystem(nn.Module):
         save_weights(self, folder)
 
     def check_adapter(self) -> None:
-        """Raise `ValueError` where training would leave nothing that can be saved: no adapter, or several."""
-        found = list(getattr(self.agent_model.model, "peft_config", ()))
-        if found != ["default"]:
+        """Raise `ValueError` where training would leave nothing that can be saved: no adapter, or others."""
+        found, names = list(getattr(self.agent_model.model, "peft_config", ())), list(self.topology.adapter_names)
+        if sorted(found) != sorted(names):
             what = f"adapters {found}" if found else "no adapter"
-            raise ValueError(f"the system has {what}; allowed: one, called 'default' (peft_config=…)")
+            allowed = "one, called 'default'" if names == [DEFAULT] else f"{names}, which its agents run with"
+            raise ValueError(f"the system has {what}; allowed: {allowed} (peft_config=…)")
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload what :meth:`save_pretrained` writes, with its model card; returns the address.
@@ -311,9 +323,12 @@ class MultiAgentSystem(nn.Module):
 
     @property
     def has_unreached_parameters(self) -> bool:
-        """Whether an alignment that is trained takes no part in the gradient."""
+        """Whether an alignment that is trained, or an adapter of agents before the last, takes no part in the gradient.
+
+        Without latent steps, of an agent's last layer only the keys and values go on.
+        """
         reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
-        return self.agent_model.alignment.options.trains and not reached
+        return (self.agent_model.alignment.options.trains or len(self.topology.trained_adapters) > 1) and not reached
 
     def forward(
         self,
@@ -350,7 +365,8 @@ class MultiAgentSystem(nn.Module):
         check_positions(model.language_model, longest, "a training batch")
         # The tokens that predict the answer's.
         predicting = [(p - 1, p - 1 + a) for p, a in zip(lengths, answer_lengths, strict=True)]
-        states = model.read(trace, totals, input_ids=ids, outputs=predicting)
+        last = self.trajectory.model_of(self.topology.last)
+        states = last.read(trace, totals, input_ids=ids, outputs=predicting)
         logits = model.head(states) if return_logits else None
         loss = plain_loss(logits, answer_ids) if return_logits else model.answer_loss(model.head, states, answer_ids)
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch

@@ -87,11 +87,15 @@ class Call:
             compute the others beyond their keys and values.
         attend: None, or `(q, k, v, layer, scores, sinks) -> (out, lse)` in the operator's place, for a call whose
             keys and values are not all in its own storage. Without gradient; sinks are added to what it returns.
+        adapter: which of a model's adapters it runs with, and runs again with, by its name; "none": without any; None:
+            those that are active.
     """
 
     attend: (
         Callable[[Tensor, Tensor | None, Tensor | None, int, Scores, Tensor | None], tuple[Tensor, Tensor]] | None
     ) = None
+
+    adapter: str | None = None
 
     def __init__(
         self,

@@ -89,7 +89,10 @@ class Soft(NamedTuple):
         return expected
 
 
-def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None, soft=None, sink=0):
+def trajectory(
+    model, dag, prompts, answer, *, handover, latent_steps, detach=False, weight=None, soft=None, sink=0,
+    turn=lambda name: None,
+):  # fmt: skip
     """Logits `[answer tokens, vocab]` of one row.
 
     Args:
@@ -99,6 +102,7 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
         answer: int64 `[n]`.
         weight: Wₐ, or None for the identity; `soft`: instead of either.
         sink: columns of the first agent before a receiver that go in front of a latent hand-over.
+        turn: told of an agent before the model reads for it.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = causal.get_decoder()
@@ -112,6 +116,7 @@ def trajectory(model, dag, prompts, answer, *, handover, latent_steps, detach=Fa
     written: dict[str, tuple[int, int, list[tuple[Tensor, Tensor]]]] = {}
     for name in dag:
         cache, length = DynamicCache(), 0
+        turn(name)
         if sink and handover == "latent" and dag[name]:
             length = sink
             for layer, (k, v) in enumerate(written[ancestors(dag, name)[0]][2]):

@@ -50,9 +50,14 @@ def causal_lm(family: str, *, tied: bool = False, dtype=torch.float64, seed: int
     return model
 
 
-def with_lora(model, *, embeddings: bool = True, targets="all-linear"):
-    """LoRA whose B matrices are not zero, and (unless told otherwise) trainable input embeddings."""
+def with_lora(model, *, embeddings: bool = True, targets="all-linear", adapters=()):
+    """LoRA whose B matrices are not zero, and (unless told otherwise) trainable input embeddings.
+
+    `adapters`: names of those beside the default one.
+    """
     model = get_peft_model(model, LoraConfig(r=2, lora_alpha=4, target_modules=targets, task_type="CAUSAL_LM"))
+    for name in adapters:
+        model.add_adapter(name, model.peft_config["default"])
     model = model.to(model.get_base_model().dtype)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -326,7 +326,7 @@ class CapturedRollouts:
             return self._warn(reason)
         key = (
             id(storage.buffers), position, steps, hidden.dtype, model.training, recording,
-            *(p.data_ptr() for p in parameters), *_adapters(model.model),
+            *(p.data_ptr() for p in parameters), *_adapters(model.model), getattr(model, "adapter", None),
         )  # fmt: skip
         if key not in self._recordings:
             while len(self._recordings) >= MOST_RECORDINGS:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffmas.models.adapters import DEFAULT, NONE
 from diffmas.prompts import template_fields
 from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.support.yaml_file import read_yaml
@@ -14,8 +15,11 @@ from diffmas.support.yaml_file import read_yaml
 HANDOVERS = ("full", "latent")
 #: A sink whose size the model is asked for.
 AUTO = "auto"
-#: What the YAML form says of an agent.
-_KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs")
+#: Whose adapters agents have: one of all, or one a role.
+ADAPTERS = ("shared", "per_role")
+#: What the YAML form says of an agent, and of an adapter.
+_KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs", "adapter")
+_ADAPTER_KEYS = ("path", "train")
 
 
 class TopologyError(ValueError):
@@ -31,6 +35,7 @@ class Agent:
         role: which prompt it gets; default: its name.
         prompt: its own prompt, as :class:`~diffmas.prompts.Prompts` holds it for a role; default: that of its role.
         chat_template_kwargs: what its chat template is told beside, or instead of, what every agent's is.
+        adapter: the name of the adapter it runs with; "none": without any; default: what the topology says.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Agent:
     role: str = ""
     prompt: Mapping[str, str] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    adapter: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", self.role or self.name)
@@ -52,6 +58,9 @@ class Topology:
         agents: in any order; senders refer to names.
         handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
             "latent" (latent steps only).
+        adapters: "shared", one adapter of all agents that name none; "per_role", one of each role. The last agent's is
+            called "default" either way.
+        adapter_options: by adapter, `path` of a folder that it starts from, and whether it trains (`train`).
         handover_sink: how many columns go in front of latent steps that are handed over: the first ones of the first
             agent before a receiver, where a model's attention rests; "auto": as many as the model is found to rest on.
 
@@ -64,6 +73,8 @@ class Topology:
     agents: tuple[Agent, ...]
     handover: str = "full"
     handover_sink: int | str = 0
+    adapters: str = "shared"
+    adapter_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,11 +88,53 @@ class Topology:
         if len(last := [a.name for a in ordered if a.name not in received]) != 1:
             raise TopologyError(f"agents nobody receives from are {last}; allowed: exactly one, the last agent")
         object.__setattr__(self, "agents", tuple(ordered))
+        self._check_adapters()
         ancestors: dict[str, tuple[str, ...]] = {}
         for agent in ordered:
             known = {a for s in agent.senders for a in (*ancestors[s], s)}
             ancestors[agent.name] = tuple(a.name for a in ordered if a.name in known)
         object.__setattr__(self, "_ancestors", ancestors)
+
+    def _check_adapters(self) -> None:
+        if self.adapters not in ADAPTERS:
+            raise TopologyError(f"adapters is {self.adapters!r}; allowed: {', '.join(ADAPTERS)}, or a mapping by name")
+        for agent in self.agents:
+            if not (name := self.adapter_of(agent)).isidentifier():
+                raise TopologyError(f"adapter of agent {agent.name} is {name!r}; allowed: letters, digits and _")
+        if (last := self.last).adapter not in ("", DEFAULT, NONE):
+            raise TopologyError(
+                f"adapter of agent {last.name} is {last.adapter!r}; allowed: {DEFAULT} or {NONE}, of the last agent"
+            )
+        if unused := [name for name in self.adapter_options if name not in self.adapter_names]:
+            raise TopologyError(
+                f"adapters has {unused}, which no agent runs with; allowed: {', '.join(self.adapter_names)}"
+            )
+
+    def with_agents(self, agents: Iterable[Agent], name: str = "") -> Topology:
+        """The same of other agents: of adapters that none of them runs with, nothing is said."""
+        agents = tuple(agents)
+        bare = replace(self, name=name or self.name, agents=agents, adapter_options={})
+        options = {n: o for n, o in self.adapter_options.items() if n in bare.adapter_names}
+        return replace(bare, adapter_options=options)
+
+    def adapter_of(self, agent: Agent) -> str:
+        """The name of the adapter that `agent` runs with; "none": without any."""
+        if agent.adapter:
+            return agent.adapter
+        own = self.adapters == "per_role" and agent.role != self.last.role
+        return agent.role if own else DEFAULT
+
+    @property
+    def adapter_names(self) -> tuple[str, ...]:
+        """All adapters that there are, the default one first: a run keeps that in any case."""
+        used = dict.fromkeys(self.adapter_of(agent) for agent in self.agents)
+        return (DEFAULT, *(name for name in used if name not in (NONE, DEFAULT)))
+
+    @property
+    def trained_adapters(self) -> tuple[str, ...]:
+        """Those that an agent runs with and that are not frozen."""
+        used = {self.adapter_of(agent) for agent in self.agents}
+        return tuple(n for n in self.adapter_names if n in used and self.adapter_options.get(n, {}).get("train", True))
 
     @property
     def last(self) -> Agent:
@@ -134,23 +187,34 @@ class Topology:
             {"name": a.name, "role": a.role, "receives": list(a.senders)}
             | ({} if a.prompt is None else {"prompt": dict(a.prompt)})
             | ({"chat_template_kwargs": dict(a.chat_template_kwargs)} if a.chat_template_kwargs else {})
+            | ({"adapter": a.adapter} if a.adapter else {})
             for a in self.agents
         ]
-        return {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
+        whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
+        if self.adapter_options:
+            return whole | {"adapters": {name: dict(options) for name, options in self.adapter_options.items()}}
+        return whole | {"adapters": self.adapters}
 
     @classmethod
     def from_dict(
-        cls, data: Mapping[str, Any], handover: str | None = None, handover_sink: int | str | None = None
+        cls,
+        data: Mapping[str, Any],
+        handover: str | None = None,
+        handover_sink: int | str | None = None,
+        adapters: str | None = None,
     ) -> Topology:
-        """From the YAML form: `{name, handover, handover_sink, agents: [{name, receives, role or prompt or fields}]}`.
+        """From the YAML form.
+
+        `{name, handover, handover_sink, adapters, agents: [{name, receives, role or prompt or fields, adapter}]}`.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
-        `chat_template_kwargs`, a mapping.
+        `chat_template_kwargs`, a mapping. `adapters` is "shared", "per_role", or a mapping of adapters that agents name
+        to `{path, train}`.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
             raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
-        _check_keys("the topology", data, ("name", "handover", "handover_sink", "agents"))
+        _check_keys("the topology", data, ("name", "handover", "handover_sink", "adapters", "agents"))
         agents = []
         for entry in data["agents"]:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
@@ -161,11 +225,30 @@ class Topology:
                 raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
             if not isinstance(role, str):
                 raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
-            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry), _options(entry)))
+            if not isinstance(adapter := entry.get("adapter") or "", str):
+                raise TopologyError(f"adapter of agent {entry['name']} is {adapter!r}; allowed: a name, or {NONE}")
+            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry), _options(entry), adapter))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
-        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink)
+        kept = data.get("adapters", "shared") if adapters is None else adapters
+        options = _adapter_options(kept) if isinstance(kept, Mapping) else {}
+        kept = "shared" if isinstance(kept, Mapping) else kept
+        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink, kept, options)
+
+
+def _adapter_options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, options in given.items():
+        if not isinstance(options := options or {}, Mapping):
+            raise TopologyError(f"adapter {name} is {options!r}; allowed: {{{', '.join(_ADAPTER_KEYS)}}}")
+        _check_keys(f"adapter {name}", options, _ADAPTER_KEYS)
+        if not isinstance(options.get("train", True), bool):
+            raise TopologyError(f"train of adapter {name} is {options['train']!r}; allowed: true or false")
+        if not isinstance(options.get("path", ""), str):
+            raise TopologyError(f"path of adapter {name} is {options['path']!r}; allowed: a folder")
+        found[name] = dict(options)
+    return found
 
 
 def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
@@ -255,8 +338,13 @@ def alone(topology: Topology) -> Topology:
     return topology if len(topology.agents) == 1 else TOPOLOGIES["single"]
 
 
-def load_topology(name_or_path: str, handover: str | None = None, handover_sink: int | str | None = None) -> Topology:
-    """A built-in topology by name, or one from a YAML file; hand-over and sink, where given, are instead of its own.
+def load_topology(
+    name_or_path: str,
+    handover: str | None = None,
+    handover_sink: int | str | None = None,
+    adapters: str | None = None,
+) -> Topology:
+    """A built-in topology by name, or one from a YAML file; what else is given is instead of its own.
 
     `handover_sink`: a number may be written out, as in a flag.
 
@@ -268,7 +356,9 @@ def load_topology(name_or_path: str, handover: str | None = None, handover_sink:
         handover_sink = int(handover_sink)
     if (built_in := TOPOLOGIES.get(name_or_path)) is not None:
         sink = built_in.handover_sink if handover_sink is None else handover_sink
-        return replace(built_in, handover=handover or built_in.handover, handover_sink=sink)
+        return replace(
+            built_in, handover=handover or built_in.handover, handover_sink=sink, adapters=adapters or built_in.adapters
+        )
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         allowed = ", ".join(TOPOLOGIES)
@@ -277,6 +367,6 @@ def load_topology(name_or_path: str, handover: str | None = None, handover_sink:
         raise TopologyError(f"handover is {handover!r}; allowed: {', '.join(HANDOVERS)}")
     data = read_yaml(path, "topology")
     try:
-        return Topology.from_dict(data, handover, handover_sink)
+        return Topology.from_dict(data, handover, handover_sink, adapters)
     except TopologyError as error:
         raise TopologyError(f"topology {path}: {error}") from None

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
+from diffmas.models.adapters import DEFAULT, WithAdapter
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.errors import UnsupportedModelError
 from diffmas_ops import KVTrace, Segment, kv_concat
@@ -67,6 +68,10 @@ class Trajectory:
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
         self._sink = self.topology.sink_columns
+        adapters = {agent.name: self.topology.adapter_of(agent) for agent in self.topology.agents}
+        # One adapter of all agents is whichever is active.
+        shared = set(adapters.values()) == {DEFAULT}
+        self._models = {n: self.model if shared else self.model.with_adapter(a) for n, a in adapters.items()}
         if (why := self.model.immovable) is not None and self.topology.moves:
             raise UnsupportedModelError(
                 f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "
@@ -118,14 +123,19 @@ class Trajectory:
             received.trace.detach_()
         return received
 
+    def model_of(self, agent: Agent) -> AgentModel | WithAdapter:
+        """The model, with calls that run with the agent's adapter."""
+        return self._models[agent.name]
+
     def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:
         """The agent reads its prompt and thinks: both are behind what its trace held."""
         trace = state.trace
         begin = trace.host_lengths
-        hidden = self.model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
+        model = self.model_of(agent)
+        hidden = model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
         prompt_end = trace.host_lengths
         if self.latent_steps:
-            self.latent_rollout(self.model, self.latent_steps, trace, hidden)
+            self.latent_rollout(model, self.latent_steps, trace, hidden)
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
 
     def _receive(

@@ -24,6 +24,7 @@ class AblateArguments:
     detach_trace: str | None = field(default=None, metadata={"help": "false,true."})
     handover: str | None = field(default=None, metadata={"help": "full,latent."})
     handover_sink: str | None = field(default=None, metadata={"help": "0,1,auto."})
+    adapters: str | None = field(default=None, metadata={"help": "shared,per_role."})
     alignment: str | None = field(default=None, metadata={"help": "identity,ridge,learned,soft."})
     seeds: str = field(default="0", metadata={"help": "Seeds of training and sampling."})
     samples: int = field(default=1, metadata={"help": "Answers an item."})

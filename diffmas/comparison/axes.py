@@ -13,7 +13,7 @@ from diffmas.models.alignment import ALIGNMENTS
 #: What can be swept, and what a value is read as.
 AXES = {
     "latent_steps": int, "agents": int, "lora_r": int, "detach_trace": bool, "handover": str, "handover_sink": str,
-    "alignment": str,
+    "adapters": str, "alignment": str,
 }  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def point(axis: str, value: Any, agents: int, topology: Topology) -> Method:
         shape = replace(shape, handover=value)
     elif axis == "handover_sink":
         shape = replace(shape, handover_sink=int(value) if value.isdecimal() else value)
+    elif axis == "adapters":
+        shape = replace(shape, adapters=value)
     settings = {} if axis == "agents" else {axis: value}
     controls = ALL_CONTROLS if agents > 1 else ("matched",)
     return Method(f"{axis}={value}", f"{axis} {value}", True, settings, lambda _: shape, controls=controls)
@@ -72,4 +74,4 @@ def first_agents(topology: Topology, count: int) -> Topology:
     agents = [
         replace(agent, senders=tuple(dict.fromkeys(s for name in agent.senders for s in reach(name)))) for agent in kept
     ]
-    return replace(topology, agents=tuple(agents))
+    return topology.with_agents(agents)

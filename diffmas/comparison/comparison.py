@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.thinking import budget, switched
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.topology import Topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.summary import summarise
 from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
@@ -29,7 +29,8 @@ from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.pretrained import load_tokenizer
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
-from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE
+from diffmas.runs.description import read_description
+from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, adapter_folder
 from diffmas.runs.weights import load_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
@@ -75,7 +76,7 @@ class Settings:
         # Trainings of a comparison are not evaluated on the way: what needs that is refused before the first.
         self.flags = [*flags, "--eval_strategy=no"]
         self.system, self.task, self.decoding, training = parse_training(self.flags, prog)
-        self.topology = load_topology(self.system.topology, self.system.handover, self.system.handover_sink)
+        self.topology = self.system.load_topology()
         self.training = weight_settings(training)
 
     def load_task(self) -> Task:
@@ -323,7 +324,7 @@ class Comparison:
                 )
         files: dict[str, dict[str, Any]] = {
             "items": {name: fingerprints(task) for name, task in self.tasks.items()},
-            "adapters": {"/".join(map(str, k)): _digest(Path(f, ADAPTER_FILE)) for k, f in self.adapters.items()},
+            "adapters": {"/".join(map(str, k)): _digest(f) for k, f in self.adapters.items()},
         }
         for kind, found in files.items():
             for name, was in kept.get(kind, {}).items():
@@ -370,8 +371,11 @@ def _file_name(name: str) -> str:
     return fit if fit == name else f"{fit}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(run: str | Path) -> str:
+    """Of all adapters of a run."""
+    names = Topology.from_dict(read_description(run)["topology"]).adapter_names
+    kept = (adapter_folder(run, name) / ADAPTER_FILE for name in names)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in kept)).hexdigest()
 
 
 def changes(now: Any, before: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -10,7 +10,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.collator import Collator
-from diffmas.agents.topology import AUTO, Agent, Topology, load_topology
+from diffmas.agents.topology import AUTO, Agent, Topology
 from diffmas.command_line import parse_training
 from diffmas.generation.text import TextStream
 from diffmas.models.pretrained import load_tokenizer
@@ -49,7 +49,7 @@ def show(args: ShowArguments, flags: Sequence[str], prog: str) -> int:
         raise ValueError(f"split is {args.split!r}; allowed: {' or '.join(SPLITS)}")
     if args.run is None:
         system, task_args, _, _ = parse_training(flags, prog)
-        topology = load_topology(system.topology, system.handover, system.handover_sink)
+        topology = system.load_topology()
     else:
         description = read_description(args.run)
         system, task_args = known(SystemArguments, description["system"]), known(TaskArguments, description["task"])

@@ -106,7 +106,7 @@ def inspect(
     observed = AttentionMasses(call, len(answer) + 1)
     call.attend = observed
     with evaluating(model):
-        model.run(call, input_ids=own_ids)
+        trajectory.model_of(system.topology.last).run(call, input_ids=own_ids)
     masses, sink = observed.mean()
     found = [
         _part(name, kind, end - begin, masses[:, begin:end].sum(1)) for name, kind, begin, end in parts if end > begin

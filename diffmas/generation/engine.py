@@ -103,7 +103,7 @@ class Engine:
             raise ValueError(f"seeds is {self._seeds}; allowed: {rows} integers ≥ 0, one per row")
         check_decoding(trajectory, prompt_lengths, decoding, all_rows=control is not None)
         longest = longest_row(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows)
-        self._trajectory, self._model = trajectory, trajectory.model
+        self._trajectory, self._model = trajectory, trajectory.model_of(trajectory.topology.last)
         check_positions(self._model.language_model, longest, "an answer of max_new_tokens")
         self._tokenizer, self._decoding = tokenizer, decoding
         self._control, self._step = control, step

@@ -121,6 +121,7 @@ class OwnTraces:
     """
 
     streak, slot, outputs, attend = True, 0, None, None
+    adapter: str | None = None
 
     def __init__(self, like: KVTrace):
         self.storage, self.backend = Columns(like), like.backend

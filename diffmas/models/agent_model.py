@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from diffmas.models.activation_checkpointing import ActivationCheckpointing
+from diffmas.models.adapters import NONE, WithAdapter, switch_of
 from diffmas.models.agreement import check_agreement, states_alone
 from diffmas.models.alignment import IDENTITY, Alignment, AlignmentOptions
 from diffmas.models.attention import NAME, attach
@@ -114,6 +115,18 @@ class AgentModel(nn.Module):
             router.training = False
         return self
 
+    def with_adapter(self, name: str) -> WithAdapter:
+        """This model with calls that run with its adapter `name`, or with "none".
+
+        Raises:
+            ValueError: no adapter of that name.
+        """
+        there = list(getattr(self.model, "peft_config", ()))
+        if name not in (*there, NONE):
+            raise ValueError(f"adapter is {name!r}, and the model has {there}; allowed: one of these, or {NONE}")
+        switch_of(self.language_model, install=True)
+        return WithAdapter(self, name)
+
     @property
     def language_model(self) -> PreTrainedModel:
         """The transformers model, without PEFT around it."""
@@ -207,6 +220,8 @@ class AgentModel(nn.Module):
                 )
         latent = inputs_embeds is not None
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
+        if (switch := switch_of(self.language_model)) is not None:
+            switch.begin(call)
         watching = [observer(call, latent) for observer in self.observers]
         with self.checkpointing.for_call(latent=latent):
             output = decoder_of(self.language_model)(

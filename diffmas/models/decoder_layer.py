@@ -145,10 +145,11 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
     # What insists on another backend of the operators gets it, from the model's own modules.
     if call.backend not in ("auto", "cpu") or call.attend is not None or torch.is_autocast_enabled("cpu"):
         return None
-    if (operands := _OPERANDS.get(self)) is None or not operands.stand(self, dtype):
+    of_adapters = _OPERANDS.setdefault(self, {})
+    if (operands := of_adapters.get(call.adapter)) is None or not operands.stand(self, dtype):
         if (operands := _read(self, dtype)) is None:
             return None
-        _OPERANDS[self] = operands
+        of_adapters[call.adapter] = operands
     if not operands.are_plain():
         return None
     outputs = call.outputs if attention.layer_idx == call.storage.num_layers - 1 else None
@@ -156,8 +157,8 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
     return _Layer(call, attention.layer_idx, scores, operands, outputs)
 
 
-#: What was read of layers, since reading takes longer than a single token's arithmetic in a small layer.
-_OPERANDS: WeakKeyDictionary[nn.Module, _Operands] = WeakKeyDictionary()
+#: What was read of layers by the adapter of a call: reading takes longer than a token's arithmetic in a small one.
+_OPERANDS: WeakKeyDictionary[nn.Module, dict[str | None, _Operands]] = WeakKeyDictionary()
 
 
 def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:

@@ -157,6 +157,8 @@ def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
     if module.disable_adapters:
         return LoraParts(base.weight, base.bias)
     names = module.active_adapters
+    if not names:
+        return LoraParts(base.weight, base.bias)
     if len(names) != 1 or (name := names[0]) not in module.lora_A or name in module.lora_variant:
         return None
     a, b = module.lora_A[name], module.lora_B[name]

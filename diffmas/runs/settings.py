@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diffmas.agents.topology import Topology, load_topology
 from diffmas.models.loss import LOSSES
 from diffmas.models.pretrained import DTYPES, QUANTIZATIONS
 
@@ -41,6 +42,12 @@ class SystemArguments:
         metadata={
             "help": "How many of the first sender's first columns go in front of latent steps handed over: a number, "
             "or auto (as many as the model's attention rests on); default: the topology's own."
+        },
+    )
+    adapters: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of agents that name none: shared (one of all), or per_role (one each); default: the topology's."
         },
     )
     latent_steps: int = field(default=10, metadata={"help": "Latent steps m of every agent but the last."})
@@ -100,3 +107,11 @@ class SystemArguments:
     loss: str = field(
         default="auto", metadata={"help": f"How training takes the loss: {', '.join(LOSSES)}; see docs/training.md."}
     )
+
+    def load_topology(self) -> Topology:
+        """The topology they name, with what they say of it.
+
+        Raises:
+            TopologyError, FileNotFoundError, ValueError: as :func:`~diffmas.agents.topology.load_topology`.
+        """
+        return load_topology(self.topology, self.handover, self.handover_sink, self.adapters)

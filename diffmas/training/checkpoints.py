@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from diffmas.agents.topology import Topology
+from diffmas.models.adapters import DEFAULT
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.runs.description import known, read_description
-from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE
+from diffmas.runs.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE, adapter_folder
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import reading
 from diffmas.support.text_file import read_text
@@ -50,14 +52,15 @@ def damage(checkpoint: str | Path) -> str | None:
         return f"{STATE_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{STATE_FILE} is damaged"
-    for name in (ADAPTER_FILE, "adapter_config.json"):
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
+    adapters = [adapter_folder(checkpoint, name) for name in _adapters(checkpoint.resolve().parent)]
+    for path in (folder / name for folder in adapters for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)):
+        if not path.is_file():
+            return f"{path.relative_to(checkpoint)} is missing"
     if _learns_alignment(checkpoint.resolve().parent) and not (checkpoint / ALIGNMENT_FILE).is_file():
         return f"{ALIGNMENT_FILE} is missing"
-    for path in (checkpoint / ADAPTER_FILE, checkpoint / ALIGNMENT_FILE):
+    for path in (*(folder / ADAPTER_FILE for folder in adapters), checkpoint / ALIGNMENT_FILE):
         if path.is_file() and not _is_safetensors(path):
-            return f"{path.name} is damaged"
+            return f"{path.relative_to(checkpoint)} is damaged"
     for name in (OPTIMIZER_FILE, SCHEDULER_FILE):
         if not (checkpoint / name).is_file():
             return f"{name} is missing, {ONLY_MODEL}"
@@ -165,6 +168,14 @@ def put_in_place(staged: str | Path, run: str | Path) -> Path:
 def clear_staging(run: str | Path) -> None:
     """Remove what a killed process left of a checkpoint."""
     shutil.rmtree(Path(run, STAGING), ignore_errors=True)
+
+
+def _adapters(run: Path) -> tuple[str, ...]:
+    """The names of a run's adapters; the default one where its description cannot be read."""
+    try:
+        return Topology.from_dict(json.loads(read_text(run / SYSTEM_FILE, "run"))["topology"]).adapter_names
+    except (OSError, ValueError, KeyError, TypeError):
+        return (DEFAULT,)
 
 
 def _learns_alignment(run: Path) -> bool:

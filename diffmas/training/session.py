@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from diffmas.agents.collator import Collator
 from diffmas.agents.thinking import budget
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.topology import Topology
 from diffmas.evaluation.evaluator import TEXT, VARIANTS, Evaluator, evaluate_all
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
@@ -95,7 +95,7 @@ def train(
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
     started = time.perf_counter()
     _check_arguments(system_args, decoding_args, args)
-    topology = topology or load_topology(system_args.topology, system_args.handover, system_args.handover_sink)
+    topology = topology or system_args.load_topology()
     task, task_args, left_out = _load_task(task_args, topology, args)
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))

@@ -52,6 +52,7 @@ def runs(base, tmp_path_factory):
     flags = [
         f"--{k}={v}" for k, v in dict(
             model=base, task="relay", topology="relay", latent_steps=2, alignment="learned", checkpointing="all",
+            adapters="per_role",
             max_steps=4, learning_rate=1e-2, gradient_accumulation_steps=2, per_device_eval_batch_size=4,
             eval_size=9, max_new_tokens=3, temperature=1, save_steps=2, disable_tqdm=True,
         ).items()
@@ -66,8 +67,8 @@ def runs(base, tmp_path_factory):
 
 
 def weights(folder):
-    files = ("adapter_model.safetensors", "alignment.safetensors")
-    return {k: v for file in files for k, v in load_file(Path(folder, file)).items()}
+    files = ("adapter_model.safetensors", "sender/adapter_model.safetensors", "alignment.safetensors")
+    return {f"{file} {k}": v for file in files for k, v in load_file(Path(folder, file)).items()}
 
 
 def records(file):
@@ -99,7 +100,7 @@ def test_resume_is_bit_identical(runs, kind):
 def test_checkpoints_resume_under_another_number_of_processes(runs, tmp_path, flags, kind):
     assert_close(weights(runs / f"{kind}-from-single"), weights(runs / "single"))
     description = json.loads((runs / kind / "summary.json").read_text())
-    same = {k: description["system"][k] for k in ("alignment", "checkpointing", "latent_steps")}
+    same = {k: description["system"][k] for k in ("alignment", "checkpointing", "latent_steps", "adapters")}
     changes = dict(max_steps=4, temperature=1, resume_from_checkpoint=runs / kind / "checkpoint-2")
     assert train.main(flags(**same, **changes, output_dir=tmp_path / "one", disable_final_eval=True)) == 0
     assert_close(weights(tmp_path / "one"), weights(runs / "single"))

@@ -36,6 +36,7 @@ CASES = {
         FORK,
         dict(latent_steps=2, alignment="soft", alignment_temperature_learned=True, latent_grad_clip=0.9),
     ),
+    "adapters": (CHAIN, dict(latent_steps=2, checkpointing="all")),
     "no steps": (CHAIN, dict(latent_steps=0, alignment="learned")),
     "detached": (FORK, dict(latent_steps=2, alignment="learned", detach_trace=True)),
     # Layers with windows, sinks and experts.
@@ -68,8 +69,9 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
     agents, options = CASES[case]
     # transformers' norms are not exact in float64 and the tests' are not fused; embeddings are tied.
     model = windows() if case == "windows" else causal_lm("qwen3", tied=True)
-    model = with_lora(model, embeddings=False)
-    topology = Topology(case, tuple(Agent(*item) for item in agents.items()), "full")
+    adapters = "per_role" if case == "adapters" else "shared"
+    topology = Topology(case, tuple(Agent(*item) for item in agents.items()), "full", adapters=adapters)
+    model = with_lora(model, embeddings=False, adapters=topology.adapter_names[1:])
     prompts, answers = ragged(list(agents), ROWS)
     rows = [{"prompts": {n: p[i] for n, p in prompts.items()}, "answer": a} for i, a in enumerate(answers)]
     names = ("prompt_ids", "prompt_lengths", "answer_ids", "answer_lengths")

@@ -11,7 +11,7 @@ def stitched(topology: Topology) -> Topology:
     *others, last = topology.agents
     agents = [replace(agent, senders=()) for agent in others]
     last = replace(last, senders=tuple(agent.name for agent in others))
-    return Topology("stitch", (*agents, last), topology.handover, topology.handover_sink)
+    return topology.with_agents((*agents, last), "stitch")
 
 
 STITCH = Method("stitch", "stitched traces, no training", topology=stitched, controls=ALL_CONTROLS)
