@@ -41,6 +41,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "sink": ("the same, with the sink (`--handover_sink auto`)", {"handover_sink": "auto"}),
     "sink+clip": ("the same, sink and bound", {"handover_sink": "auto", "latent_grad_clip": 1.0}),
     "own prompt": ("expected embedding, the task's own prompts", {"topology": "relay"}),
+    "rsLoRA": ("the same, rank 32 with `--use_rslora`", {"lora_r": 32, "use_rslora": True}),
+    "LoRA+": ("the same, `--loraplus_lr_ratio 8`", {"loraplus_lr_ratio": 8.0, "learning_rate": 2e-4}),
     "identity": ("rescaled hidden states, sender restates", {"alignment": "identity"}),
     "6 steps": ("expected embedding, 6 latent steps", {"latent_steps": 6, "max_message_tokens": 6}),
     "full": ("full hand-over, sender restates", {"handover": "full"}),

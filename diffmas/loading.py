@@ -47,6 +47,7 @@ def build_system(
     lora = LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
+        use_rslora=args.use_rslora,
         target_modules=targets if targets == "all-linear" else targets.split(","),
         exclude_modules=[name for name, module in model.named_modules() if more_than_linear(module)] or None,
         task_type="CAUSAL_LM",

@@ -296,6 +296,7 @@ class MultiAgentSystem(nn.Module):
             topology=trajectory.topology.name,
             lora_r=getattr(lora, "r", 0),
             lora_alpha=getattr(lora, "lora_alpha", 0),
+            use_rslora=getattr(lora, "use_rslora", False),
             lora_target_modules=modules,
             **self._options,
         )

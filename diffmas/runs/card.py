@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 #: Of a run's description, what the card tells; in its order.
 _TOLD = {
     "system": ("latent_steps", "alignment", "detach_trace", "latent_backward", "lora_r", "lora_alpha",
-        "lora_target_modules"),
+        "use_rslora", "lora_target_modules"),
     "task": ("task", "fields", "prompts", "date"),
     "training": ("learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "seed"),
 }  # fmt: skip

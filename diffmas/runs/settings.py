@@ -93,6 +93,9 @@ class SystemArguments:
     )
     lora_r: int = field(default=8, metadata={"aliases": ["--lora_rank"], "help": "Rank of the LoRA adapter."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of the LoRA adapter."})
+    use_rslora: bool = field(
+        default=False, metadata={"help": "Scale the LoRA adapter by alpha / √rank instead of alpha / rank (rsLoRA)."}
+    )
     lora_target_modules: str = field(
         default="all-linear",
         metadata={

@@ -19,7 +19,7 @@ PLACES = ("output_dir", "resume_from_checkpoint")
 #: What may be another on going on: it decides neither what is computed nor on what, up to rounding.
 FREE = {"backend", "cuda_graphs", "checkpointing", "loss"}
 #: Training arguments that an optimizer's or a schedule's state may depend on.
-UPDATES = ("optim", "lr_scheduler_type", "learning_rate")
+UPDATES = ("optim", "lr_scheduler_type", "learning_rate", "loraplus_lr_ratio")
 #: Where items are read from; their content is compared instead.
 FILES = ("task", "data_dir", "eval_file", "prompts")
 
@@ -174,6 +174,9 @@ def _changes_updates(key: str, was: Any, value: Any, old: Mapping[str, Any], new
     """Whether the optimizer's or the schedule's state means something else under the new value."""
     if key == "optim":
         return True
+    if key == "loraplus_lr_ratio":
+        # With 1, all parameters are in the groups that transformers makes.
+        return 1 in (was, value)
     schedules = {arguments.get("lr_scheduler_type") for arguments in (old, new)}
     return not schedules.isdisjoint(BY_METRIC)
 

@@ -78,7 +78,7 @@ WEIGHT_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
     "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
     "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "data_seed",
-    "dataloader_drop_last", "bf16", "fp16",
+    "dataloader_drop_last", "bf16", "fp16", "loraplus_lr_ratio",
 )  # fmt: skip
 MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Collator]
 

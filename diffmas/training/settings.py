@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 
 from transformers import TrainingArguments
@@ -45,6 +46,12 @@ class TrainArguments(TrainingArguments):
             "help": "What auto_batch and checkpointing auto may use, in 10⁹ bytes; default: 90 %% of what is free."
         },
     )
+    loraplus_lr_ratio: float = field(
+        default=1.0,
+        metadata={
+            "help": "Learning rate of LoRA's B matrices over that of all else (LoRA+, arXiv 2402.12354); 1: the same."
+        },
+    )
     profile: bool = field(
         default=False, metadata={"help": "Time the second step by phase and trace the third: profile.json, trace.json."}
     )
@@ -62,6 +69,8 @@ class TrainArguments(TrainingArguments):
         #: As they were given, for a run that goes on later.
         self.given = {f.name: getattr(self, f.name) for f in fields(self)}
         check_message_tokens(self.max_message_tokens)
+        if not 0 < self.loraplus_lr_ratio < math.inf:
+            raise ValueError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; allowed: above 0 and finite")
         chosen = self.output_dir
         settle(self)
         settle_processes(self)

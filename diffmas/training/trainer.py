@@ -62,6 +62,17 @@ class Items(Dataset):
         return dict(self._items[index])
 
 
+def raise_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, ratio: float) -> None:
+    """Take LoRA's B matrices out of the optimizer's groups into groups of `ratio` times the learning rate (LoRA+)."""
+    raised = {id(p) for name, p in model.named_parameters() if ".lora_B." in name or ".lora_embedding_B." in name}
+    groups = []
+    for group in optimizer.param_groups:
+        parts = [[p for p in group["params"] if (id(p) in raised) == wanted] for wanted in (False, True)]
+        rates = (group["lr"], ratio * group["lr"])
+        groups += [{**group, "params": part, "lr": rate} for part, rate in zip(parts, rates, strict=True) if part]
+    optimizer.param_groups = groups
+
+
 class SystemTrainer(Trainer):
     """Trains a :class:`~diffmas.system.MultiAgentSystem`; evaluates by generating answers.
 
@@ -133,6 +144,13 @@ class SystemTrainer(Trainer):
         self.add_callback(self.finite)
         self.add_callback(StateInPlace())
         self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        there, optimizer = self.optimizer, super().create_optimizer(model)
+        if there is None and self.args.loraplus_lr_ratio != 1:
+            trained = self.accelerator.unwrap_model(model or self.model)
+            raise_learning_rates(optimizer, trained, self.args.loraplus_lr_ratio)
+        return optimizer
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None):
         if self.args.train_sampling_strategy != "group_by_length":

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora.layer import Linear
 from safetensors.torch import load_file
 
 from diffmas import train
+from diffmas.loading import load_run
 from diffmas.runs.files import ADAPTER_FILE
 from diffmas.runs.metrics import read_metrics
 from diffmas.training import session
@@ -235,3 +237,43 @@ def test_a_run_without_a_best_checkpoint_says_so(trained, capsys):
     )
     assert "no checkpoint was evaluated: these are the last weights" in capsys.readouterr().out
     assert summary(run)["best_step"] is None and same(adapter(run), adapter(run / "checkpoint-3"))
+
+
+def test_matrices_b_learn_faster(flags, tmp_path, monkeypatch):
+    """LoRA+: their groups have a learning rate of their own, in the schedule too, and a run goes on with it."""
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        seen.append([(len(g["params"]), g["lr"]) for g in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    given = dict(loraplus_lr_ratio=4, lr_scheduler_type="linear", optim="adamw_torch", disable_final_eval=True)
+    assert train.main(flags(**given)) == 0
+    for groups in seen:
+        rates = sorted({rate for _, rate in groups})
+        assert len(rates) == 2 and rates[1] == pytest.approx(4 * rates[0])
+        assert sum(n for n, rate in groups if rate == rates[0]) == sum(n for n, rate in groups if rate == rates[1])
+    whole, all_steps = load_file(tmp_path / "run" / "adapter_model.safetensors"), list(seen)
+    seen.clear()
+    there = tmp_path / "run" / "checkpoint-4"
+    assert train.main(flags(**given, output_dir=tmp_path / "again", resume_from_checkpoint=there)) == 0
+    # torch loads a state into an optimizer by a step that changes nothing.
+    assert seen[-2:] == all_steps[4:]
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert train.main(flags(disable_final_eval=True, output_dir=tmp_path / "other", resume_from_checkpoint=there)) == 2
+
+
+def test_rank_stabilised(flags, tmp_path):
+    assert train.main(flags(use_rslora=True, lora_r=4, lora_alpha=8, max_steps=1, disable_final_eval=True)) == 0
+    system = load_run(tmp_path / "run").system
+    (scaling,) = {m.scaling["default"] for m in system.modules() if isinstance(m, Linear)}
+    assert scaling == 8 / 4**0.5
+
+
+@pytest.mark.parametrize("ratio", [0, -1, "inf", "nan"])
+def test_a_learning_rate_of_no_size(flags, ratio, capsys):
+    assert train.main(flags(loraplus_lr_ratio=ratio)) == 2
+    assert "loraplus_lr_ratio is" in capsys.readouterr().err
