@@ -176,7 +176,7 @@ def _changes_updates(key: str, was: Any, value: Any, old: Mapping[str, Any], new
         return True
     if key == "loraplus_lr_ratio":
         # With 1, all parameters are in the groups that transformers makes.
-        return 1 in (was, value)
+        return 1 in (was or 1, value or 1)
     schedules = {arguments.get("lr_scheduler_type") for arguments in (old, new)}
     return not schedules.isdisjoint(BY_METRIC)
 
