@@ -263,7 +263,8 @@ def test_matrices_b_learn_faster(flags, tmp_path, monkeypatch):
     assert seen[-2:] == all_steps[4:]
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
-    assert train.main(flags(disable_final_eval=True, output_dir=tmp_path / "other", resume_from_checkpoint=there)) == 2
+    other = dict(loraplus_lr_ratio=1, output_dir=tmp_path / "other", resume_from_checkpoint=there)
+    assert train.main(flags(disable_final_eval=True, **other)) == 2
 
 
 def test_rank_stabilised(flags, tmp_path):
