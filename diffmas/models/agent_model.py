@@ -21,6 +21,7 @@ from diffmas.models.decoder_layer import fuse_layers
 from diffmas.models.dropout import sampling_routers, silence, warn
 from diffmas.models.embedding import initial, initial_vectors, input_vectors, proportional
 from diffmas.models.errors import UnsupportedModelError
+from diffmas.models.fingerprint import made_of
 from diffmas.models.head import Head, head_of
 from diffmas.models.lora import check_lora, check_peft, fuse_lora
 from diffmas.models.loss import AnswerLoss
@@ -79,8 +80,9 @@ class AgentModel(nn.Module):
         check_unwrapped(base)
         check_peft(model)
         check_lora(base)
-        alone = states_alone(base)
-        self.layers = attach(base)
+        made = made_of(base)
+        alone = states_alone(base, made)
+        self.layers = attach(base, made)
         self._config = base.config.get_text_config(decoder=True)
         self._read_once = [(name, vars(self._config).get(name)) for name in _READ_ONCE]
         self._changes = list(dict.fromkeys(g.changes for g in self.layers.values() if g.changes))
@@ -103,7 +105,7 @@ class AgentModel(nn.Module):
             began = initial_vectors(base, vectors, factor)
             tied = weight.data_ptr() == out.data_ptr() and proportional(began, weight)
             self.alignment = Alignment(began, out, alignment, tied=tied, backend=backend)
-        check_agreement(self, alone, factor)
+        check_agreement(self, made, alone, factor)
 
     def train(self, mode: bool = True) -> AgentModel:
         """As for any module; training says once what dropout of the model it goes without."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.fingerprint import made_of
 from diffmas.models.in_place import own_forwards
 from diffmas.models.outline import attend_with, decoder_of, input_embedding
 from diffmas.models.rotation import position_limits
@@ -27,15 +26,16 @@ _ALONE = "states_alone"
 _FAILURES = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 
 
-def states_alone(model: PreTrainedModel) -> list[Tensor] | None:
+def states_alone(model: PreTrainedModel, made: str) -> list[Tensor] | None:
     """Hidden states `[tokens, hidden]` of a few rows, by the model's own code; None where they have agreed already.
 
-    They stay with the model until they do, so that another attempt on it is compared with the same.
+    They stay with the model until they do, so that another attempt on it is compared with the same. `made`: what the
+    model is made of.
 
     Raises:
         UnsupportedModelError: a model that cannot read them.
     """
-    made, (before, states) = made_of(model), vars(model).get(_ALONE, (None, None))
+    before, states = vars(model).get(_ALONE, (None, None))
     if made == before:
         return states
     attended = model.config._attn_implementation
@@ -51,10 +51,11 @@ def states_alone(model: PreTrainedModel) -> list[Tensor] | None:
     return states
 
 
-def check_agreement(model: AgentModel, alone: list[Tensor] | None, factor: float) -> None:
+def check_agreement(model: AgentModel, made: str, alone: list[Tensor] | None, factor: float) -> None:
     """Read the same rows through a trace: in two calls, the second as a latent step is given.
 
-    `factor`: of embeddings that are given, as :func:`~diffmas.models.embedding.input_vectors` finds it.
+    `made`, `alone`: what the model is made of, and its states by itself. `factor`: of embeddings that are given, as
+    :func:`~diffmas.models.embedding.input_vectors` finds it.
 
     Raises:
         UnsupportedModelError: a model that cannot read them so, writes over them, or comes to something else.
@@ -62,7 +63,7 @@ def check_agreement(model: AgentModel, alone: list[Tensor] | None, factor: float
     base = model.language_model
     # What is not finite agrees with nothing: the first loss, or the first logits, are refused as that.
     if alone is None or not all(states.isfinite().all() for states in alone):
-        vars(base)[_ALONE] = (made_of(base), None)
+        vars(base)[_ALONE] = (made, None)
         return
     rows = _tokens(base)
     read, given = [len(row) - _GIVEN for row in rows], [_GIVEN] * len(rows)
@@ -91,7 +92,7 @@ def check_agreement(model: AgentModel, alone: list[Tensor] | None, factor: float
             f"{error:.1g} of its hidden states): it has positions, a mask or a state that a trace does not see, or "
             "mixes rows"
         )
-    vars(base)[_ALONE] = (made_of(base), None)
+    vars(base)[_ALONE] = (made, None)
 
 
 def _tokens(model: PreTrainedModel) -> list[Tensor]:

@@ -95,8 +95,10 @@ def _attends(model: PreTrainedModel) -> bool:
     return any(hasattr(m, "layer_idx") and "Attention" in type(m).__name__ for m in model.modules())
 
 
-def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
+def attach(model: PreTrainedModel, made: str | None = None) -> dict[int, LayerGeometry]:
     """Make `model` (a decoder-only language model) attend through traces; its attention layers by `layer_idx`.
+
+    `made`: what it is made of, where that is known already.
 
     Raises:
         UnsupportedModelError: an encoder-decoder, ALiBi, a class outside transformers' attention interface, or what
@@ -113,7 +115,7 @@ def attach(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         if present:
             raise UnsupportedModelError(f"model {type(model).__name__} has {what}; this is not supported")
     # Another system on the same model finds what the first one did.
-    made, (before, layers) = made_of(model), vars(model).get(_LAYERS, (None, {}))
+    made, (before, layers) = made or made_of(model), vars(model).get(_LAYERS, (None, {}))
     if made != before:
         layers = geometry_of(model)
         vars(model)[_LAYERS] = (made, layers)

@@ -117,9 +117,10 @@ def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         if not near:
             raise UnsupportedModelError(f"model {type(model).__name__} does not use transformers' attention interface")
         _check_once(model, near)
-        changing = _changing(model, near, _far(model, config))
-        # What was seen of a longer row may have left its frequencies behind.
-        near, far = (_read(model, _positions(begin)) for begin in (0, apart))
+        if changing := _changing(model, near, _far(model, config)):
+            # What was seen of a longer row may have left its frequencies behind.
+            near = _read(model, _positions())
+        far = _read(model, _positions(apart))
     candidates = candidates_of(model, config)
     geometry = {}
     for slot, (one, other) in enumerate(zip(near, far, strict=True)):
@@ -143,14 +144,18 @@ def _changing(model: PreTrainedModel, near: Sequence[_Sighting], far: int) -> di
     first = _positions()
     if far <= first[-1]:
         return {}
-    reached: dict[int, list[Tensor]] = {}
+
+    def others(sightings: Sequence[_Sighting]) -> list[Tensor]:
+        return [torch.cat((s.query[0, :, :-1], s.key[0, :, :-1])) for s in sightings]
+
+    reached = {first[-1]: others(near)}
 
     def at(last: int) -> list[Tensor]:
         if last not in reached:
-            # Some remember the longest row, until a short one comes.
-            _read(model, first)
-            seen = _read(model, [*first[:-1], last])
-            reached[last] = [torch.cat((s.query[0, :, :-1], s.key[0, :, :-1])) for s in seen]
+            if len(reached) > 1:
+                # Some remember the longest row, until a short one comes.
+                _read(model, first)
+            reached[last] = others(_read(model, [*first[:-1], last]))
         return reached[last]
 
     def differ(slot: int, one: int, other: int) -> bool:
