@@ -81,8 +81,7 @@ def test_every_call_runs_with_its_agent_s_adapter(name, handover):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(checkpointing="prefill"), dict(checkpointing="all"), dict(backend="reference"),
-        dict(latent_backward="sweeps:2"), dict(latent_backward="sweeps:2", checkpointing="all"),
+        dict(checkpointing="prefill"), dict(checkpointing="all"), dict(latent_backward="sweeps:2", checkpointing="all"),
         dict(backend="reference", checkpointing="all"),
     ],
     ids=str,
