@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -35,8 +36,8 @@ from diffmas.support.distributed import is_sharded, reach
 from diffmas_ops import Call, KVTrace, Rotary
 
 Lengths = Sequence[int]
-#: What a configuration says of masks, which models read in every forward.
-_READ_ONCE = ("sliding_window", "attention_chunk_size", "layer_types")
+#: What a configuration says of masks and frequencies, which models read in every forward.
+_READ_ONCE = ("sliding_window", "attention_chunk_size", "layer_types", "rope_parameters")
 #: Told of every call before it runs, and whether it is a latent step; may return what is to be told its hidden states.
 Observer = Callable[[Call, bool], "Callable[[Tensor], None] | None"]
 
@@ -84,7 +85,8 @@ class AgentModel(nn.Module):
         alone = states_alone(base, made)
         self.layers = attach(base, made)
         self._config = base.config.get_text_config(decoder=True)
-        self._read_once = [(name, vars(self._config).get(name)) for name in _READ_ONCE]
+        # Copies: lists and dictionaries are edited in place.
+        self._read_once = [(name, deepcopy(vars(self._config).get(name))) for name in _READ_ONCE]
         self._changes = list(dict.fromkeys(g.changes for g in self.layers.values() if g.changes))
         self._silenced, self._warned = silence(base), False
         self._routers = sampling_routers(base)
@@ -112,10 +114,7 @@ class AgentModel(nn.Module):
         if mode and not self._warned:
             warn(self._silenced, self._routers)
             self._warned = True
-        super().train(mode)
-        for router in self._routers:
-            router.training = False
-        return self
+        return super().train(mode)
 
     def with_adapter(self, name: str) -> WithAdapter:
         """This model with calls that run with its adapter `name`, or with "none".
@@ -215,11 +214,14 @@ class AgentModel(nn.Module):
                 "as the system set it"
             )
         for name, value in self._read_once:
-            if (now := vars(self._config).get(name)) is not value and now != value:
+            if (now := vars(self._config).get(name)) != value:
                 raise UnsupportedModelError(
                     f"{name} in the model's configuration is {now!r} now, and was {value!r} when the system was made; "
                     "allowed: a new system"
                 )
+        for router in self._routers:
+            # Whoever set the model to training, around this one or not.
+            router.training = False
         latent = inputs_embeds is not None
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
         if (switch := switch_of(self.language_model)) is not None:

@@ -35,8 +35,9 @@ def states_alone(model: PreTrainedModel, made: str) -> list[Tensor] | None:
     Raises:
         UnsupportedModelError: a model that cannot read them.
     """
-    before, states = vars(model).get(_ALONE, (None, None))
-    if made == before:
+    before, weights, states = vars(model).get(_ALONE, (None, None, None))
+    now = _weights(model)
+    if made == before and (states is None or weights == now):
         return states
     attended = model.config._attn_implementation
     with _looking_on(model), _named(model, "by itself"), own_forwards(model):
@@ -47,8 +48,13 @@ def states_alone(model: PreTrainedModel, made: str) -> list[Tensor] | None:
             states = [decoder_of(model)(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in rows]
         finally:
             attend_with(model, attended)
-    vars(model)[_ALONE] = (made, states)
+    vars(model)[_ALONE] = (made, now, states)
     return states
+
+
+def _weights(model: PreTrainedModel) -> list[tuple]:
+    """What changes when other weights are loaded, or they are cast or moved."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device) for p in model.parameters()]
 
 
 def check_agreement(model: AgentModel, made: str, alone: list[Tensor] | None, factor: float) -> None:
@@ -63,7 +69,8 @@ def check_agreement(model: AgentModel, made: str, alone: list[Tensor] | None, fa
     base = model.language_model
     # What is not finite agrees with nothing: the first loss, or the first logits, are refused as that.
     if alone is None or not all(states.isfinite().all() for states in alone):
-        vars(base)[_ALONE] = (made, None)
+        if alone is not None:
+            del vars(base)[_ALONE]
         return
     rows = _tokens(base)
     read, given = [len(row) - _GIVEN for row in rows], [_GIVEN] * len(rows)
@@ -92,7 +99,7 @@ def check_agreement(model: AgentModel, made: str, alone: list[Tensor] | None, fa
             f"{error:.1g} of its hidden states): it has positions, a mask or a state that a trace does not see, or "
             "mixes rows"
         )
-    vars(base)[_ALONE] = (made, None)
+    vars(base)[_ALONE] = (made, None, None)
 
 
 def _tokens(model: PreTrainedModel) -> list[Tensor]:
@@ -122,7 +129,7 @@ def _looking_on(model: PreTrainedModel) -> Iterator[None]:
 def _named(model: PreTrainedModel, how: str) -> Iterator[None]:
     try:
         yield
-    except (UnsupportedModelError, UnsupportedError):
+    except (UnsupportedModelError, UnsupportedError, torch.OutOfMemoryError):
         raise
     except _FAILURES as error:
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ from diffmas.models.in_place import own_class
 
 #: What configurations and modules call a probability of dropping, or a width of noise: attention_dropout, embd_pdrop,
 #: layerdrop, router_jitter_noise.
-_NAME = re.compile(r"dropout|pdrop|layerdrop|jitter")
+DROPPING = re.compile(r"dropout|pdrop|layerdrop|jitter")
 #: Routers that sample experts in training, by a number that decides between experts in evaluation too.
 _SAMPLING = {"PhimoeTopKRouter": "router_jitter_noise"}
 
@@ -67,7 +67,7 @@ def warn(found: dict[str, float], routers: Sequence[nn.Module]) -> None:
 
 
 def _acts(name: str, value: Any) -> bool:
-    return isinstance(value, (int, float)) and value is not True and value > 0 and bool(_NAME.search(name))
+    return isinstance(value, (int, float)) and value is not True and value > 0 and bool(DROPPING.search(name))
 
 
 def _own_modules(model: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
+from typing import Any
 
 from transformers import PreTrainedModel
 
+from diffmas.models.dropout import DROPPING
 from diffmas.models.in_place import own_class, replaced_by_others
 from diffmas.models.rotation import rotary_buffers
 
 
 def made_of(model: PreTrainedModel) -> str:
     """A digest of its configuration, its modules' classes and forwards, and its frequencies; not of its weights."""
-    config = {k: v for k, v in model.config.to_dict().items() if "attn_implementation" not in k}
     modules = [
         (name, own_class(module).__module__, own_class(module).__qualname__, replaced_by_others(module))
         for name, module in model.named_modules()
     ]
-    frequencies = [(name, buffer.tolist()) for _, name, buffer in rotary_buffers(model)]
-    described = json.dumps([config, modules, frequencies], sort_keys=True, default=str)
+    frequencies = [
+        (path, name, None if buffer.is_meta else buffer.tolist()) for path, _, name, buffer in rotary_buffers(model)
+    ]
+    described = repr([_lasting(model.config.to_dict()), modules, frequencies])
     return hashlib.sha256(described.encode()).hexdigest()
+
+
+def _lasting(config: Any) -> Any:
+    """Without what a system sets itself: how the model attends, and that it drops nothing."""
+    if not isinstance(config, dict):
+        return config
+    own = {k: v for k, v in config.items() if "attn_implementation" not in str(k) and not DROPPING.search(str(k))}
+    return {k: _lasting(v) for k, v in own.items()}

@@ -117,7 +117,7 @@ def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         if not near:
             raise UnsupportedModelError(f"model {type(model).__name__} does not use transformers' attention interface")
         _check_once(model, near)
-        if changing := _changing(model, near, _far(model, config)):
+        if changing := _changing(model, position_limits(config), _far(model, config)):
             # What was seen of a longer row may have left its frequencies behind.
             near = _read(model, _positions())
         far = _read(model, _positions(apart))
@@ -127,23 +127,28 @@ def geometry_of(model: PreTrainedModel) -> dict[int, LayerGeometry]:
         sizes = _sizes(model, slot, one)
         turn = turning(one.key[0], other.key[0], apart, candidates, changing=one.layer in changing)
         moved: dict[str, Any] = {"immovable": turn} if isinstance(turn, str) else {"turn": turn}
-        if one.layer in changing:
-            limit, once = changing[one.layer]
-            kind = "none" if isinstance(turn, str) or turn.frequencies is None else turn.frequencies.kind
+        kind = "none" if isinstance(turn, str) or turn.frequencies is None else turn.frequencies.kind
+        if one.layer in changing or (isinstance(turn, Candidate) and not turn.is_static):
+            # What cannot be seen is as the rope type says.
+            limit, once = changing.get(one.layer, (_nearest_limit(config), kind == "longrope"))
             moved["changes"] = Change(kind, limit, once)
             moved["immovable"] = f"frequencies change with the length (rope_type {kind!r}, from position {limit} on)"
         geometry[one.layer] = replace(sizes, **_mask(model, one), **moved)
     return geometry
 
 
-def _changing(model: PreTrainedModel, near: Sequence[_Sighting], far: int) -> dict[int, tuple[int, bool]]:
-    """Layers whose queries or keys at the first positions depend on how far the forward goes.
+def _changing(model: PreTrainedModel, limits: Sequence[int], far: int) -> dict[int, tuple[int, bool]]:
+    """Layers whose queries or keys depend on how far the forward goes.
 
-    By layer, the first position that changes them, and whether all positions from there on do so alike.
+    By layer, the first position that changes them, and whether all positions from there on do so alike. Keys are looked
+    at as far on as the nearest of the `limits` that a configuration names allows: there, other frequencies turn them
+    by whole angles, which 16 bits show too. Where frequencies change slowly, the limit is the configuration's.
     """
-    first = _positions()
-    if far <= first[-1]:
+    last = max(_TOKENS - 1, min(*limits, _APART) - 1 if limits else _APART)
+    first = [0, last // 2, last - 1, last]
+    if far <= last:
         return {}
+    near = _read(model, first)
 
     def others(sightings: Sequence[_Sighting]) -> list[Tensor]:
         return [torch.cat((s.query[0, :, :-1], s.key[0, :, :-1])) for s in sightings]
@@ -154,7 +159,7 @@ def _changing(model: PreTrainedModel, near: Sequence[_Sighting], far: int) -> di
         if last not in reached:
             if len(reached) > 1:
                 # Some remember the longest row, until a short one comes.
-                _read(model, first)
+                _read(model, _positions())
             reached[last] = others(_read(model, [*first[:-1], last]))
         return reached[last]
 
@@ -170,7 +175,8 @@ def _changing(model: PreTrainedModel, near: Sequence[_Sighting], far: int) -> di
         while limit - below > 1:
             middle = (below + limit) // 2
             below, limit = (below, middle) if differ(slot, first[-1], middle) else (middle, limit)
-        found[sighting.layer] = (limit, not differ(slot, limit, far) and not differ(slot, limit, (limit + far) // 2))
+        once = not differ(slot, limit, far) and not differ(slot, limit, (limit + far) // 2)
+        found[sighting.layer] = (max([n for n in limits if n <= limit], default=limit), once)
     return found
 
 

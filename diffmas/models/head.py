@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.models.lora import hooked, replaced
+from diffmas.models.lora import hooked, own_hooks_of, replaced
 from diffmas.models.outline import decoder_of, replaced_forward
 
 #: How configurations call a factor of logits, a divisor of logits, and a cap.
@@ -62,15 +62,18 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
-def more_than_weights(head: nn.Module) -> str | None:
-    """Why `head` may not be computed from its weight and bias without being run; None where it may."""
+def more_than_weights(head: nn.Module, *, watched: bool = True) -> str | None:
+    """Why `head` may not be computed from its weight and bias without being run; None where it may.
+
+    `watched`: whether hooks of all modules (which count or profile) forbid it too.
+    """
     if type(head) is not nn.Linear:
         return f"the model's head is a {type(head).__module__}.{type(head).__name__}, not a torch.nn.Linear"
     # What accelerate does to have a weight and its inputs on one device changes nothing where they are.
     hook = vars(head).get("_hf_hook")
     if replaced(head) or not (hook is None or type(hook) is AlignDevicesHook):
         return "the model's head has a forward that was put in place of its own"
-    if hooked(head):
+    if any(own_hooks_of(head)) or (watched and hooked(head)):
         return "the model's head has hooks"
     weight = head._parameters.get("weight")
     if weight is None:

@@ -105,7 +105,7 @@ def _check_called(model: nn.Module) -> None:
     for module in (*around, base):
         # A compiled model runs what it holds.
         module = getattr(module, "_orig_mod", module)
-        found = {"a hook": any(_own_hooks(module)), "a forward that was put in place of its own": replaced(module)}
+        found = {"a hook": any(own_hooks_of(module)), "a forward that was put in place of its own": replaced(module)}
         for what in (what for what, there in found.items() if there):
             raise UnsupportedModelError(
                 f"{what} on {type(module).__name__} would not run: agents call its decoder and its head; allowed: on "
@@ -222,10 +222,11 @@ def hooked(module: nn.Module) -> bool:
 
 def hooks_of(module: nn.Module) -> list[Collection]:
     """The collections that :func:`hooked` finds empty, or not: its own, and those of all modules."""
-    return _own_hooks(module) + _HOOKS_OF_ALL
+    return own_hooks_of(module) + _HOOKS_OF_ALL
 
 
-def _own_hooks(module: nn.Module) -> list[Collection]:
+def own_hooks_of(module: nn.Module) -> list[Collection]:
+    """Those of the module alone."""
     return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]
 
 

@@ -36,27 +36,32 @@ class Change(NamedTuple):
 class Frequencies:
     """Those by which keys turn: a buffer of the model, as it is at the time, or fixed ones.
 
-    `kind`: their rope type. `holder`, `name`: the module whose buffer they are, and its name; `holder` None: fixed.
+    `kind`: their rope type. `decoder`, `path`, `name`: the buffer of the decoder's module at `path`, and its name;
+    `decoder` None: they are `fixed`.
     """
 
     kind: str
-    holder: nn.Module | None
-    name: str
+    decoder: nn.Module | None = None
+    path: str = ""
+    name: str = ""
     fixed: Tensor | None = None
     _made: dict[bool, tuple[Tensor, int, Rotary]] = field(default_factory=dict, repr=False)
 
     @property
     def current(self) -> Tensor:
-        found = self.fixed if self.holder is None else self.holder._buffers[self.name]
+        found = self.fixed if self.decoder is None else self.decoder.get_submodule(self.path)._buffers[self.name]
         assert found is not None
         return found
 
     def rotary(self, interleaved: bool) -> Rotary:
         """Made anew only where they were changed: casting a model rounds them."""
         now = self.current
+        version = 0 if now.is_inference() else now._version
         made = self._made.get(interleaved)
-        if made is None or made[0] is not now or made[1] != now._version:
-            self._made[interleaved] = made = (now, now._version, Rotary(now.detach().clone(), interleaved))
+        if made is None or made[0] is not now or made[1] != version:
+            # Kept beyond the inference that may have asked first.
+            with torch.inference_mode(False):
+                self._made[interleaved] = made = (now, version, Rotary(now.detach().clone(), interleaved))
         return made[2]
 
 
@@ -86,12 +91,12 @@ def candidates_of(model: PreTrainedModel, config) -> list[Candidate]:
     return found
 
 
-def rotary_buffers(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The buffers of frequencies in a model's decoder, with the modules they are in."""
-    for module in decoder_of(model).modules():
+def rotary_buffers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """The buffers of frequencies in a model's decoder, behind the path of their module, the module, and their name."""
+    for path, module in decoder_of(model).named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name.endswith("inv_freq") and "original" not in name and buffer.dim() == 1:
-                yield module, name, buffer
+                yield path, module, name, buffer
 
 
 def configured(config, name: str) -> Any:
@@ -120,11 +125,11 @@ def _rope_parameters(config) -> list[dict]:
 def _frequencies(model: PreTrainedModel, config) -> Iterator[Frequencies]:
     """Buffers of rotary modules, and what the configuration says of those without."""
     found: list[Frequencies] = []
-    for module, name, buffer in rotary_buffers(model):
+    for path, module, name, buffer in rotary_buffers(model):
         kinds = getattr(module, "rope_type", "default")
         kind = kinds.get(name.removesuffix("_inv_freq"), "default") if isinstance(kinds, dict) else kinds
         if not any(f.kind == kind and torch.equal(f.current, buffer) for f in found):
-            found.append(Frequencies(kind, module, name))
+            found.append(Frequencies(kind, decoder_of(model), path, name))
             yield found[-1]
     thetas = {p.get("rope_theta") for p in _rope_parameters(config)} | {configured(config, "rope_theta"), 10000.0}
     dims = {configured(config, name) for name in ("rotary_dim", "qk_rope_head_dim", "head_dim")}
@@ -136,7 +141,7 @@ def _frequencies(model: PreTrainedModel, config) -> Iterator[Frequencies]:
             inv_freq = 1 / theta ** (torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
             if not any(f.shape == inv_freq.shape and torch.allclose(f, inv_freq) for f in known):
                 known.append(inv_freq)
-                yield Frequencies("default", None, "", inv_freq)
+                yield Frequencies("default", fixed=inv_freq)
 
 
 def turning(

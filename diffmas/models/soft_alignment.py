@@ -12,7 +12,6 @@ from diffmas.models.alignment import AlignmentOptions, clipped
 from diffmas.models.embedding import proportional
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.head import Head, more_than_weights
-from diffmas.models.lora import hooks_of
 from diffmas.models.outline import input_embedding
 from diffmas_ops import expected_embedding
 
@@ -112,7 +111,7 @@ class SoftAlignment(nn.Module):
 
     def _checked(self, linear: Any, values: Tensor) -> nn.Linear:
         """The head's layer, which has to make logits of as many tokens as there are `values`, by its weights alone."""
-        if (why := more_than_weights(linear)) is not None:
+        if (why := more_than_weights(linear, watched=False)) is not None:
             raise UnsupportedModelError(
                 f"alignment 'soft' reads the head's weights, but {why}; allowed: a torch.nn.Linear by itself, without "
                 "an adapter"
@@ -140,5 +139,6 @@ def _at(model: nn.Module, path: list[str]) -> nn.Module | None:
 
 
 def _hooks(module: nn.Module) -> list[int]:
-    """How many hooks are on it, by kind."""
-    return [len(hooks) for hooks in hooks_of(module)]
+    """Its own hooks; transformers and PEFT have one that asks for gradients, and changes nothing."""
+    found = {**module._forward_hooks, **module._forward_pre_hooks}
+    return [key for key, hook in found.items() if not str(hook.__module__).startswith(("transformers.", "peft."))]

@@ -347,3 +347,43 @@ def test_a_scale_of_logits_that_changed_is_refused(alignment):
     config.logits_scaling = 4.0
     with pytest.raises(UnsupportedModelError, match="has logits_scaling 4.0, and had 2.0 when the system was made"):
         logits(system, *rows())
+
+
+@pytest.mark.parametrize("edit", ["layer_types", "rope_parameters"])
+def test_a_configuration_edited_in_place(edit):
+    kinds = ["sliding_attention", "full_attention"]
+    model, prompts = causal_lm("qwen2", use_sliding_window=True, sliding_window=4, layer_types=list(kinds)), rows()
+    system = relay(model)
+    if edit == "layer_types":
+        model.config.layer_types[0] = "full_attention"
+    else:
+        model.config.rope_parameters["rope_theta"] = 5.0
+    with pytest.raises(UnsupportedModelError, match=f"{edit} in the model's configuration is .* allowed: a new system"):
+        logits(system, *prompts)
+
+
+def test_what_else_asks_for_a_system():
+    """In inference mode, with hooks that only watch or ask for gradients, between a forward and its backward."""
+    model, prompts = causal_lm("qwen3", attention_dropout=0.1), rows()
+    with torch.inference_mode():
+        first = relay(model)
+    loss = first(*arguments(*prompts)).loss
+    relay(model)
+    loss.backward()
+    soft = relay(causal_lm("qwen3"), alignment="soft")
+    expected = logits(soft, *prompts)
+    soft.agent_model.language_model.enable_input_require_grads()
+    watching = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert error(logits(soft, *prompts), expected) <= 1e-12
+    finally:
+        watching.remove()
+
+
+def test_another_attempt_on_other_weights():
+    """What a refused attempt left says nothing of weights that were loaded since."""
+    model, weights = causal_lm("qwen3"), causal_lm("qwen3", seed=1).state_dict()
+    with pytest.raises(ValueError, match="alignment_top_k"):
+        relay(model, alignment="soft", alignment_top_k=1000)
+    model.load_state_dict(weights)
+    relay(model)

@@ -10,6 +10,7 @@ from tiny_models import arguments, ragged
 from diffmas.generation import Decoding
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.geometry import geometry_of
+from diffmas.models.rotation import Change
 from diffmas.system import MultiAgentSystem
 
 SIZES = dict(
@@ -210,3 +211,18 @@ def test_layers_that_keep_their_keywords(checkpointing):
     torch.testing.assert_close(output.loss, sum(alone) / sum(map(len, answers)), rtol=1e-9, atol=0)
     assert all(p.grad is None or p.grad.isfinite().all() for p in system.parameters())
     assert system.agent_model.language_model.model.layers[0].self_attn.k_proj.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_frequencies_that_change_show_in_every_dtype(kind, dtype):
+    """As they do on real models: by little, between many positions, in 16 bits."""
+    sizes = dict(SIZES, max_position_embeddings=64) if kind == "dynamic" else dict(SIZES, max_position_embeddings=256)
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=2.0)
+    if kind == "longrope":
+        factors = [1.0 + 0.1 * i for i in range(4)]
+        rope |= dict(short_factor=[1.0] * 4, long_factor=factors, original_max_position_embeddings=64)
+    config = transformers.LlamaConfig(**sizes, rope_parameters=rope)
+    layers = geometry_of(transformers.LlamaForCausalLM(config).to(dtype)).values()
+    assert {layer.changes for layer in layers} == {Change(kind, 64, kind == "longrope")}
+    assert all(layer.immovable for layer in layers)
