@@ -6,16 +6,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.room import check_adapter
 from diffmas.agents.topology import Topology
-from diffmas.models.adapters import DEFAULT
+from diffmas.models.adapters import put_on
 from diffmas.models.lora import more_than_linear
 from diffmas.models.pretrained import load_base
 from diffmas.runs.description import known, read_description
-from diffmas.runs.files import ADAPTER_FILE
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
@@ -41,7 +40,7 @@ def build_system(
             quantization=args.quantization,
             random_weights=args.random_weights,
         )
-    names, options = topology.adapter_names, topology.adapter_options
+    names = topology.adapter_names
     check_adapter(model, args.lora_r, args.lora_target_modules, copies * len(names))
     targets = args.lora_target_modules
     lora = LoraConfig(
@@ -53,20 +52,8 @@ def build_system(
         task_type="CAUSAL_LM",
         lora_dropout=0.0,
     )
-    begun = {name: path for name in names if (path := options.get(name, {}).get("path"))}
-    for name, path in begun.items():
-        if not Path(path, ADAPTER_FILE).is_file():
-            raise FileNotFoundError(f"adapter {name} begins at {path!r}, which has no {ADAPTER_FILE}")
     with quiet_loading():
-        if DEFAULT in begun:
-            adapted = PeftModel.from_pretrained(model, begun[DEFAULT], is_trainable=True)
-        else:
-            adapted = get_peft_model(model, lora)
-        for name in names[1:]:
-            if name in begun:
-                adapted.load_adapter(begun[name], name, is_trainable=True)
-            else:
-                adapted.add_adapter(name, lora)
+        adapted = put_on(model, lora, names, topology.adapter_paths)
     with announced("setting up the system"):
         return MultiAgentSystem.of(adapted, topology, args, tokenizer=tokenizer), tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -25,7 +25,7 @@ from diffmas.agents.thinking import budget
 from diffmas.agents.topology import AUTO, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
-from diffmas.models.adapters import DEFAULT, add_adapters, choose_trained
+from diffmas.models.adapters import DEFAULT, choose_trained, load_adapter, put_on
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.loss import plain_loss
@@ -129,8 +129,7 @@ class MultiAgentSystem(nn.Module):
             if hasattr(model, "peft_config"):
                 raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
             with quiet_loading():
-                model = get_peft_model(model, peft_config)
-                add_adapters(model, topology.adapter_names)
+                model = put_on(model, peft_config, topology.adapter_names, topology.adapter_paths)
         self.agent_model = AgentModel(
             model,
             alignment=AlignmentOptions(
@@ -228,7 +227,9 @@ class MultiAgentSystem(nn.Module):
         with reading(f"the adapter of run {folder}"), quiet_loading():
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
             for name in topology.adapter_names[1:]:
-                adapted.load_adapter(str(adapter_folder(folder, name)), name, is_trainable=True)
+                place = adapter_folder(folder, name)
+                adapted.add_adapter(name, PeftConfig.from_pretrained(str(place)))
+                load_adapter(adapted, name, place)
         if (folder / PROMPTS_FILE).is_file():
             prompts = Prompts.load(folder / PROMPTS_FILE)
         else:
@@ -244,9 +245,12 @@ class MultiAgentSystem(nn.Module):
         return system.eval()
 
     def choose_trained(self) -> None:
-        """Of the adapters that agents name, let those train that the topology says, and no other."""
+        """Of the adapters that agents name, let those train that the topology says, and no other.
+
+        PEFT's `set_adapter`, and leaving its `disable_adapter`, let only those train that are active: after them, this.
+        """
         names = self.topology.adapter_names
-        if len(names) > 1 or self.topology.adapter_options:
+        if self.topology.names_adapters:
             choose_trained(self.agent_model.model, names, self.topology.trained_adapters)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -269,6 +273,18 @@ class MultiAgentSystem(nn.Module):
             what = f"adapters {found}" if found else "no adapter"
             allowed = "one, called 'default'" if names == [DEFAULT] else f"{names}, which its agents run with"
             raise ValueError(f"the system has {what}; allowed: {allowed} (peft_config=…)")
+
+    def check_trains(self) -> None:
+        """Raise `ValueError` where a training would leave all weights as they are."""
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise ValueError("no weight trains; allowed: an adapter that does")
+        topology = self.topology
+        cut = self.trajectory.detach_trace and len(topology.agents) > 1 and topology.names_adapters
+        if cut and topology.adapter_of(topology.last) not in topology.trained_adapters:
+            raise ValueError(
+                f"detach_trace is True, and agent {topology.last.name}, the only one that the gradient reaches, has no "
+                "adapter that trains; allowed: False, or one that does"
+            )
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
         """Upload what :meth:`save_pretrained` writes, with its model card; returns the address.
@@ -329,7 +345,9 @@ class MultiAgentSystem(nn.Module):
         Without latent steps, of an agent's last layer only the keys and values go on.
         """
         reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
-        return (self.agent_model.alignment.options.trains or len(self.topology.trained_adapters) > 1) and not reached
+        before = {self.topology.adapter_of(agent) for agent in self.topology.agents[:-1]}
+        apart = before & set(self.topology.trained_adapters) - {self.topology.adapter_of(self.topology.last)}
+        return (self.agent_model.alignment.options.trains or bool(apart)) and not reached
 
     def forward(
         self,

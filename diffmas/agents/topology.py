@@ -20,6 +20,9 @@ ADAPTERS = ("shared", "per_role")
 #: What the YAML form says of an agent, and of an adapter.
 _KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs", "adapter")
 _ADAPTER_KEYS = ("path", "train")
+_TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "adapters", "adapter_options", "agents")
+#: What says something else than the name of a role's adapter.
+_SAID = (DEFAULT, NONE)
 
 
 class TopologyError(ValueError):
@@ -101,6 +104,11 @@ class Topology:
         for agent in self.agents:
             if not (name := self.adapter_of(agent)).isidentifier():
                 raise TopologyError(f"adapter of agent {agent.name} is {name!r}; allowed: letters, digits and _")
+            if self.adapters == "per_role" and agent is not self.last and not agent.adapter and name in _SAID:
+                raise TopologyError(
+                    f"role of agent {agent.name} is {name!r}, which cannot name its adapter; allowed: another role, or "
+                    "an adapter of its own"
+                )
         if (last := self.last).adapter not in ("", DEFAULT, NONE):
             raise TopologyError(
                 f"adapter of agent {last.name} is {last.adapter!r}; allowed: {DEFAULT} or {NONE}, of the last agent"
@@ -125,10 +133,20 @@ class Topology:
         return agent.role if own else DEFAULT
 
     @property
+    def names_adapters(self) -> bool:
+        """Whether any agent has one that is said; otherwise all run with whatever is active on their model."""
+        return self.adapters != "shared" or bool(self.adapter_options) or any(a.adapter for a in self.agents)
+
+    @property
     def adapter_names(self) -> tuple[str, ...]:
         """All adapters that there are, the default one first: a run keeps that in any case."""
         used = dict.fromkeys(self.adapter_of(agent) for agent in self.agents)
         return (DEFAULT, *(name for name in used if name not in (NONE, DEFAULT)))
+
+    @property
+    def adapter_paths(self) -> dict[str, str]:
+        """The folders that adapters start from, by name."""
+        return {name: options["path"] for name, options in self.adapter_options.items() if options.get("path")}
 
     @property
     def trained_adapters(self) -> tuple[str, ...]:
@@ -191,9 +209,8 @@ class Topology:
             for a in self.agents
         ]
         whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
-        if self.adapter_options:
-            return whole | {"adapters": {name: dict(options) for name, options in self.adapter_options.items()}}
-        return whole | {"adapters": self.adapters}
+        options = {name: dict(options) for name, options in self.adapter_options.items()}
+        return whole | {"adapters": self.adapters, "adapter_options": options}
 
     @classmethod
     def from_dict(
@@ -214,7 +231,7 @@ class Topology:
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
             raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
-        _check_keys("the topology", data, ("name", "handover", "handover_sink", "adapters", "agents"))
+        _check_keys("the topology", data, _TOPOLOGY_KEYS)
         agents = []
         for entry in data["agents"]:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
@@ -231,10 +248,11 @@ class Topology:
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
-        kept = data.get("adapters", "shared") if adapters is None else adapters
-        options = _adapter_options(kept) if isinstance(kept, Mapping) else {}
-        kept = "shared" if isinstance(kept, Mapping) else kept
-        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink, kept, options)
+        kept, options = data.get("adapters", "shared"), data.get("adapter_options") or {}
+        if isinstance(kept, Mapping):
+            kept, options = "shared", kept
+        options = _adapter_options(options)
+        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink, adapters or kept, options)
 
 
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
-from diffmas.models.adapters import DEFAULT, WithAdapter
+from diffmas.models.adapters import WithAdapter
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.errors import UnsupportedModelError
 from diffmas_ops import KVTrace, Segment, kv_concat
@@ -69,9 +69,9 @@ class Trajectory:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
         self._sink = self.topology.sink_columns
         adapters = {agent.name: self.topology.adapter_of(agent) for agent in self.topology.agents}
-        # One adapter of all agents is whichever is active.
-        shared = set(adapters.values()) == {DEFAULT}
-        self._models = {n: self.model if shared else self.model.with_adapter(a) for n, a in adapters.items()}
+        # One adapter of all agents that name none is whichever is active.
+        named = self.topology.names_adapters
+        self._models = {n: self.model.with_adapter(a) if named else self.model for n, a in adapters.items()}
         if (why := self.model.immovable) is not None and self.topology.moves:
             raise UnsupportedModelError(
                 f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "

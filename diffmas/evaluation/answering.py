@@ -15,6 +15,7 @@ from diffmas.answers import reasoning
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.records import Record
 from diffmas.generation import Decoding
+from diffmas.models.adapters import without_adapters
 from diffmas.models.agent_model import evaluating as evaluation_mode
 from diffmas.prompts.shortened import counting
 from diffmas.support.progress import Lines, terminal
@@ -46,7 +47,7 @@ def progress_bar(show: bool) -> Progress | Lines:
 @contextlib.contextmanager
 def evaluating(system: MultiAgentSystem, *, adapter: bool) -> Iterator[None]:
     """In evaluation mode and without gradients; without the adapter too where `adapter` is False."""
-    without = contextlib.nullcontext() if adapter else system.agent_model.model.disable_adapter()
+    without = contextlib.nullcontext() if adapter else without_adapters(system.agent_model.model)
     with evaluation_mode(system), torch.no_grad(), without:
         yield
 

@@ -7,16 +7,21 @@ layer again with the call it ran with.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.in_place import put_in_front
 from diffmas.models.outline import decoder_of
+from diffmas.support.failures import reading
 from diffmas_ops import Call, KVTrace
 
 if TYPE_CHECKING:
@@ -24,6 +29,8 @@ if TYPE_CHECKING:
 
 #: The adapter that a run keeps in any case; and what is said for none at all.
 DEFAULT, NONE = "default", "none"
+#: What PEFT calls an adapter's files.
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 #: Where a model keeps its switch, and a layer its modules.
 _SWITCH, _ADAPTED = "adapter_switch", "adapted_modules"
 
@@ -36,11 +43,68 @@ class _Active(list):
 _CHOSEN: dict[str, _Active] = {NONE: _Active()}
 
 
-def add_adapters(model: Any, names: Sequence[str]) -> None:
-    """Give `model`, which is in PEFT, those adapters of `names` that it lacks, like its default one."""
+def put_on(model: Any, config: PeftConfig, names: Sequence[str], paths: Mapping[str, str]) -> Any:
+    """`model` in PEFT with adapters `names`, the default one first, each of `config` or as its folder in `paths` is.
+
+    Raises:
+        ValueError: a name that means something in the model; a folder without what an adapter of it needs.
+        FileNotFoundError: a folder without an adapter.
+    """
+    check_names(model, names)
+    begun = {name: _config_in(name, paths[name]) for name in names if paths.get(name)}
+    adapted = get_peft_model(model, begun.get(DEFAULT, config))
+    for name in names[1:]:
+        adapted.add_adapter(name, begun.get(name, config))
+    for name in begun:
+        load_adapter(adapted, name, paths[name])
+    return adapted
+
+
+def _config_in(name: str, folder: str) -> PeftConfig:
+    for file in (WEIGHTS_FILE, CONFIG_FILE):
+        if not Path(folder, file).is_file():
+            raise FileNotFoundError(f"adapter {name} begins at {folder!r}, which has no {file}")
+    with reading(str(Path(folder, CONFIG_FILE))):
+        config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    return config
+
+
+def check_names(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise `ValueError` for the name of a module, by which PEFT would tell weights apart when it keeps them."""
+    taken = {part for path, _ in model.named_modules() for part in path.split(".")}
+    taken |= {"weight", "bias", "model", "base_model", "base_layer", "modules_to_save", "original_module"}
     for name in names:
-        if name not in model.peft_config:
-            model.add_adapter(name, model.peft_config[DEFAULT])
+        if name != DEFAULT and (name in taken or name.startswith("lora_") or hasattr(nn.ModuleDict, name)):
+            raise ValueError(f"adapter {name!r} is called like a part of the model; allowed: another name")
+
+
+def load_adapter(model: Any, name: str, folder: str | Path) -> None:
+    """Read the weights that `folder` keeps into adapter `name`, which is on `model`.
+
+    Raises:
+        ValueError: weights of other layers or shapes.
+    """
+    with reading(str(Path(folder, WEIGHTS_FILE))):
+        found = model.load_adapter(str(folder), name, is_trainable=True)
+    if missing := [key for key in found.missing_keys if name in key.split(".")]:
+        raise ValueError(
+            f"{Path(folder, WEIGHTS_FILE)} lacks {len(missing)} weights of adapter {name!r}, such as {missing[0]}; "
+            "allowed: an adapter of the same layers"
+        )
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Without any adapter; PEFT's own way back would let only those train that are active."""
+    before = [(module, vars(module)["_disable_adapters"]) for module in _adapted(model)]
+    for module, _ in before:
+        vars(module)["_disable_adapters"] = True
+    try:
+        yield
+    finally:
+        for module, disabled in before:
+            vars(module)["_disable_adapters"] = disabled
 
 
 def choose_trained(model: nn.Module, names: Sequence[str], trained: Iterable[str]) -> None:
@@ -65,7 +129,7 @@ def _adapted(model: nn.Module) -> list[nn.Module]:
 
 
 class AdapterSwitch:
-    """Has the modules of `model` run with the adapter of the call that reaches them.
+    """Has the modules of `model` run with the adapter of the call that reaches them, and gives back what PEFT was told.
 
     One is enough for a model, whatever number of systems are on it; it is found again by :func:`switch_of`.
     """
@@ -73,21 +137,21 @@ class AdapterSwitch:
     def __init__(self, model: PreTrainedModel):
         layers = [m for child in decoder_of(model).children() if isinstance(child, nn.ModuleList) for m in child]
         inside = {id(m) for layer in layers for m in _adapted(layer)}
-        # Around the layers, modules are switched when a call begins.
+        # Around the layers, modules are switched for as long as a call runs.
         self._around = _Modules([m for m in _adapted(model) if id(m) not in inside])
         for layer in layers:
             vars(layer)[_ADAPTED] = _Modules(_adapted(layer))
             kind: Any = type(layer)
             layer.__class__ = put_in_front(SwitchingLayer, kind)
 
-    def begin(self, call: Call) -> None:
+    def for_call(self, call: Call) -> contextlib.AbstractContextManager[None]:
         """Switch what is not in a layer."""
-        self._around.choose(call.adapter)
+        return self._around.running(call.adapter)
 
 
 def switch_of(model: PreTrainedModel, *, install: bool = False) -> AdapterSwitch | None:
-    """The switch that is on `model`; None where there is none, and none is to be installed."""
-    if install and _SWITCH not in vars(model):
+    """The switch that is on `model`; `install`: a new one, for adapters as they are now."""
+    if install:
         vars(model)[_SWITCH] = AdapterSwitch(model)
     return vars(model).get(_SWITCH)
 
@@ -97,30 +161,43 @@ class SwitchingLayer:
 
     def forward(self, *args, **kwargs):
         # Without a trace, as when the model is looked at, layers run with what is active.
-        if kwargs.get("trace_layers") is not None:
-            vars(self)[_ADAPTED].choose(kwargs["trace_call"].adapter)
-        return super().forward(*args, **kwargs)
+        name = None if kwargs.get("trace_layers") is None else kwargs["trace_call"].adapter
+        if name is None:
+            return super().forward(*args, **kwargs)
+        with vars(self)[_ADAPTED].running(name):
+            return super().forward(*args, **kwargs)
 
 
 class _Modules:
     """Adapted modules that are switched together."""
 
     def __init__(self, modules: list[nn.Module]):
-        self._modules, self._own = modules, [vars(m)["_active_adapter"] for m in modules]
+        self._modules = modules
 
-    def choose(self, name: str | None) -> None:
-        """None: what PEFT was told."""
-        if not self._modules:
+    @contextlib.contextmanager
+    def running(self, name: str | None) -> Iterator[None]:
+        """With adapter `name`; None: as PEFT was told.
+
+        Raises:
+            UnsupportedModelError: adapters that are merged into the model, which no call can choose among.
+        """
+        if name is None or not self._modules:
+            yield
             return
-        now = vars(self._modules[0])["_active_adapter"]
-        if not isinstance(now, _Active):
-            self._own = [vars(m)["_active_adapter"] for m in self._modules]
-        elif name is None:
-            for module, own in zip(self._modules, self._own, strict=True):
-                vars(module)["_active_adapter"] = own
-        if name is not None and now is not (chosen := _CHOSEN.setdefault(name, _Active([name]))):
-            for module in self._modules:
-                vars(module)["_active_adapter"] = chosen
+        if getattr(self._modules[0], "merged_adapters", None):
+            raise UnsupportedModelError(
+                f"adapters {self._modules[0].merged_adapters} are merged into the model, whose agents have several; "
+                "allowed: unmerge_adapter()"
+            )
+        chosen = _CHOSEN.setdefault(name, _Active([name]))
+        own = [vars(module)["_active_adapter"] for module in self._modules]
+        for module in self._modules:
+            vars(module)["_active_adapter"] = chosen
+        try:
+            yield
+        finally:
+            for module, told in zip(self._modules, own, strict=True):
+                vars(module)["_active_adapter"] = told
 
 
 class WithAdapter:

@@ -224,10 +224,8 @@ class AgentModel(nn.Module):
             router.training = False
         latent = inputs_embeds is not None
         inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
-        if (switch := switch_of(self.language_model)) is not None:
-            switch.begin(call)
         watching = [observer(call, latent) for observer in self.observers]
-        with self.checkpointing.for_call(latent=latent):
+        with self.checkpointing.for_call(latent=latent), self._adapter_of(call):
             output = decoder_of(self.language_model)(
                 **inputs,
                 position_ids=call.position_ids,
@@ -241,6 +239,13 @@ class AgentModel(nn.Module):
         for told in filter(None, watching):
             told(hidden)
         return hidden
+
+    def _adapter_of(self, call: Call) -> contextlib.AbstractContextManager[None]:
+        if call.adapter is None:
+            return contextlib.nullcontext()
+        if call.adapter not in (NONE, *(there := self.model.peft_config)):
+            raise ValueError(f"adapter {call.adapter!r} is no longer on the model; allowed: {', '.join(there)}, {NONE}")
+        return switch_of(self.language_model).for_call(call)
 
     def _check_lengths(self, call: Call) -> None:
         """Raise where a row would get frequencies that it would not get alone, or others than its trace has.

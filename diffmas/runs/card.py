@@ -61,13 +61,17 @@ def card(system: MultiAgentSystem, description: dict[str, Any]) -> str:
         loaded = f"load_base({name}, gguf_file={file!r})[0]" if file else f"load_base({name})[0]"
         imported, needed = "from diffmas.models.pretrained import load_base\n", ""
     front = yaml.safe_dump(head, sort_keys=False)
+    serves = "One adapter serves all agents."
+    if topology.names_adapters:
+        ran = "; ".join(f"{agent.name}: {topology.adapter_of(agent)}" for agent in topology.agents)
+        serves = f"Adapters by agent: {ran}. The default one is in this folder, others are in folders of their names."
     return f"""---
 {front}---
 
 # A LoRA adapter for agents that talk through their key/value caches
 
 Trained with [DiffMAS](https://arxiv.org/abs/2604.21794): the loss on the last agent's answer flowed back through every
-key and value that earlier agents wrote. One adapter serves all agents.
+key and value that earlier agents wrote. {serves}
 
 | | |
 |---|---|

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffmas.models.adapters import load_adapter
 from diffmas.runs.card import write_card
 from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE, adapter_folder
 from diffmas.support.distributed import is_sharded, like, process, whole
@@ -54,6 +55,11 @@ def save_weights(system: MultiAgentSystem, folder: str | Path) -> None:
     shutil.rmtree(beside)
 
 
+def _without(path: str, adapter: str) -> str:
+    """As PEFT keeps it: without the adapter's name, which is no module's."""
+    return ".".join(part for part in path.split(".") if part != adapter)
+
+
 def _is_kept(name: str, parameter: torch.nn.Parameter, adapters: Sequence[str]) -> bool:
     return parameter.requires_grad or any(f".{adapter}." in f"{name}." for adapter in adapters)
 
@@ -75,12 +81,12 @@ def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:
 def _load_adapter(system: MultiAgentSystem, folder: Path, name: str) -> None:
     if is_sharded(system):
         parameters = system.agent_model.model.named_parameters()
-        adapter = {n.replace(f".{name}", ""): p for n, p in parameters if _is_kept(n, p, [name])}
+        adapter = {_without(n, name): p for n, p in parameters if _is_kept(n, p, [name])}
         for key, value in load_file(folder / ADAPTER_FILE).items():
             _copy(value, adapter[key])
     else:
         with quiet_loading():
-            system.agent_model.model.load_adapter(str(folder), name, is_trainable=True)
+            load_adapter(system.agent_model.model, name, folder)
 
 
 @torch.no_grad()

@@ -130,6 +130,9 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         notes.append("the run did not keep its training arguments: those given now and the defaults hold")
     for part in ("system", "topology", "task", "decoding", "arguments"):
         old, new = before.get(part, {}), now[part]
+        if part == "topology":
+            # A run from before there were others.
+            old = {"adapters": "shared", "adapter_options": {}} | old
         for key in dict.fromkeys([*old, *new]):
             if part != "arguments" and (key not in old or key not in new):
                 continue  # a setting that only one of two versions has

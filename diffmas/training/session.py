@@ -38,7 +38,7 @@ from diffmas.models.source import check_source
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import content, describe, read_description, write_description
-from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE
+from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE, adapter_folder
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.support.distributed import (
@@ -345,8 +345,12 @@ def _open_folder(
         print("no step is left to train: the run's training settings stay as they were")
         description |= trained_with(checkpoint, before)
     elif finished.is_file():
-        finished.rename(old := finished.with_suffix(".old.safetensors"))
-        print(f"{finished} is kept as {old.name}")
+        names = Topology.from_dict(description["topology"]).adapter_names
+        # The default one last: without it, the run is not finished.
+        for path in (adapter_folder(output_dir, name) / ADAPTER_FILE for name in reversed(names)):
+            if path.is_file():
+                path.rename(old := path.with_suffix(".old.safetensors"))
+                print(f"{path} is kept as {old.name}")
     if not elsewhere:
         for path in set_aside(output_dir, step):
             print(f"{path} is kept as {path.name}.old")

@@ -123,6 +123,8 @@ class SystemTrainer(Trainer):
         args.remove_unused_columns = False
         args.dataloader_pin_memory &= torch.cuda.is_available()
         model.check_adapter()
+        model.choose_trained()
+        model.check_trains()
         collate = data_collator or model.collator
         if data_collator is None:
             task = _task(model, train_dataset, eval_dataset if evaluator is None else None, checker)

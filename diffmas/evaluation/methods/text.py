@@ -19,6 +19,7 @@ from diffmas.agents.collator import pack
 from diffmas.agents.topology import Agent, Topology
 from diffmas.evaluation.methods.base import Method, Reading, TraceChannel
 from diffmas.evaluation.methods.text_cache import TextCache, base_fingerprint, fingerprint
+from diffmas.models.adapters import without_adapters
 from diffmas.prompts.dates import template_options
 from diffmas.support.failures import filling_template
 from diffmas.support.progress import announced
@@ -105,7 +106,7 @@ class TextChannel(TraceChannel):
         training = self.system.training
         self.system.eval()
         try:
-            with torch.no_grad(), self.system.agent_model.model.disable_adapter():
+            with torch.no_grad(), without_adapters(self.system.agent_model.model):
                 rows = self.system.generate([ids], [lengths], self.tokenizer, self.decoding, seeds=seeds)
         finally:
             self.system.train(training)
