@@ -8,13 +8,16 @@ from compare import assert_same, error, gradients
 from oracle import batch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from test_exactness import DAGS, TOLERANCE
 from tiny_models import arguments, causal_lm, clone, ragged
 
 from diffmas.agents.captured_rollouts import CapturedRollouts, Eager
 from diffmas.agents.topology import Agent, Topology, TopologyError, load_topology
 from diffmas.embedded.tokenizer import build_tokenizer
+from diffmas.evaluation.answering import evaluating
 from diffmas.generation import Decoding
+from diffmas.models.errors import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
 LORA = dict(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -173,3 +176,107 @@ def test_bad_adapters(change, message):
 def test_a_model_without_the_adapter():
     with pytest.raises(ValueError, match=r"adapter is 'one', and the model has \[\]; allowed"):
         MultiAgentSystem(causal_lm("qwen3"), topology_of("relay", "full"))
+
+
+def relay(name="one", last="", **options):
+    agents = (Agent("sender", (), adapter=name), Agent("solver", ("sender",), adapter=last))
+    topology = Topology("relay", agents, **{k: options.pop(k) for k in ("adapters", "adapter_options") if k in options})
+    return MultiAgentSystem(causal_lm("qwen3"), topology, peft_config=LoraConfig(**LORA), latent_steps=2, **options)
+
+
+def trained(system):
+    return {n.split(".")[-2] for n, p in system.named_parameters() if p.requires_grad}
+
+
+def test_what_peft_was_told_is_given_back():
+    """After a call and its recomputation, PEFT works on what it was told, and an evaluation freezes nothing."""
+    system = relay(checkpointing="all").train()
+    model, (prompts, answers) = system.agent_model.model, ragged(["sender", "solver"], 2)
+    with evaluating(system, adapter=False):
+        system(*arguments(prompts, answers))
+    assert trained(system) == {"default", "one"}
+    system(*arguments(prompts, answers)).loss.backward()
+    assert {tuple(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)} == {("default",)}
+    with model.disable_adapter():
+        pass
+    system.choose_trained()
+    assert trained(system) == {"default", "one"}
+    model.merge_adapter()
+    with pytest.raises(UnsupportedModelError, match=r"adapters \['default'\] are merged into the model"):
+        system(*arguments(prompts, answers))
+    model.unmerge_adapter()
+    model.delete_adapter("one")
+    with pytest.raises(ValueError, match="adapter 'one' is no longer on the model; allowed: default, none"):
+        system(*arguments(prompts, answers))
+
+
+def test_an_adapter_on_more_layers_that_comes_later():
+    system = relay()
+    model = system.agent_model.model
+    model.add_adapter("two", LoraConfig(**LORA | {"target_modules": ["q_proj", "lm_head"]}))
+    agents = (Agent("sender", (), adapter="two"), Agent("solver", ("sender",), adapter="two2"))
+    with pytest.raises(TopologyError):
+        Topology("relay", agents)
+    other = MultiAgentSystem(model, Topology("relay", (agents[0], Agent("solver", ("sender",)))), latent_steps=2)
+    prompts, answers = ragged(["sender", "solver"], 2)
+    other(*arguments(prompts, answers)).loss.backward()
+    reached = {n for n, p in model.named_parameters() if ".two." in n and p.grad is not None}
+    assert reached == {n for n, _ in model.named_parameters() if ".two." in n and "lm_head" not in n}
+
+
+@pytest.mark.parametrize("name", ["mlp", "layers", "q_proj", "lora_A", "items", "train", "weight"])
+def test_names_by_which_peft_tells_weights_apart(name):
+    with pytest.raises(ValueError, match=f"adapter '{name}' is called like a part of the model; allowed: another name"):
+        relay(name)
+
+
+@pytest.mark.parametrize("role", ["none", "default"])
+def test_roles_that_say_something_else(role):
+    agents = (Agent("sender", (), role), Agent("solver", ("sender",)))
+    with pytest.raises(TopologyError, match=f"role of agent sender is '{role}', which cannot name its adapter"):
+        Topology("relay", agents, adapters="per_role")
+
+
+def test_a_folder_that_an_adapter_starts_from(tmp_path):
+    system = relay()
+    system.agent_model.model.save_pretrained(tmp_path / "kept", selected_adapters=["one"])
+    folder = tmp_path / "kept" / "one"
+    wanted = {n: torch.randn_like(t) for n, t in load_file(folder / "adapter_model.safetensors").items()}
+    save_file(wanted, folder / "adapter_model.safetensors")
+    options = {"one": {"path": str(folder), "train": False}}
+    found = relay(adapter_options=options)
+    parameters = {n: p for n, p in found.agent_model.model.named_parameters() if ".one." in n}
+    assert len(parameters) == len(wanted) and trained(found) == {"default"}
+    assert all(torch.equal(p.detach(), wanted[n.replace(".one", "")]) for n, p in parameters.items())
+    save_file({n.replace("layers", "blocks"): t for n, t in wanted.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(
+        ValueError, match="lacks .* weights of adapter 'one', such as .*; allowed: "
+    ):
+        relay(adapter_options=options)
+    # A mode beside the mapping leaves what it says alone.
+    data = found.topology.to_dict()
+    assert Topology.from_dict(data, adapters="per_role").adapter_options == options
+    both = Topology("relay", found.topology.agents, adapters="per_role", adapter_options=options)
+    assert Topology.from_dict(both.to_dict()) == both
+
+
+@pytest.mark.parametrize(
+    ("build", "reached"),
+    [
+        (lambda: relay(), True),
+        (lambda: relay(detach_trace=True), False),
+        (lambda: relay(last="none"), True),
+        (lambda: relay("none", last="default"), True),
+        (lambda: relay(adapter_options={"default": {"train": False}}, detach_trace=True), False),
+    ],
+)
+def test_which_parameters_a_gradient_reaches(build, reached):
+    assert build().has_unreached_parameters != reached
+
+
+def test_a_training_of_nothing():
+    with pytest.raises(ValueError, match="no weight trains; allowed: an adapter that does"):
+        relay("none", "none").check_trains()
+    with pytest.raises(ValueError, match="detach_trace is True, and agent solver, the only one .*, has no adapter"):
+        relay(last="none", detach_trace=True).check_trains()
+    relay().check_trains()

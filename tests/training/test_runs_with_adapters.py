@@ -85,11 +85,32 @@ def test_a_checkpoint_without_one_of_them(flags, tmp_path, lost, capsys):
     assert train.main(given) == 2 and f"{lost} is missing" in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_the_adapters_it_has(flags, tmp_path, capsys):
+@pytest.mark.parametrize("before", [False, True], ids=["", "from before there were others"])
+def test_a_run_goes_on_with_the_adapters_it_has(flags, tmp_path, capsys, before):
+    run = tmp_path / "run"
     assert train.main(flags(**QUICK, disable_final_eval=True)) == 0
-    given = dict(adapters="per_role", max_steps=6, output_dir=None, resume_from_checkpoint=tmp_path / "run")
+    description = json.loads((run / "system.json").read_text())
+    if before:
+        del description["topology"]["adapters"], description["topology"]["adapter_options"]
+        del description["system"]["adapters"]
+        (run / "system.json").write_text(json.dumps(description))
+    given = dict(adapters="per_role", max_steps=6, output_dir=None, resume_from_checkpoint=run)
     assert train.main(flags(**QUICK | given)) == 2
     assert "adapters is 'per_role'" in capsys.readouterr().err
+    # Nothing was touched, and what is there goes on.
+    assert (run / ADAPTER_FILE).is_file() and json.loads((run / "system.json").read_text()) == description
+    assert train.main(flags(**QUICK | given | {"adapters": None}, disable_final_eval=True)) == 0
+
+
+def test_finished_adapters_are_set_aside_together(flags, tmp_path):
+    run = tmp_path / "run"
+    assert train.main(flags(adapters="per_role", **QUICK, disable_final_eval=True)) == 0
+    finished = kept(run, "", "sender")
+    given = dict(adapters="per_role", max_steps=6, output_dir=None, resume_from_checkpoint=run)
+    assert train.main(flags(**QUICK | given, disable_final_eval=True)) == 0
+    for name, tensors in finished.items():
+        old = (run / name / ADAPTER_FILE).with_suffix(".old.safetensors")
+        assert same(load_file(old), tensors) and not same(kept(run, name)[name], tensors)
 
 
 def test_bad_settings(flags, tmp_path, capsys):
@@ -102,6 +123,10 @@ def test_bad_settings(flags, tmp_path, capsys):
     (tmp_path / "team.yaml").write_text(yaml.safe_dump(team))
     assert train.main(flags(topology=tmp_path / "team.yaml", **QUICK)) == 2
     assert "adapter own begins at 'nowhere', which has no adapter_model.safetensors" in capsys.readouterr().err
+    team["adapters"] = {"default": {"train": False}, "own": {"train": False}}
+    (tmp_path / "team.yaml").write_text(yaml.safe_dump(team))
+    assert train.main(flags(topology=tmp_path / "team.yaml", **QUICK)) == 2
+    assert "no weight trains" in capsys.readouterr().err
 
 
 def test_methods_on_a_run_with_adapters(flags, team_flags, tmp_path):
