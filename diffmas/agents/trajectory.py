@@ -68,10 +68,9 @@ class Trajectory:
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
         self._sink = self.topology.sink_columns
-        adapters = {agent.name: self.topology.adapter_of(agent) for agent in self.topology.agents}
         # One adapter of all agents that name none is whichever is active.
-        named = self.topology.names_adapters
-        self._models = {n: self.model.with_adapter(a) if named else self.model for n, a in adapters.items()}
+        named = self.topology.agents if self.topology.names_adapters else ()
+        self._models = {agent.name: self.model.with_adapter(self.topology.adapter_of(agent)) for agent in named}
         if (why := self.model.immovable) is not None and self.topology.moves:
             raise UnsupportedModelError(
                 f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "
@@ -125,7 +124,7 @@ class Trajectory:
 
     def model_of(self, agent: Agent) -> AgentModel | WithAdapter:
         """The model, with calls that run with the agent's adapter."""
-        return self._models[agent.name]
+        return self._models.get(agent.name, self.model)
 
     def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:
         """The agent reads its prompt and thinks: both are behind what its trace held."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import pickle
 import re
 import sys
@@ -62,8 +61,9 @@ def reading(what: str) -> Iterator[None]:
     try:
         yield
     except ERRORS as error:
-        # Those that say what is wrong in a text do not say in which.
-        if not isinstance(error, (UnicodeError, json.JSONDecodeError)):
+        # Those that say what is wrong in a text do not say in which; nor do libraries' own.
+        own = type(error).__module__.partition(".")[0] in ("builtins", "diffmas")
+        if own and not isinstance(error, UnicodeError):
             raise
         raise ValueError(f"{what} cannot be read: {_line(error)}") from error
     except Exception as error:

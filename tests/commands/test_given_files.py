@@ -28,13 +28,13 @@ PROMPTS = [
 ]
 TOPOLOGIES = [
     ("agents: {", "is not valid YAML"),
-    ("- a", "agents is missing; allowed: a list of {name, role, prompt, fields, receives, chat_template_kwargs}"),
+    ("- a", "agents is missing; allowed: a list of {name, role, prompt, fields, receives, chat_template_kwargs, adapter}"),
     ("agents: []", "agents is empty"),
     (
         "{1: x, b: y, agents: []}",
-        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, agents",
+        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, adapters, adapter_options, agents",
     ),
-    ("agents: [a]", "agent is 'a'; allowed: {name, role, prompt, fields, receives, chat_template_kwargs}"),
+    ("agents: [a]", "agent is 'a'; allowed: {name, role, prompt, fields, receives, chat_template_kwargs, adapter}"),
     ("agents: [{name: a, 2: b}]", "agent a has unknown keys [2]; allowed: name, role, prompt, fields, receives"),
     ("agents: [{name: a, role: [b]}]", "role of agent a is ['b']; allowed: the name of a role"),
     ("agents: [{name: a, receives: [[b]]}]", "receives of agent a is [['b']]; allowed: a list of names"),
