@@ -75,7 +75,8 @@ def check_names(model: nn.Module, names: Sequence[str]) -> None:
     taken = {part for path, _ in model.named_modules() for part in path.split(".")}
     taken |= {"weight", "bias", "model", "base_model", "base_layer", "modules_to_save", "original_module"}
     for name in names:
-        if name != DEFAULT and (name in taken or name.startswith("lora_") or hasattr(nn.ModuleDict, name)):
+        # PEFT looks for a prefix of its own in what it keeps.
+        if name != DEFAULT and (name in taken or name in "lora_" or "lora_" in name or hasattr(nn.ModuleDict, name)):
             raise ValueError(f"adapter {name!r} is called like a part of the model; allowed: another name")
 
 

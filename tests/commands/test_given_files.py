@@ -28,7 +28,10 @@ PROMPTS = [
 ]
 TOPOLOGIES = [
     ("agents: {", "is not valid YAML"),
-    ("- a", "agents is missing; allowed: a list of {name, role, prompt, fields, receives, chat_template_kwargs, adapter}"),
+    (
+        "- a",
+        "agents is missing; allowed: a list of {name, role, prompt, fields, receives, chat_template_kwargs, adapter}",
+    ),
     ("agents: []", "agents is empty"),
     (
         "{1: x, b: y, agents: []}",

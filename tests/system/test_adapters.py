@@ -224,7 +224,7 @@ def test_an_adapter_on_more_layers_that_comes_later():
     assert reached == {n for n, _ in model.named_parameters() if ".two." in n and "lm_head" not in n}
 
 
-@pytest.mark.parametrize("name", ["mlp", "layers", "q_proj", "lora_A", "items", "train", "weight"])
+@pytest.mark.parametrize("name", ["mlp", "layers", "q_proj", "lora_A", "ora", "items", "train", "weight"])
 def test_names_by_which_peft_tells_weights_apart(name):
     with pytest.raises(ValueError, match=f"adapter '{name}' is called like a part of the model; allowed: another name"):
         relay(name)
@@ -249,9 +249,7 @@ def test_a_folder_that_an_adapter_starts_from(tmp_path):
     assert len(parameters) == len(wanted) and trained(found) == {"default"}
     assert all(torch.equal(p.detach(), wanted[n.replace(".one", "")]) for n, p in parameters.items())
     save_file({n.replace("layers", "blocks"): t for n, t in wanted.items()}, folder / "adapter_model.safetensors")
-    with pytest.raises(
-        ValueError, match="lacks .* weights of adapter 'one', such as .*; allowed: "
-    ):
+    with pytest.raises(ValueError, match="lacks .* weights of adapter 'one', such as .*; allowed: "):
         relay(adapter_options=options)
     # A mode beside the mapping leaves what it says alone.
     data = found.topology.to_dict()
