@@ -35,7 +35,7 @@ TOPOLOGIES = [
     ("agents: []", "agents is empty"),
     (
         "{1: x, b: y, agents: []}",
-        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, adapters, adapter_options, agents",
+        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, adapters, adapter_options",
     ),
     ("agents: [a]", "agent is 'a'; allowed: {name, role, prompt, fields, receives, chat_template_kwargs, adapter}"),
     ("agents: [{name: a, 2: b}]", "agent a has unknown keys [2]; allowed: name, role, prompt, fields, receives"),
