@@ -67,6 +67,7 @@ def parser_of(study: Study, doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--methods", default="all", help="as for python -m diffmas.eval")
     parser.add_argument("--tasks", default=",".join(study.tasks), help="any of the default's")
     parser.add_argument("--no-results", action="store_true", help="leave committed results and the page as they are")
+    parser.add_argument("--remark", help="what else there is to know of this measurement; stands below the table")
     parser.add_argument("--render-only", action="store_true", help="only draw and rewrite the page from kept results")
     return parser
 
@@ -81,7 +82,11 @@ def run(
     args = parser.parse_args(argv)
     os.chdir(ROOT)
     if args.render_only:
-        return render(study, json.loads((study.results / "summary.json").read_text()))
+        summary = json.loads((study.results / "summary.json").read_text())
+        if args.remark is not None:
+            summary["remark"] = args.remark
+            write_atomically(study.results / "summary.json", json.dumps(summary, indent=1) + "\n")
+        return render(study, summary)
     chosen = args.tasks.split(",")
     if unknown := set(chosen) - set(study.tasks):
         parser.error(f"tasks has {sorted(unknown)}; allowed: {', '.join(study.tasks)}")
@@ -99,7 +104,7 @@ def run(
     finally:
         seconds = earlier + time.perf_counter() - began
         write_atomically(spent, json.dumps(round(seconds, 1)) + "\n")
-    summary = summary | {"minutes": round(seconds / 60, 1), "machine": machine()}
+    summary = summary | {"minutes": round(seconds / 60, 1), "machine": machine(), "remark": args.remark}
     print_comparison(summary)
     print(f"{summary['minutes']} minutes; report: {write_comparison_report(folder, summary)}")
     if not args.no_results:
@@ -137,7 +142,8 @@ def section(study: Study, summary: dict[str, Any]) -> str:
         row = [found.get((task, method)) for task in tasks]
         if any(row):
             lines.append(f"| `{method}` | " + " | ".join("–" if d is None else points(d) for d in row) + " |")
-    return "\n".join([*lines, "", f"{below} {origin(summary)} Made by `python -m benchmarks.{study.name}`."])
+    said = [below, origin(summary), f"Made by `python -m benchmarks.{study.name}`.", summary.get("remark") or ""]
+    return "\n".join([*lines, "", " ".join(filter(None, said))])
 
 
 def points(difference: dict[str, Any]) -> str:
