@@ -160,6 +160,9 @@ def _gradients(plt, found: tuple[Sequence[dict[str, Any]], Sequence[str]]):
         color = plt.cm.viridis(i / max(1, len(labels) - 1))
         axes.plot([e["step"] for e in entries], [row[i] for row in norms], color=color, label=label)
     axes.set(xlabel="training step", ylabel="norm of the gradient", yscale="log")
+    # Pages draw text as it is, and a logarithmic axis writes formulas.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     # Of many, the first and the last say which way they go.
     shown = axes.lines if len(labels) <= 12 else [axes.lines[0], axes.lines[-1]]
