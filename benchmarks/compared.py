@@ -85,7 +85,7 @@ def run(
         summary = json.loads((study.results / "summary.json").read_text())
         if args.remark is not None:
             summary["remark"] = args.remark
-            write_atomically(study.results / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_atomically(study.results / "summary.json", json.dumps(portable(summary), indent=1) + "\n")
         return render(study, summary)
     chosen = args.tasks.split(",")
     if unknown := set(chosen) - set(study.tasks):
@@ -109,8 +109,17 @@ def run(
     print(f"{summary['minutes']} minutes; report: {write_comparison_report(folder, summary)}")
     if not args.no_results:
         study.results.mkdir(parents=True, exist_ok=True)
-        write_atomically(study.results / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_atomically(study.results / "summary.json", json.dumps(portable(summary), indent=1) + "\n")
         render(study, summary)
+
+
+def portable(value: Any) -> Any:
+    """A summary in which a folder or file of this machine is called by its name alone."""
+    if isinstance(value, dict):
+        return {key: portable(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [portable(inner) for inner in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def render(study: Study, summary: dict[str, Any]) -> None:

@@ -213,21 +213,15 @@ class WithAdapter:
         return getattr(self.model_, name)
 
     def read(
-        self,
-        trace: KVTrace,
-        lengths: Lengths | Call,
-        *,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        outputs: Sequence[tuple[int, int]] | None = None,
+        self, trace: KVTrace, lengths: Lengths | Call, *, outputs: Sequence[tuple[int, int]] | None = None, **inputs
     ) -> Tensor:
         """See :meth:`AgentModel.read`."""
-        call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
-        call.adapter = self.adapter
-        outputs = outputs if isinstance(lengths, Call) else None
-        return self.model_.read(trace, call, input_ids=input_ids, inputs_embeds=inputs_embeds, outputs=outputs)
+        if not isinstance(lengths, Call):
+            lengths, outputs = trace.open(lengths, outputs), None
+        lengths.adapter = self.adapter
+        return self.model_.read(trace, lengths, outputs=outputs, **inputs)
 
-    def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+    def run(self, call: Call, **inputs) -> Tensor:
         """See :meth:`AgentModel.run`."""
         call.adapter = self.adapter
-        return self.model_.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        return self.model_.run(call, **inputs)

@@ -53,3 +53,10 @@ def test_whether_text_does_better_comes_first(summary):
     said = language.against_text(summarise(records, ["single+sft", "text+sft", "diffmas"]))
     assert said.startswith("`diffmas` loses to `single+sft` on relay: relay -25.0 [")
     assert "`diffmas` does not lose to `text+sft`: relay +25.0 [" in said
+
+
+def test_results_name_no_place_of_a_machine():
+    kept = compared.portable(
+        {"task": {"data_dir": "/some/where/svamp", "task": "svamp"}, "cells": [{"n": 1, "x": None}]}
+    )
+    assert kept == {"task": {"data_dir": "svamp", "task": "svamp"}, "cells": [{"n": 1, "x": None}]}
