@@ -108,7 +108,7 @@ class MultiAgentSystem(nn.Module):
         alignment_temperature: float = 0.7,
         alignment_temperature_learned: bool = False,
         alignment_top_k: int = 0,
-        latent_grad_clip: float = 0.0,
+        latent_grad_clip: float | None = None,
         detach_trace: bool = False,
         latent_backward: str = "exact",
         cuda_graphs: str = "off",

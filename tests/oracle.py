@@ -46,6 +46,10 @@ def entering(decoder, **inputs) -> Tensor:
     return seen[0]
 
 
+#: How much a gradient may grow over a soft alignment where nothing is said.
+DEFAULT_LIMIT = 1.0
+
+
 class Soft(NamedTuple):
     """A soft alignment: `top_k` 0: all tokens; `limit`: how much a gradient may grow, relative to what it is of."""
 
@@ -57,7 +61,7 @@ class Soft(NamedTuple):
         """What a system is told of it."""
         return dict(
             alignment="soft", alignment_temperature=self.temperature, alignment_top_k=self.top_k,
-            latent_grad_clip=self.limit or 0.0,
+            latent_grad_clip=None if self.limit == DEFAULT_LIMIT else self.limit or 0.0,
         )  # fmt: skip
 
     def __call__(self, causal, **inputs) -> Tensor:

@@ -27,7 +27,8 @@ class AlignmentOptions:
         alignment_temperature: T > 0 of a soft one; `alignment_temperature_learned`: what its training starts at.
         alignment_top_k: the likeliest tokens that a soft one takes; 0: all.
         latent_grad_clip: most that a gradient may grow relative to what it is the gradient of, from an input back to
-            the hidden state it was made of; 0: any growth. See :func:`clipped`.
+            the hidden state it was made of; 0: any growth; default: 1 for a soft one, 0 for others. See
+            :func:`clipped`.
 
     Raises:
         ValueError: a value outside its range, named.
@@ -38,7 +39,7 @@ class AlignmentOptions:
     alignment_temperature: float = 0.7
     alignment_temperature_learned: bool = False
     alignment_top_k: int = 0
-    latent_grad_clip: float = 0.0
+    latent_grad_clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.alignment not in ALIGNMENTS:
@@ -49,7 +50,7 @@ class AlignmentOptions:
             raise ValueError(f"alignment_temperature is {self.alignment_temperature}; allowed: above 0 and finite")
         if self.alignment_top_k < 0:
             raise ValueError(f"alignment_top_k is {self.alignment_top_k}; allowed: integers ≥ 0 (0: all tokens)")
-        if not (self.latent_grad_clip >= 0 and math.isfinite(self.latent_grad_clip)):
+        if not (self.grad_clip >= 0 and math.isfinite(self.grad_clip)):
             raise ValueError(f"latent_grad_clip is {self.latent_grad_clip}; allowed: 0 (off) or above, and finite")
 
     @classmethod
@@ -62,6 +63,14 @@ class AlignmentOptions:
         """The alignment before any training."""
         initial = self.alignment_initial if self.alignment == "learned" else self.alignment
         return replace(self, alignment=initial, alignment_temperature_learned=False)
+
+    @property
+    def grad_clip(self) -> float:
+        """The bound on a gradient's growth; 0: none."""
+        if self.latent_grad_clip is None:
+            # Without one, a softmax upon a softmax throws a training off within its first steps.
+            return float(self.alignment == "soft")
+        return self.latent_grad_clip
 
     @property
     def trains(self) -> bool:
@@ -147,7 +156,7 @@ class Alignment(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[rows, hidden]` to `[rows, hidden]`, in the dtype of `hidden`."""
-        return clipped(self._project, hidden, self.options.latent_grad_clip)
+        return clipped(self._project, hidden, self.options.grad_clip)
 
     def _project(self, hidden: Tensor) -> Tensor:
         return latent_project(hidden, self.weight, self.target_norm, backend=self.backend)

@@ -74,7 +74,7 @@ class SoftAlignment(nn.Module):
         """`[rows, hidden]` to `[rows, hidden]`, in the dtype of `hidden`."""
         expected = self._likeliest if self.options.alignment_top_k else self._expected
         with torch.autocast(hidden.device.type, enabled=False):
-            return clipped(expected, hidden, self.options.latent_grad_clip)
+            return clipped(expected, hidden, self.options.grad_clip)
 
     def _expected(self, hidden: Tensor) -> Tensor:
         head, linear, values = self._now()

@@ -64,11 +64,11 @@ class SystemArguments:
     alignment_top_k: int = field(
         default=0, metadata={"help": "The likeliest tokens that a soft alignment takes; 0: the whole vocabulary."}
     )
-    latent_grad_clip: float = field(
-        default=0.0,
+    latent_grad_clip: float | None = field(
+        default=None,
         metadata={
             "help": "Most that a row's gradient may grow, relative to what it is of, on its way back from a latent "
-            "step's input to the hidden state before; 0: any growth."
+            "step's input to the hidden state before; 0: any growth; default: 1 for a soft alignment, 0 for others."
         },
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})

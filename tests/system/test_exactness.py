@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 from compare import assert_same, error, gradients
-from oracle import Soft, batch
+from oracle import DEFAULT_LIMIT, Soft, batch
 from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
 from diffmas.agents.topology import Agent, Topology
@@ -149,7 +149,14 @@ def expected_soft(tied, topology, handover, soft):
 
 @pytest.mark.parametrize("options", [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:4")], ids=str)
 @pytest.mark.parametrize(
-    "soft, tied", [(Soft(), False), (Soft(), True), (Soft(1.3, top_k=5), False), (Soft(0.4, limit=0.8), True)]
+    "soft, tied",
+    [
+        (Soft(), False),
+        (Soft(), True),
+        (Soft(1.3, top_k=5), False),
+        (Soft(0.4, limit=0.8), True),
+        (Soft(0.3, limit=DEFAULT_LIMIT), False),
+    ],
 )
 @pytest.mark.parametrize("handover", ["full", "latent"])
 @pytest.mark.parametrize("topology", DAGS)
@@ -168,7 +175,9 @@ def test_soft_alignment(topology, handover, tied, soft, options):
     assert error(system.agent_model.alignment.log_factor.grad, of_temperature * soft.temperature) <= TOLERANCE
 
 
-def test_the_clip_changes_gradients_and_nothing_else():
-    free, held = (expected_soft(False, "sequential", "full", soft) for soft in (Soft(0.4), Soft(0.4, limit=0.8)))
+@pytest.mark.parametrize("temperature, limit", [(0.4, 0.8), (0.3, DEFAULT_LIMIT)])
+def test_the_clip_changes_gradients_and_nothing_else(temperature, limit):
+    softs = Soft(temperature), Soft(temperature, limit=limit)
+    free, held = (expected_soft(False, "sequential", "full", soft) for soft in softs)
     assert torch.equal(free[1], held[1])
     assert max(error(held[2][name], grad) for name, grad in free[2].items()) > 0.01
