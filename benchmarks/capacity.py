@@ -54,8 +54,8 @@ def table(by_cell: dict[tuple[str, str], list[Summary]]) -> str:
     return "\n".join(lines) + (
         f"\n\nAccuracy in percent on {every[0]['eval_items']} held-out items: trained (untrained, text messages of at "
         f"most m tokens); a guess is right in {CHANCE:.0f} %. {every[0]['steps']} updates each. "
-        f"{trainings.machines(every)}. Made by `python -m benchmarks.capacity`.\n\n![Values known by the solver, against "
-        "latent steps](../benchmarks/results/capacity/capacity.png)"
+        f"{trainings.machines(every)}. Made by `python -m benchmarks.capacity`.\n\n![Values known by the solver, "
+        "against latent steps](../benchmarks/results/capacity/capacity.png)"
     )
 
 

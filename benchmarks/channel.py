@@ -82,11 +82,11 @@ def table(by_cell: dict[tuple[str, str], list[Summary]]) -> str:
     every = [summary for summaries in by_cell.values() for summary in summaries]
     items = every[0]["eval_items"]
     return "\n".join(lines) + (
-        f"\n\nAccuracy in percent on {items} held-out items, greedy. Untrained: latent steps without the adapter; text: "
-        "messages of the untrained model, of as many tokens as there are latent steps; one agent: the untrained model "
-        f"that reads everything. Steps of {SHARED['per_device_train_batch_size']} items; minutes of the whole command. "
-        f"{trainings.machines(every)}. Made by `python -m benchmarks.channel`.\n\n![Loss over training and accuracy, by "
-        "arm and seed](../benchmarks/results/channel/channel.png)"
+        f"\n\nAccuracy in percent on {items} held-out items, greedy. Untrained: latent steps without the adapter; "
+        "text: messages of the untrained model, of as many tokens as there are latent steps; one agent: the untrained "
+        f"model that reads everything. Steps of {SHARED['per_device_train_batch_size']} items; minutes of the whole command. "
+        f"{trainings.machines(every)}. Made by `python -m benchmarks.channel`.\n\n![Loss over training and accuracy, "
+        "by arm and seed](../benchmarks/results/channel/channel.png)"
     )
 
 
@@ -104,8 +104,8 @@ def capacity(by_cell: dict[tuple[str, str], list[Summary]]) -> str:
         if any(cells):
             lines.append(f"| {n} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + (
-        "\n\nAccuracy in percent with the row's own trace; in brackets, with text messages of at most m tokens from the "
-        "untrained model. Means over seeds; an empty cell was not measured."
+        "\n\nAccuracy in percent with the row's own trace; in brackets, with text messages of at most m tokens from "
+        "the untrained model. Means over seeds; an empty cell was not measured."
     )
 
 
