@@ -85,8 +85,8 @@ def table(by_cell: dict[tuple[str, str], list[Summary]]) -> str:
         f"\n\nAccuracy in percent on {items} held-out items, greedy. Untrained: latent steps without the adapter; "
         "text: messages of the untrained model, of as many tokens as there are latent steps; one agent: the untrained "
         f"model that reads everything. Steps of {SHARED['per_device_train_batch_size']} items; minutes of the whole "
-        f"command. {trainings.machines(every)}. Made by `python -m benchmarks.channel`.\n\n![Loss over training and accuracy, "
-        "by arm and seed](../benchmarks/results/channel/channel.png)"
+        f"command. {trainings.machines(every)}. Made by `python -m benchmarks.channel`.\n\n![Loss over training and "
+        "accuracy, by arm and seed](../benchmarks/results/channel/channel.png)"
     )
 
 
