@@ -51,7 +51,7 @@ RG = {
 }
 #: Every value that matters is here: with a model given, the defaults are the paper's.
 SHARED = {
-    "latent_steps": 4, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
+    "latent_steps": 8, "lora_r": 32, "lora_alpha": 64, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
     "gradient_accumulation_steps": 1, "checkpointing": "none", "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 6,
     "save_steps": 50, "save_total_limit": 1, "logging_steps": 20,
 }  # fmt: skip
@@ -63,8 +63,8 @@ def task_flags(folder: Path, steps: float, items: int) -> dict[str, list[str]]:
         write_atomically(folder / name, text)
     own = {
         "relay": {
-            "task": "relay:slots=4", "topology": folder / "relay_team.yaml", "max_steps": int(640 * steps),
-            "per_device_train_batch_size": 64,
+            "task": "relay:slots=4", "topology": folder / "relay_team.yaml", "max_steps": int(300 * steps),
+            "per_device_train_batch_size": 128,
         }
     }  # fmt: skip
     for name, task in RG.items():

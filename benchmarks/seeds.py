@@ -1,6 +1,6 @@
 """`python -m benchmarks.seeds`: the default training from many seeds, beside a smaller one of as long.
 
-Runs `python -m diffmas.train` on the embedded base from every seed, and with half the latent steps and half the rank.
+Runs `python -m diffmas.train` on the embedded base from every seed, and with half the latent steps and LoRA of rank 8.
 Killed and started again, it goes on where it was (`--folder`). Keeps summaries and metrics under
 `benchmarks/results/seeds/` and puts the table into docs/channel.md.
 """
