@@ -51,9 +51,9 @@ RG = {
 }
 #: Every value that matters is here: with a model given, the defaults are the paper's.
 SHARED = {
-    "latent_steps": 8, "lora_r": 32, "lora_alpha": 64, "learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 10,
-    "gradient_accumulation_steps": 1, "checkpointing": "none", "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 6,
-    "save_steps": 50, "save_total_limit": 1, "logging_steps": 20,
+    "latent_steps": 8, "lora_r": 32, "lora_alpha": 64, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
+    "warmup_steps": 10, "gradient_accumulation_steps": 1, "checkpointing": "none", "temperature": 0.6, "top_p": 0.95,
+    "max_new_tokens": 6, "save_steps": 50, "save_total_limit": 1, "logging_steps": 20,
 }  # fmt: skip
 
 
