@@ -65,9 +65,7 @@ class Twin:
     system: MultiAgentSystem
 
 
-def contenders_of(
-    case: Step, device: str, model: torch.nn.Module | None = None
-) -> tuple[dict[str, Contender], Twin]:
+def contenders_of(case: Step, device: str, model: torch.nn.Module | None = None) -> tuple[dict[str, Contender], Twin]:
     """Ours (also with checkpointing, with captured latent rollouts) and the peer: the same weights, one batch.
 
     `model`: of the case's sizes and in PEFT; default: :func:`lora_model`.

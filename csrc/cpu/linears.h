@@ -40,9 +40,8 @@ Block<T> block(const Tensor& x, int64_t row, int64_t rows, int64_t column, int64
 /// c = a b, or c += a b; c does not stand transposed.
 template <class T>
 void multiply(const Block<T>& c, const Block<const T>& a, const Block<const T>& b, bool add = false) {
-  const DenseProduct<T> product{
-      c.data, a.data, b.data,    c.stride,     a.stride,     b.stride,
-      c.rows, c.columns, a.columns, a.transposed, b.transposed, add};
+  const DenseProduct<T> product{c.data, a.data,    b.data,    c.stride,     a.stride,     b.stride,
+                                c.rows, c.columns, a.columns, a.transposed, b.transposed, add};
   DIFFMAS_KERNEL(dense_product<T>)(product, scratch<T>(dense_scratch(c.rows)));
 }
 
@@ -172,8 +171,7 @@ void adapter_gradients(
     const Tensor& target = of_adapters[task.place];
     if (task.a) {
       multiply<T>(
-          block<T>(target, 0, rank, task.begin, task.count),
-          block<const T>(grad_low, 0, rows, offset, rank).flipped(),
+          block<T>(target, 0, rank, task.begin, task.count), block<const T>(grad_low, 0, rows, offset, rank).flipped(),
           block<const T>(x, 0, rows, task.begin, task.count));
       return;
     }
@@ -205,8 +203,7 @@ Tensor gradients(
   const auto rank_of = offsets(layers, [](const Linear<T>& layer) { return layer.rank(); });
   const Tensor grad_low = new_tensor(x, {rows, rank_of.back()}, x.scalar_type());
   multiply_low<T>(
-      layers, grad_low, low_multiplications(layers, rows, false),
-      [&](size_t i) -> const Tensor& { return grads[i]; },
+      layers, grad_low, low_multiplications(layers, rows, false), [&](size_t i) -> const Tensor& { return grads[i]; },
       [](const Linear<T>& layer) { return block<const T>(layer.b, 0, layer.out(), 0, layer.rank()); },
       [](const Linear<T>& layer) { return layer.scaling; });
   std::vector<Piece> pieces;

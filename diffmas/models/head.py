@@ -64,7 +64,7 @@ class Head:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
     def _product(self, hidden: Tensor) -> Tensor:
-        """On the CPU, a decoding step's few rows read the weight at the memory's speed, which PyTorch's product does not."""
+        """Few rows, a decoding step's, read the weight at the memory's speed on the CPU; PyTorch's product does not."""
         few = hidden.dim() == 2 and hidden.device.type == "cpu" and not torch.is_grad_enabled()
         if not few or torch.is_autocast_enabled("cpu") or more_than_weights(self.linear) is not None:
             return self.linear(hidden)

@@ -106,8 +106,7 @@ inline void streamed_product(
 
 /// AHEAD: vectors that each step asks for behind `ahead`.
 template <int ROWS_X, int ROWS_Y, int AHEAD, class T, class S>
-inline void dots_block(
-    T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K, const S* ahead) {
+inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K, const S* ahead) {
   Vec<T> sum[ROWS_X][4] = {};
   for (int64_t k = 0; k < K; k += W<T>) {
     Vec<T> right[ROWS_Y];
