@@ -27,9 +27,6 @@ STEPS = [
 ]
 GENERATIONS = [Generation(batch, prompt, 32, **_SIZES) for batch, prompt in ((1, 60), (16, 60), (16, 512))]
 
-#: Of two runs in float32, neither of which is exact.
-_TOLERANCE = 1e-5
-
 
 def missing() -> str | None:
     """Why the model cannot be loaded, or None where it can."""
@@ -38,23 +35,8 @@ def missing() -> str | None:
 
 
 def build_step(case: Step, device: str) -> Experiment:
-    """Loss and all gradients, compared with the peer's: in float64 a step would take minutes."""
-    contenders, _ = step.contenders_of(case, device, _model(device))
-    del contenders[step.CAPTURED]
-    return Experiment(
-        operator="step of SmolLM2-135M",
-        direction="step",
-        case=case,
-        work=case.step(),
-        contenders=contenders,
-        ours=step.OURS,
-        implementations=(step.OURS, step.CHECKPOINTED),
-        plain=(step.PEER,),
-        exact=step.PEER,
-        tolerance=_TOLERANCE,
-        device=device,
-        outputs=("loss", "gradients"),
-    )
+    """Loss and all gradients of one step."""
+    return replace(step.build(case, device, _model(device)), operator="step of SmolLM2-135M")
 
 
 def build_generation(case: Generation, device: str) -> Experiment:

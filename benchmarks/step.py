@@ -26,9 +26,12 @@ PEER = "DynamicCache + SDPA"
 OURS, CHECKPOINTED, CAPTURED = "diffmas", "diffmas, checkpointing", "diffmas, captured"
 
 
-def build(case: Step, device: str) -> Experiment:
-    """Loss and all gradients of one step; rows of one length, so that the peer needs no padding."""
-    contenders, twin = contenders_of(case, device)
+def build(case: Step, device: str, model: torch.nn.Module | None = None) -> Experiment:
+    """Loss and all gradients of one step; rows of one length, so that the peer needs no padding.
+
+    `model`: as for :func:`contenders_of`.
+    """
+    contenders, twin = contenders_of(case, device, model)
     del contenders[CAPTURED]
     precise = torch.float64 if case.dtype == "float32" else torch.float32
 

@@ -15,7 +15,7 @@ def _ids(cases):
 @pytest.mark.parametrize("case", smollm2.STEPS, ids=_ids(smollm2.STEPS))
 def test_smollm2_step(compare, case):
     result = compare(smollm2.build_step(case, DEVICE), seconds=1.0)
-    saved = {c["name"]: c["saved_bytes"] for c in result["contenders"]}
+    saved = {c["name"]: c["saved_bytes"] for c in result["contenders"] if "saved_bytes" in c}
     assert saved[step.CHECKPOINTED] <= saved[step.PEER] / 6
 
 
