@@ -68,9 +68,13 @@ CASES = [
 ]
 
 
-def build(case: Generation, device: str) -> Experiment:
-    """The tokens of all rows, which have to be the same; nobody stops early."""
-    model = _model(case).to(device=device, dtype=getattr(torch, case.dtype)).eval()
+def build(case: Generation, device: str, model: torch.nn.Module | None = None) -> Experiment:
+    """The tokens of all rows, which have to be the same; nobody stops early.
+
+    `model`: of the case's sizes, perhaps in PEFT; default: the embedded base, or a random one.
+    """
+    model = _model(case) if model is None else model
+    model = model.to(device=device, dtype=getattr(torch, case.dtype)).eval()
     # As PEFT leaves a base model: layers that do not train run fused.
     model.requires_grad_(False).generation_config.eos_token_id = None
     twin = copy.deepcopy(model)

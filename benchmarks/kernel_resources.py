@@ -34,8 +34,9 @@ SHARED_STRUCTS = {
     "attention_backward_queries_kernel": ("QueriesShared", 3, "attention_backward_queries"),
     "attention_backward_columns_kernel": ("ColumnsShared", 2, "attention_backward_columns"),
     "product_kernel": ("ProductShared", 2, "project"),
+    "vocabulary_kernel": ("VocabularyShared", 2, "expected_embedding"),
 }
-THREADS = {**dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rescale": 1024}
+THREADS = {"vocabulary": 256, **dict.fromkeys(SHARED_STRUCTS, 128), "simple": 128, "merge": 128, "rescale": 1024}
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\S+)'.*?(?P<stack>\d+) bytes stack frame, "

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import peers
 from benchmarks.cases import Step
@@ -26,9 +26,12 @@ PEER = "DynamicCache + SDPA"
 OURS, CHECKPOINTED, CAPTURED = "diffmas", "diffmas, checkpointing", "diffmas, captured"
 
 
-def build(case: Step, device: str) -> Experiment:
-    """Loss and all gradients of one step; rows of one length, so that the peer needs no padding."""
-    contenders, twin = contenders_of(case, device)
+def build(case: Step, device: str, model: torch.nn.Module | None = None) -> Experiment:
+    """Loss and all gradients of one step; rows of one length, so that the peer needs no padding.
+
+    `model`: as for :func:`contenders_of`.
+    """
+    contenders, twin = contenders_of(case, device, model)
     del contenders[CAPTURED]
     precise = torch.float64 if case.dtype == "float32" else torch.float32
 
@@ -65,9 +68,12 @@ class Twin:
     system: MultiAgentSystem
 
 
-def contenders_of(case: Step, device: str) -> tuple[dict[str, Contender], Twin]:
-    """Ours (also with checkpointing, with captured latent rollouts) and the peer: the same weights, one batch."""
-    model = lora_model(case, device)
+def contenders_of(case: Step, device: str, model: torch.nn.Module | None = None) -> tuple[dict[str, Contender], Twin]:
+    """Ours (also with checkpointing, with captured latent rollouts) and the peer: the same weights, one batch.
+
+    `model`: of the case's sizes and in PEFT; default: :func:`lora_model`.
+    """
+    model = lora_model(case, device) if model is None else model
     twin = copy.deepcopy(model)
     for own, frozen in zip(twin.parameters(), model.parameters(), strict=True):
         if not frozen.requires_grad:
@@ -147,7 +153,7 @@ def _gradients(model: torch.nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
 
 
-def lora_model(case: Step, device: str):
+def lora_model(case: Step, device: str) -> PeftModel:
     """A random Qwen3 with LoRA on every linear layer, whose B matrices are not zero."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -156,9 +162,14 @@ def lora_model(case: Step, device: str):
         head_dim=case.head_dim, max_position_embeddings=2 * case.columns, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.device(device):
-        model = Qwen3ForCausalLM(config)
-        lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model.to(getattr(torch, case.dtype)), lora, autocast_adapter_dtype=False)
+        return adapted(Qwen3ForCausalLM(config).to(getattr(torch, case.dtype)))
+
+
+def adapted(model: PreTrainedModel) -> PeftModel:
+    """`model` with LoRA on every linear layer, whose B matrices are not zero."""
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.device(model.device):
+        model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

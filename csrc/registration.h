@@ -81,6 +81,8 @@ void register_operators(Library& m) {
   m.impl("cached_attention_backward_columns", TORCH_BOX(&flat::cached_attention_backward_columns));
   m.impl("cached_attention_backward", TORCH_BOX(&flat::cached_attention_backward));
   m.impl("cached_attention_backward_token", TORCH_BOX(&flat::cached_attention_backward_token));
+  m.impl("expected_embedding", TORCH_BOX(&diffmas::expected_embedding));
+  m.impl("expected_embedding_backward", TORCH_BOX(&diffmas::expected_embedding_backward));
   m.impl("merge_states", TORCH_BOX(&diffmas::merge_states));
 }
 

@@ -1,7 +1,5 @@
 #include <cmath>
 
-#include <torch/csrc/stable/library.h>
-
 #include "cpu/few_rows.h"
 
 namespace diffmas {
@@ -145,9 +143,3 @@ std::tuple<Tensor, Tensor> expected_embedding_backward(
 }
 
 }  // namespace diffmas
-
-// Here and not in bindings.cpp: these operators are the CPU's alone.
-STABLE_TORCH_LIBRARY_IMPL(diffmas, CPU, m) {
-  m.impl("expected_embedding", TORCH_BOX(&diffmas::expected_embedding));
-  m.impl("expected_embedding_backward", TORCH_BOX(&diffmas::expected_embedding_backward));
-}

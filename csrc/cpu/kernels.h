@@ -159,8 +159,8 @@ struct Projection {
 
 /// Scratch elements of the projections: a few rows of converted weight or a tile of outputs.
 constexpr int64_t PROJECTION_ROWS = 32, PROJECTION_COLUMNS = 256;
-/// Up to this many rows stream a weight by its rows; with more, reading them again for every row costs more.
-constexpr int64_t STREAMED_ROWS = 8;
+/// Up to this many rows stream a weight by its rows; with more, a product that packs both factors first costs no more.
+constexpr int64_t STREAMED_ROWS = 16;
 /// Weight rows read side by side while streaming.
 constexpr int64_t STREAMS = 8;
 inline __attribute__((always_inline)) int64_t projection_scratch(int64_t stride) {
@@ -244,6 +244,22 @@ struct LowRank {
   int64_t rows, columns, rank;
   T scaling;
   bool transposed;
+};
+
+/// Terms of a dense product's sums that are added up together.
+constexpr int64_t DENSE_DEPTH = 384;
+inline __attribute__((always_inline)) int64_t dense_scratch(int64_t rows) {
+  return 2 * DENSE_DEPTH * PADDING + (rows + 1) * PADDING;
+}
+
+/// c[rows, columns] = a b, or c += a b; a [rows, depth] and b [depth, columns] may stand transposed.
+template <class T>
+struct DenseProduct {
+  T* c;
+  const T *a, *b;
+  int64_t c_stride, a_stride, b_stride;
+  int64_t rows, columns, depth;
+  bool a_transposed, b_transposed, add;
 };
 
 /// target[i][j] = scaling sum_n x[n][i] y[n][j], for few rows n: target is [height, width].
@@ -345,6 +361,8 @@ inline __attribute__((always_inline)) int64_t vocabulary_scratch(int64_t rows, i
   void gated_unit_gradient(const GatedUnit<T>&, int64_t begin, int64_t end);                                          \
   template <class T>                                                                                                  \
   void add_low_rank(const LowRank<T>&, int64_t begin, int64_t end, T* scratch);                                       \
+  template <class T>                                                                                                  \
+  void dense_product(const DenseProduct<T>&, T* scratch);                                                             \
   template <class T>                                                                                                  \
   void few_rows_outer(const FewRowsOuter<T>&);                                                                        \
   template <class T>                                                                                                  \

@@ -1,8 +1,6 @@
 // Linear layers with low-rank adapters (LoRA, arXiv 2106.09685): forward and backward. A few rows read every weight
-// once; more go through PyTorch's matrix product.
+// once, as it lies; more go by dense products in pieces.
 #pragma once
-
-#include <torch/csrc/stable/stableivalue_conversions.h>
 
 #include "cpu/few_rows_linears.h"
 
@@ -17,99 +15,96 @@ void in_rows(int64_t rows, int64_t work, const Task& task) {
   });
 }
 
-/// `x [rows, ...]` as the matrix that PyTorch's product takes; few rows are read by their stride alone.
+/// `x [rows, ...]` as a matrix; few rows are read by their stride alone.
 inline Tensor as_matrix(const Tensor& x) {
   if (x.dim() == 2 || x.size(0) <= STREAMED_ROWS) return x;
   const int64_t sizes[] = {x.size(0), x.numel() / x.size(0)};
   return torch::stable::view(x, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2));
 }
 
-/// A matrix in memory, any way round.
+/// A part of a matrix in memory, which may stand transposed.
 template <class T>
 struct Block {
   T* data;
-  int64_t rows, columns, row_stride, column_stride;
+  int64_t rows, columns, stride;
+  bool transposed = false;
 
-  Block transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Block flipped() const { return {data, columns, rows, stride, !transposed}; }
 };
 
 template <class T>
 Block<T> block(const Tensor& x, int64_t row, int64_t rows, int64_t column, int64_t columns) {
-  return {static_cast<T*>(x.data_ptr()) + row * x.stride(0) + column, rows, columns, x.stride(0), 1};
+  return {static_cast<T*>(x.data_ptr()) + row * x.stride(0) + column, rows, columns, x.stride(0)};
 }
 
-/// A tensor without a history: threads of a parallel region do not know whether their caller records gradients.
+/// c = a b, or c += a b; c does not stand transposed.
 template <class T>
-Tensor as_tensor(const Block<T>& block) {
-  const int64_t sizes[] = {block.rows, block.columns}, strides[] = {block.row_stride, block.column_stride};
-  const int32_t dtype = sizeof(T) == sizeof(float) ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-      const_cast<std::remove_const_t<T>*>(block.data), 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0,
-      &handle));
-  return Tensor(handle);
-}
-
-/// c = a b, by PyTorch's matrix product.
-template <class T>
-void multiply(const Block<T>& c, const Block<const T>& a, const Block<const T>& b) {
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(as_tensor(a)), torch::stable::detail::from(as_tensor(b)),
-      torch::stable::detail::from(as_tensor(c))};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+void multiply(const Block<T>& c, const Block<const T>& a, const Block<const T>& b, bool add = false) {
+  const DenseProduct<T> product{c.data, a.data,    b.data,    c.stride,     a.stride,     b.stride,
+                                c.rows, c.columns, a.columns, a.transposed, b.transposed, add};
+  DIFFMAS_KERNEL(dense_product<T>)(product, scratch<T>(dense_scratch(c.rows)));
 }
 
 template <class T>
 void scale(const Block<T>& x, T factor) {
   for (int64_t n = 0; n < x.rows; ++n)
-    for (int64_t j = 0; j < x.columns; ++j) x.data[n * x.row_stride + j] *= factor;
+    for (int64_t j = 0; j < x.columns; ++j) x.data[n * x.stride + j] *= factor;
 }
 
 /// Rows and columns of a result that one thread computes, in order.
 struct Piece {
-  int64_t layer, row, rows, column, columns;
+  size_t layer;
+  int64_t row, rows, column, columns;
 };
 
-/// Columns of one piece where there are too few rows to share.
-constexpr int64_t COLUMNS_TOGETHER = 512;
+/// Columns of a piece.
+constexpr int64_t COLUMNS_TOGETHER = 256;
 
-/// Appends the pieces of a result of `layer`, cut alike whatever the number of threads: rows go together as far as
-/// that leaves enough pieces, since each reads the whole weight.
-inline void cut(std::vector<Piece>& pieces, int64_t layer, int64_t rows, int64_t columns) {
-  const int64_t height = std::clamp<int64_t>((rows / 32 + 15) / 16 * 16, 64, 256);
-  const int64_t width = rows > 4 * height ? columns : COLUMNS_TOGETHER;
-  for (int64_t column = 0; column < columns; column += width)
+/// Appends the pieces of a result of `layer`, cut alike whatever the number of threads: many rows together, since each
+/// piece packs its part of the weight anew, but no more than L2 holds of the input.
+inline void cut(std::vector<Piece>& pieces, size_t layer, int64_t rows, int64_t columns) {
+  const int64_t height = std::clamp<int64_t>((rows / 4 + 15) / 16 * 16, 64, 256);
+  for (int64_t column = 0; column < columns; column += COLUMNS_TOGETHER)
     for (int64_t row = 0; row < rows; row += height)
-      pieces.push_back({layer, row, std::min(height, rows - row), column, std::min(width, columns - column)});
+      pieces.push_back(
+          {layer, row, std::min(height, rows - row), column, std::min(COLUMNS_TOGETHER, columns - column)});
 }
 
-/// y += bias + scaling low b, for a block of a layer's result; b may stand transposed.
+/// y += bias + scaling low b, for a block of a layer's result.
 template <class T>
-void add_product(
-    const Block<T>& y, const Block<T>& low, const Block<const T>& b, bool transposed, T scaling, const T* bias) {
-  const int64_t rank = low.columns;
+void add_product(const Block<T>& y, const Block<const T>& low, const Block<const T>& b, T scaling, const T* bias) {
   const LowRank<T> product{
-      {y.data, y.row_stride},
-      {low.data, low.row_stride},
-      {b.data, b.row_stride},
-      bias,
-      y.rows,
-      y.columns,
-      rank,
-      scaling,
-      transposed};
-  const auto kernel = DIFFMAS_KERNEL(add_low_rank<T>);
-  kernel(product, 0, y.rows, scratch<T>(rank * (y.columns + PADDING)));
+      {y.data, y.stride}, {low.data, low.stride}, {b.data, b.stride}, bias, y.rows, y.columns, low.columns, scaling,
+      b.transposed};
+  DIFFMAS_KERNEL(add_low_rank<T>)(product, 0, y.rows, scratch<T>(low.columns * (y.columns + PADDING)));
 }
 
-/// Rows of x Aᵀ or grad B: those of `whole` itself for the first columns, a copy in `memory` for others, so that no
-/// thread waits for another.
+/// Writes factor * left(layer) right(layer), the layers' side by side, into `low`: x Aᵀ, or grad B.
+template <class T, class Left, class Right, class Factor>
+void multiply_low(
+    const std::vector<Linear<T>>& layers, const Tensor& low, int64_t work, const Left& left, const Right& right,
+    const Factor& factor) {
+  const auto rank_of = offsets(layers, [](const Linear<T>& layer) { return layer.rank(); });
+  std::vector<Piece> pieces;
+  for (size_t i = 0; i < layers.size(); ++i)
+    if (layers[i].rank() > 0) cut(pieces, i, low.size(0), layers[i].rank());
+  parallel_tasks(pieces.size(), work, [&](int64_t task) {
+    const Piece& piece = pieces[task];
+    const Tensor& from = left(piece.layer);
+    const Block<const T> b = right(layers[piece.layer]);
+    const Block<T> part = block<T>(low, piece.row, piece.rows, rank_of[piece.layer] + piece.column, piece.columns);
+    multiply<T>(
+        part, block<const T>(from, piece.row, piece.rows, 0, b.rows),
+        {b.data + piece.column * (b.transposed ? b.stride : 1), b.rows, piece.columns, b.stride, b.transposed});
+    if (const T by = factor(layers[piece.layer]); by != T(1)) scale(part, by);
+  });
+}
+
 template <class T>
-Block<T> low_rows(const Tensor& whole, int64_t offset, int64_t rank, const Piece& piece, Buffer<T>& memory) {
-  if (piece.column == 0) return block<T>(whole, piece.row, piece.rows, offset, rank);
-  memory = Buffer<T>(piece.rows * rank);
-  return {memory.data(), piece.rows, rank, rank, 1};
+int64_t low_multiplications(const std::vector<Linear<T>>& layers, int64_t rows, bool inputs) {
+  int64_t count = 0;
+  for (const auto& layer : layers) count += rows * layer.rank() * (inputs ? layer.in() : layer.out());
+  return count;
 }
 
 /// Layers of one input: writes their outputs, and returns their x Aᵀ side by side.
@@ -122,21 +117,24 @@ Tensor apply(const std::vector<Linear<T>>& layers, const Tensor& x, const std::v
     apply_few(layers, x, low, outs);
     return low;
   }
+  multiply_low<T>(
+      layers, low, low_multiplications(layers, rows, true), [&](size_t) -> const Tensor& { return x; },
+      [&](const Linear<T>& layer) { return block<const T>(layer.a, 0, layer.rank(), 0, size).flipped(); },
+      [](const Linear<T>&) { return T(1); });
   std::vector<Piece> pieces;
   for (size_t i = 0; i < layers.size(); ++i) cut(pieces, i, rows, layers[i].out());
-  parallel_tasks(pieces.size(), multiplications(layers, rows, size), [&](int64_t i) {
-    const Piece& piece = pieces[i];
+  parallel_tasks(pieces.size(), multiplications(layers, rows, size), [&](int64_t task) {
+    const Piece& piece = pieces[task];
     const Linear<T>& layer = layers[piece.layer];
     const int64_t rank = layer.rank();
-    const Block<const T> from = block<const T>(x, piece.row, piece.rows, 0, size);
     const Block<T> y = block<T>(outs[piece.layer], piece.row, piece.rows, piece.column, piece.columns);
-    multiply<T>(y, from, block<const T>(layer.weight, piece.column, piece.columns, 0, size).transposed());
+    multiply<T>(
+        y, block<const T>(x, piece.row, piece.rows, 0, size),
+        block<const T>(layer.weight, piece.column, piece.columns, 0, size).flipped());
     if (rank == 0 && layer.bias == nullptr) return;
-    Buffer<T> memory;
-    const Block<T> part = low_rows(low, rank_of[piece.layer], rank, piece, memory);
-    if (rank > 0) multiply<T>(part, from, block<const T>(layer.a, 0, rank, 0, size).transposed());
     add_product<T>(
-        y, part, block<const T>(layer.b, piece.column, piece.columns, 0, rank), true, layer.scaling,
+        y, block<const T>(low, piece.row, piece.rows, rank_of[piece.layer], rank),
+        block<const T>(layer.b, piece.column, piece.columns, 0, rank).flipped(), layer.scaling,
         layer.bias == nullptr ? nullptr : layer.bias + piece.column);
   });
   return low;
@@ -173,14 +171,13 @@ void adapter_gradients(
     const Tensor& target = of_adapters[task.place];
     if (task.a) {
       multiply<T>(
-          block<T>(target, 0, rank, task.begin, task.count),
-          block<const T>(grad_low, 0, rows, offset, rank).transposed(),
+          block<T>(target, 0, rank, task.begin, task.count), block<const T>(grad_low, 0, rows, offset, rank).flipped(),
           block<const T>(x, 0, rows, task.begin, task.count));
       return;
     }
     const Block<T> grad_b = block<T>(target, task.begin, task.count, 0, rank);
     multiply<T>(
-        grad_b, block<const T>(grads[task.layer], 0, rows, task.begin, task.count).transposed(),
+        grad_b, block<const T>(grads[task.layer], 0, rows, task.begin, task.count).flipped(),
         block<const T>(low, 0, rows, offset, rank));
     scale(grad_b, layers[task.layer].scaling);
   });
@@ -205,31 +202,25 @@ Tensor gradients(
   }
   const auto rank_of = offsets(layers, [](const Linear<T>& layer) { return layer.rank(); });
   const Tensor grad_low = new_tensor(x, {rows, rank_of.back()}, x.scalar_type());
-  const int64_t work = multiplications(layers, rows, size);
+  multiply_low<T>(
+      layers, grad_low, low_multiplications(layers, rows, false), [&](size_t i) -> const Tensor& { return grads[i]; },
+      [](const Linear<T>& layer) { return block<const T>(layer.b, 0, layer.out(), 0, layer.rank()); },
+      [](const Linear<T>& layer) { return layer.scaling; });
   std::vector<Piece> pieces;
   cut(pieces, 0, rows, size);
-  parallel_tasks(pieces.size(), work, [&](int64_t task) {
+  parallel_tasks(pieces.size(), multiplications(layers, rows, size), [&](int64_t task) {
     const Piece& piece = pieces[task];
     const Block<T> sum = block<T>(grad_x, piece.row, piece.rows, piece.column, piece.columns);
-    Buffer<T> term(layers.size() < 2 ? 0 : piece.rows * piece.columns), memory;
     for (size_t i = 0; i < layers.size(); ++i) {
       const Linear<T>& layer = layers[i];
       const int64_t out = layer.out(), rank = layer.rank();
-      const Block<const T> grad = block<const T>(grads[i], piece.row, piece.rows, 0, out);
-      const Block<const T> weight = block<const T>(layer.weight, 0, out, piece.column, piece.columns);
-      if (i == 0) {
-        multiply<T>(sum, grad, weight);
-      } else {
-        multiply<T>({term.data(), piece.rows, piece.columns, piece.columns, 1}, grad, weight);
-        for (int64_t n = 0; n < piece.rows; ++n)
-          for (int64_t d = 0; d < piece.columns; ++d)
-            sum.data[n * sum.row_stride + d] += term.data()[n * piece.columns + d];
-      }
-      if (rank == 0) continue;
-      const Block<T> part = low_rows(grad_low, rank_of[i], rank, piece, memory);
-      multiply<T>(part, grad, block<const T>(layer.b, 0, out, 0, rank));
-      scale(part, layer.scaling);
-      add_product<T>(sum, part, block<const T>(layer.a, 0, rank, piece.column, piece.columns), false, T(1), nullptr);
+      multiply<T>(
+          sum, block<const T>(grads[i], piece.row, piece.rows, 0, out),
+          block<const T>(layer.weight, 0, out, piece.column, piece.columns), i > 0);
+      if (rank > 0)
+        add_product<T>(
+            sum, block<const T>(grad_low, piece.row, piece.rows, rank_of[i], rank),
+            block<const T>(layer.a, 0, rank, piece.column, piece.columns), T(1), nullptr);
     }
   });
   if (adapters.size() > first) adapter_gradients(layers, x, low, grads, grad_low, adapters.data() + first);

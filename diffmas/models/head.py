@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from typing import cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -16,6 +17,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.models.lora import hooked, own_hooks_of, replaced
 from diffmas.models.outline import decoder_of, replaced_forward
+from diffmas_ops import few_rows_matmul
 
 #: How configurations call a factor of logits, a divisor of logits, and a cap.
 _FACTORS, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
@@ -56,10 +58,21 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self.check()
-        logits = self.linear(hidden)
+        logits = self._product(hidden)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        """Few rows, a decoding step's, read the weight at the memory's speed on the CPU; PyTorch's product does not."""
+        few = hidden.dim() == 2 and hidden.device.type == "cpu" and not torch.is_grad_enabled()
+        if not few or torch.is_autocast_enabled("cpu") or more_than_weights(self.linear) is not None:
+            return self.linear(hidden)
+        weight, bias = cast(Tensor, self.linear.weight), cast("Tensor | None", self.linear.bias)
+        if weight.dtype != hidden.dtype:
+            return self.linear(hidden)
+        logits = few_rows_matmul(hidden, weight, True)
+        return logits if bias is None else logits + bias
 
 
 def more_than_weights(head: nn.Module, *, watched: bool = True) -> str | None:

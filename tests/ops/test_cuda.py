@@ -30,7 +30,7 @@ HEADS = {"mha": (2, 2), "gqa": (8, 2), "mqa": (5, 1), "more than a tile": (20, 1
 def use(monkeypatch, operators):
     """Have the suite's checks call these operators; returns them with the reference's signatures."""
     operators = Functions(operators)
-    for name in ("attention", "append", "concat", "latent", "merge"):
+    for name in ("attention", "append", "concat", "latent", "expected", "merge"):
         monkeypatch.setattr(suite, f"{name}_triton", operators)
     return operators
 
@@ -258,6 +258,49 @@ def test_latent_project_in_parts(operators, rows):
         assert all(map(suite.same, operators.latent_project(hidden, weight, 1.7), first))
 
 
+#: Rows, vocabulary, depth and width: of hardly a token, of the simple kernels' sizes, of more rows than a tile, with
+#: parts of several tiles, and wider than a block's sums in the forward and in the backward.
+VOCABULARIES = {
+    "two tokens": (1, 2, 8, 16),
+    "no rows": (0, 70, 24, 24),
+    "odd sizes": (2, 513, 77, 130),
+    "two tiles of rows": (17, 470, 136, 264),
+    "many tokens": (3, 1300, 64, 64),
+    "wide": (5, 140, 72, 2056),
+    "deep": (2, 140, 2056, 72),
+}
+
+
+@pytest.mark.parametrize("dtype", SUPPORTED, ids=str)
+@pytest.mark.parametrize("sizes", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize("biased, softcap", [(False, None), (True, 2.5)])
+def test_expected_embedding(biased, softcap, sizes, dtype):
+    suite.check_expected_embedding(*sizes, biased, softcap, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("grad_size", [3e-4, 2e3])
+def test_expected_embedding_of_other_gradients(grad_size, dtype):
+    """Small and large ones keep their precision; float16 alone would lose them."""
+    suite.check_expected_embedding(4, 900, 64, 136, False, None, dtype, grad_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expected_embedding_without_some_tokens(operators, dtype):
+    """A bias of minus infinity takes tokens away, and whole parts of the vocabulary."""
+    torch.manual_seed(0)
+    hidden, keys = random(3, 64, dtype=dtype), random(1500, 64, dtype=dtype)
+    bias = torch.full((1500,), -torch.inf, dtype=dtype, device=cases.DEVICE)
+    bias[700:790] = 0
+    temperature = torch.ones(1, device=cases.DEVICE)
+    given = (hidden, keys, keys, bias, temperature)
+    without = (hidden, keys[700:790], keys[700:790], None, temperature)
+    got, want = (operators.expected_embedding(*x, 0.4, None) for x in (given, without))
+    grads = [operators.expected_embedding_backward(hidden, *x, *want, 0.4, None)[0] for x in (given, without)]
+    for mine, theirs in zip((*got, grads[0]), (*want, grads[1]), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("sets", [1, 7])
 def test_merge_states(sets, dtype):
@@ -265,7 +308,7 @@ def test_merge_states(sets, dtype):
 
 
 def everything(operators, dtype):
-    """Results of all attention operators on one problem of several tiles, chunks and rows."""
+    """Results of all operators of attention on one problem of several tiles, chunks and rows."""
     p = Problem(sized(Case((1, 1, 0, 1), (300, 2, 7, 131)), 64), dtype)
     out, lse = operators.cached_attention(p.q, p.k, p.v, p.keys, p.values, p.rows, p.scores)
     shape = (4, 3, p.q.shape[1])
@@ -285,8 +328,12 @@ def everything(operators, dtype):
         p.rows, p.columns, p.scores,
     )  # fmt: skip
     packed = [x[p.claimed] for x in (many, many_lse, grad_q, delta)]
+    hidden, keys = random(3, 64, dtype=dtype), random(900, 64, dtype=dtype)
+    given = (hidden, keys, keys, None, torch.ones(1, device=cases.DEVICE))
+    soft = operators.expected_embedding(*given, 0.4, None)
+    soft += operators.expected_embedding_backward(hidden, *given, *soft, 0.4, None)
     single = [x[1:2] for x in (out, lse, *token)]
-    return [*packed, *single, p.grad_keys, p.grad_values, *(x[:, 1:] for x in pending)]
+    return [*packed, *single, *soft, p.grad_keys, p.grad_values, *(x[:, 1:] for x in pending)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

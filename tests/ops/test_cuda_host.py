@@ -32,6 +32,9 @@ from test_cuda import (  # noqa: F401
     test_concat_of_many_senders,
     test_concat_of_overlapping_segments,
     test_deferred_rows,
+    test_expected_embedding,
+    test_expected_embedding_of_other_gradients,
+    test_expected_embedding_without_some_tokens,
     test_groups_of_heads,
     test_head_dim_too_large,
     test_head_dims,
@@ -96,6 +99,7 @@ def test_devices_of_little_shared_memory(monkeypatch, new, head_dim, dtype):
     case = sized(Case((new,), (140,)), head_dim, "more than a tile")
     suite.check_forward(case, dtype)
     suite.check_backward(case, dtype)
+    suite.check_expected_embedding(new, 140, head_dim, head_dim, False, None, dtype)
 
 
 def test_latent_project_in_two_launches(monkeypatch):

@@ -432,12 +432,17 @@ def test_latent_project(rows, size, weighted, dtype):
 def test_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype):
     if dtype not in DTYPES:
         pytest.skip(f"no {dtype} here")
+    check_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype)
+
+
+def check_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype, grad_size=1.0):
     torch.manual_seed(0)
     hidden, keys, values = (random(*shape, dtype=dtype) for shape in ((rows, depth), (vocab, depth), (vocab, width)))
-    bias, grad_out = torch.randn(vocab).to(hidden) if biased else None, random(rows, width, dtype=dtype)
+    bias = torch.randn(vocab).to(hidden) if biased else None
+    grad_out = random(rows, width, dtype=dtype) * grad_size
     # One token that is far likelier than others, in the middle of a block.
     keys[vocab // 3] *= 3
-    temperature = torch.tensor([0.7], device=hidden.device)
+    temperature = torch.tensor([0.7], dtype=accumulation_dtype(dtype), device=hidden.device)
     given = (hidden, keys, values, bias, temperature)
     lifted = [None if x is None else x.double() for x in given]
     got, plain = (f.expected_embedding(*given, 0.4, softcap) for f in (expected_triton, expected))

@@ -86,16 +86,34 @@ inline void product(
   for (; j < columns; j += W<T>) panel<INTO, LEFT, 1>(rows, c + j, ldc, a, lda, b + j, ldb, K);
 }
 
-template <int ROWS_X, int ROWS_Y, class T, class S>
-inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K) {
+/// Asks for what is read once and comes from memory: it goes to L2, which takes more requests at a time than L1.
+inline void foresee(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+/// `product` for a right factor that is read once and goes on behind its K rows: asks for rows further on meanwhile.
+template <Into INTO, Left LEFT, class T, class S>
+inline void streamed_product(
+    int64_t rows, int64_t columns, T* c, int64_t ldc, const T* a, int64_t lda, const S* b, int64_t ldb, int64_t K) {
+  const S* next = b + 2 * K * ldb;
+  const auto step = [&](auto vectors, int64_t j) {
+    for (int64_t k = 0; k < K; ++k)
+      for (int i = 0; i < vectors.value; ++i) foresee(next + k * ldb + j + i * W<T>);
+    panel<INTO, LEFT, vectors.value>(rows, c + j, ldc, a, lda, b + j, ldb, K);
+  };
+  int64_t j = 0;
+  for (; j + VECTORS * W<T> <= columns; j += VECTORS * W<T>) step(std::integral_constant<int, VECTORS>(), j);
+  for (; j < columns; j += W<T>) step(std::integral_constant<int, 1>(), j);
+}
+
+/// AHEAD: vectors that each step asks for behind `ahead`.
+template <int ROWS_X, int ROWS_Y, int AHEAD, class T, class S>
+inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K, const S* ahead) {
   Vec<T> sum[ROWS_X][4] = {};
   for (int64_t k = 0; k < K; k += W<T>) {
     Vec<T> right[ROWS_Y];
 #pragma GCC unroll 4
-    for (int j = 0; j < ROWS_Y; ++j) {
-      right[j] = load(y + j * ldy + k);
-      if (ROWS_X == 1) __builtin_prefetch(y + (ROWS_Y + j) * ldy + k);
-    }
+    for (int j = 0; j < ROWS_Y; ++j) right[j] = load(y + j * ldy + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < AHEAD; ++i) foresee(ahead + AHEAD * k + i * W<T>);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS_X; ++i) {
       const Vec<T> left = load(x + i * ldx + k);
@@ -110,13 +128,24 @@ inline void dots_block(T* s, int64_t lds, const T* x, int64_t ldx, const S* y, i
   }
 }
 
+/// The blocks of x share in asking for the y rows after the next ones.
 template <int ROWS_Y, class T, class S>
 inline void dots_rows(int64_t rows_x, T* s, int64_t lds, const T* x, int64_t ldx, const S* y, int64_t ldy, int64_t K) {
   constexpr int TOGETHER = VECTOR_REGISTERS == 32 ? 4 : 2;
+  const S* ahead = y + 2 * ROWS_Y * ldy;
   int64_t i = 0;
+  if (rows_x < 2 * TOGETHER) {
+    if (rows_x >= TOGETHER) {
+      dots_block<TOGETHER, ROWS_Y, ROWS_Y>(s, lds, x, ldx, y, ldy, K, ahead);
+      i = TOGETHER;
+    } else if (rows_x > 0) {
+      dots_block<1, ROWS_Y, ROWS_Y>(s, lds, x, ldx, y, ldy, K, ahead);
+      i = 1;
+    }
+  }
   for (; i + TOGETHER <= rows_x; i += TOGETHER)
-    dots_block<TOGETHER, ROWS_Y>(s + i * lds, lds, x + i * ldx, ldx, y, ldy, K);
-  for (; i < rows_x; ++i) dots_block<1, ROWS_Y>(s + i * lds, lds, x + i * ldx, ldx, y, ldy, K);
+    dots_block<TOGETHER, ROWS_Y, 1>(s + i * lds, lds, x + i * ldx, ldx, y, ldy, K, ahead + i / TOGETHER * K);
+  for (; i < rows_x; ++i) dots_block<1, ROWS_Y, 0>(s + i * lds, lds, x + i * ldx, ldx, y, ldy, K, ahead);
 }
 
 /// s[i][j] = sum_k x[i][k] * y[j][k], for few rows x and K a multiple of W: nothing is transposed, y is read once.

@@ -36,7 +36,7 @@ void project_streamed(const Projection<S>& p, int64_t begin, int64_t end, int64_
     const int64_t count = smaller(STREAMS, end - k);
     const S* weight = p.weight + k * p.weight_stride;
     in_vectors(weight, p.weight_stride, count, width, scratch, [&](const auto* weight_rows, int64_t weight_stride) {
-      product<Into::Add, Left::RowMajor>(
+      streamed_product<Into::Add, Left::RowMajor>(
           p.rows, padded<T>(width), p.y, p.y_stride, p.x + k, p.x_stride, weight_rows, weight_stride, count);
     });
   }
