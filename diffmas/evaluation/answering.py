@@ -26,15 +26,6 @@ from diffmas.tasks import Task, gold
 _SEEDS_APART = 1_000_003
 
 
-def batches(size: int, batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches; a last batch of one joins its predecessor, so that every row has another beside it."""
-    starts = list(range(0, size, batch_size))
-    if len(starts) > 1 and size - starts[-1] == 1:
-        starts.pop()
-    for begin, end in zip(starts, [*starts[1:], size], strict=True):
-        yield list(range(begin, end))
-
-
 def progress_bar(show: bool) -> Progress | Lines:
     """A bar on the terminal: what is being done, how much of it, and how long it will take; lines in a file."""
     if not terminal():
