@@ -13,7 +13,6 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +103,12 @@ class TraceStore:
         self.folder, self._most = Path(folder), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._uses: Counter[str] = Counter()
-        self.bytes = 0
+        self._sizes: dict[str, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of all traces that are in use."""
+        return sum(self._sizes.values())
 
     def path(self, trace_id: str) -> Path:
         """Where a trace is, inside the folder."""
@@ -135,7 +139,7 @@ class TraceStore:
                     f"{size}; allowed: more, or fewer rows at once"
                 )
             self._write(trace_id, layout, length, tensors)
-            self.bytes += size
+            self._sizes[trace_id] = size
         self._uses[trace_id] += 1
         return StoredTrace(trace_id, length)
 
@@ -143,10 +147,8 @@ class TraceStore:
         """One of its rows is done; the file goes with the last."""
         self._uses[trace.id] -= 1
         if self._uses[trace.id] <= 0:
-            del self._uses[trace.id]
-            path = self.path(trace.id)
-            self.bytes -= sum(x.nbytes for stack in read_trace(path)[1] for x in stack)
-            path.unlink()
+            del self._uses[trace.id], self._sizes[trace.id]
+            self.path(trace.id).unlink()
 
     def _write(self, trace_id: str, layout: Layout, length: int, tensors: dict[str, Tensor]) -> None:
         path = self.path(trace_id)
@@ -219,7 +221,3 @@ def _digest(layout: Layout, length: int, tensors: dict[str, Tensor]) -> str:
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
-
-def total_columns(traces: Sequence[StoredTrace | None]) -> int:
-    """Columns of all of them."""
-    return sum(trace.length for trace in traces if trace is not None)

@@ -30,9 +30,12 @@ _LOWEST_TEMPERATURE = 0.01
 _APART = {"float32": 1e-2, "float16": 0.25, "bfloat16": 1.0}
 
 
-#: Of the environment, where nothing else is set: what vLLM needs on a CPU, and that it keeps to itself.
+#: Of the environment, where nothing else is set: what vLLM needs on a CPU, that no process of it outlives this one or
+#: is forked from its threads, and that it keeps to itself.
 _ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
@@ -81,12 +84,15 @@ class EngineSource:
 
         if settled := [name for name in self.options if name in _SETTLED]:
             raise ValueError(f"engine options have {settled}, which are settled already; allowed: any other of vLLM's")
+        # One process needs no other.
+        alone = self.options.get("tensor_parallel_size", 1) == 1
         lora = {"enable_lora": True, "max_lora_rank": _rank(self.adapters)} if self.adapters else {}
         return {
             "model": self.model,
             "dtype": self.dtype,
             "kv_transfer_config": transfer_config(self.traces, self.fingerprint),
             "disable_log_stats": True,
+            **({"distributed_executor_backend": "uni"} if alone else {}),
             **lora,
             **self.options,
         }
