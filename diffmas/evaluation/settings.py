@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from diffmas.agents.controls import CONTROLS
+from diffmas.evaluation.deferred import ENGINES, OWN, VLLM
 from diffmas.evaluation.evaluator import LABELS
 from diffmas.evaluation.methods import METHODS, MODES
 
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "task_config")
+#: Arguments that say something only where vLLM decodes.
+WITH_VLLM = ("engine_args", "trace_dir", "max_trace_gb")
 
 
 @dataclass
@@ -60,6 +63,19 @@ class EvalArguments:
             "help": "Longest text between agents, who are then evaluated talking in text too; default: max_new_tokens."
         },
     )
+    engine: str = field(
+        default=OWN, metadata={"help": f"What decodes the answers: {', '.join(ENGINES)}; senders run here in any case."}
+    )
+    engine_args: str | None = field(
+        default=None, metadata={"help": "With vllm: further arguments of its engine, a JSON object."}
+    )
+    trace_dir: str | None = field(
+        default=None,
+        metadata={"help": "With vllm: where traces wait for it, e.g. /dev/shm; default: the folder of results."},
+    )
+    max_trace_gb: float | None = field(
+        default=None, metadata={"help": "With vllm: the most that traces may take; default: what there is."}
+    )
     task_config: str | None = field(
         default=None, metadata={"help": "YAML file {task: {flag: value}} of what differs between tasks."}
     )
@@ -70,3 +86,8 @@ class EvalArguments:
         for f in fields(self):
             if f.name in names and (value := getattr(self, f.name)) != f.default:
                 raise ValueError(f"{f.name} is {value!r}; allowed: only {how} --methods")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine is {self.engine!r}; allowed: {', '.join(ENGINES)}")
+        for name in WITH_VLLM:
+            if self.engine != VLLM and (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name} is {value!r}; allowed: only with --engine {VLLM}")

@@ -43,7 +43,10 @@ def transfer_params(trace: StoredTrace) -> dict[str, Any]:
 
 @dataclass
 class _Load:
-    """Columns `begin … columns - 1` of a trace, and the blocks of the request they go to; `refused`: why they do not."""
+    """Columns `begin … columns - 1` of a trace, and the blocks of the request they go to.
+
+    `refused`: why they do not.
+    """
 
     trace: str
     columns: int

@@ -36,7 +36,8 @@ class VllmDecoder:
         model: folder or hub name of the base model, for vLLM to load; default: it is written to `folder`.
         max_trace_bytes: of all traces at once; None: as many as `folder` takes.
         entropies: as for :class:`VllmEngine`.
-        options: further arguments of vLLM's engine: `tensor_parallel_size`, `gpu_memory_utilization`, `max_model_len`, …
+        options: further arguments of vLLM's engine, such as `tensor_parallel_size`, `gpu_memory_utilization` and
+            `max_model_len`.
 
     Raises:
         ModuleNotFoundError: no vLLM. ValueError: options that vLLM refuses, or a model it cannot load.

@@ -31,7 +31,7 @@ class Row:
         seed: of its samples.
         trace: what the prompt stands behind; None: nothing.
         adapter: what the last agent runs with; None: the base model.
-        seconds: that its senders took, with those of the rows they ran beside.
+        seconds: that its senders took, with those of the rows they ran beside; beside: how many, itself among them.
         probe: of the likeliest first tokens of an answer, the log-probabilities that this process finds: an engine that
             finds others does not read what was written.
     """
@@ -41,6 +41,7 @@ class Row:
     trace: StoredTrace | None
     adapter: Adapter | None
     seconds: float
+    beside: int = 1
     probe: dict[int, float] | None = None
 
     @property
@@ -91,7 +92,7 @@ def store_rows(
                 probe = _likeliest(hidden, last)
         for row, i in enumerate(indices):
             prompt = tuple(rows[-1][i].tolist())
-            yield Row(prompt, seeds[i], stored[row], adapter, seconds, probe if i == 0 else None)
+            yield Row(prompt, seeds[i], stored[row], adapter, seconds, len(indices), probe if i == 0 else None)
 
 
 def _likeliest(hidden: Tensor, last: AgentModel | WithAdapter) -> dict[int, float]:

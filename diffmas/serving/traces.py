@@ -220,4 +220,3 @@ def _digest(layout: Layout, length: int, tensors: dict[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-

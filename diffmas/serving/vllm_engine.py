@@ -47,6 +47,12 @@ def settle_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an argument of vLLM's engine that is settled here."""
+    if settled := [name for name in options if name in _SETTLED]:
+        raise ValueError(f"engine options have {settled}, which are settled already; allowed: any other of vLLM's")
+
+
 def check_installed() -> None:
     """Raise `ModuleNotFoundError` where there is no vLLM."""
     if find_spec("vllm") is None:
@@ -82,8 +88,7 @@ class EngineSource:
         """
         from diffmas.serving.connector import transfer_config
 
-        if settled := [name for name in self.options if name in _SETTLED]:
-            raise ValueError(f"engine options have {settled}, which are settled already; allowed: any other of vLLM's")
+        check_options(self.options)
         # One process needs no other.
         alone = self.options.get("tensor_parallel_size", 1) == 1
         lora = {"enable_lora": True, "max_lora_rank": _rank(self.adapters)} if self.adapters else {}
@@ -159,17 +164,28 @@ class VllmEngine:
             RuntimeError: a request that vLLM could not answer.
         """
         self._check(rows, decoding)
-        for row in rows:
-            if row.probe is not None:
-                self._check_probe(row)
+        groups: dict[str | None, list[int]] = {}
+        for index, row in enumerate(rows):
+            groups.setdefault(row.adapter and row.adapter.name, []).append(index)
+        # One after the other: on a CPU, vLLM takes a request without an adapter beside one that has one for the same.
+        for indices in groups.values():
+            for index in indices:
+                if rows[index].probe is not None:
+                    self._check_probe(rows[index])
+            yield from self._decode(rows, indices, decoding)
+
+    def _decode(
+        self, rows: Sequence[Row], indices: Sequence[int], decoding: Decoding
+    ) -> Iterator[tuple[int, list[Completion]]]:
+        """Those of `rows` with one adapter, or with none."""
         running: dict[str, tuple[int, int]] = {}
-        started, done = time.perf_counter(), {index: {} for index in range(len(rows))}
+        started, done = time.perf_counter(), {index: {} for index in indices}
         # Greedy samples are one answer.
         samples = decoding.samples if decoding.temperature else 1
         try:
-            for index, row in enumerate(rows):
+            for index in indices:
                 for sample in range(samples):
-                    running[self._add(row, self._sampling(row, decoding, sample))] = index, sample
+                    running[self._add(rows[index], self._sampling(rows[index], decoding, sample))] = index, sample
             while running:
                 for output in self._engine.step():
                     if not output.finished:
@@ -191,8 +207,8 @@ class VllmEngine:
     def _check(self, rows: Sequence[Row], decoding: Decoding) -> None:
         if 0 < decoding.temperature < _LOWEST_TEMPERATURE:
             raise ValueError(
-                f"temperature is {decoding.temperature}; allowed with vLLM: 0, or ≥ {_LOWEST_TEMPERATURE}, below which it "
-                "takes another"
+                f"temperature is {decoding.temperature}; allowed with vLLM: 0, or ≥ {_LOWEST_TEMPERATURE}, below which "
+                "it takes another"
             )
         longest = max((row.length for row in rows), default=0)
         if longest + decoding.max_new_tokens > self._longest:

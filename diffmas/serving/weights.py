@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,7 +43,7 @@ def base_weights(system: MultiAgentSystem) -> dict[str, torch.Tensor]:
     return {name.replace(".base_layer.", "."): x.detach() for name, x in state.items() if id(x) not in inside}
 
 
-def _own(layer: BaseTunerLayer) -> list[torch.Tensor]:
+def _own(layer: Any) -> list[torch.Tensor]:
     """An adapted layer's parameters but for those of the layer it is around."""
     base = {id(p) for p in layer.get_base_layer().parameters()}
     return [p for p in layer.parameters() if id(p) not in base]
@@ -55,6 +58,19 @@ def fingerprint(system: MultiAgentSystem) -> str:
             digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode())
             digest.update(x.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def loadable(system: MultiAgentSystem) -> str | None:
+    """The folder or hub name that the base model came from, where another engine can load the same from there.
+
+    Only what a run says of its model is known to be so: weights that were changed in Python are still called alike.
+    """
+    described = system.description.get("system", {})
+    model, name = system.agent_model.language_model, described.get("model_name_or_path")
+    special = described.get("random_weights") or described.get("quantization", "none") != "none"
+    if not name or special or hasattr(model.config, "gguf_source"):
+        return None
+    return name if type(model).__name__ in (model.config.architectures or ()) else None
 
 
 def write_base(system: MultiAgentSystem, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> str:
@@ -95,13 +111,18 @@ def running_adapter(system: MultiAgentSystem) -> str | None:
 def write_adapter(system: MultiAgentSystem, name: str, folder: str | Path) -> Adapter:
     """Write adapter `name` into a folder inside `folder`, called like its content."""
     model, config = system.agent_model.model, system.agent_model.model.peft_config[name]
-    beside = Path(folder, f".{name}")
+    beside = Path(tempfile.mkdtemp(dir=folder))
     with writing(folder):
         model.save_pretrained(str(beside), selected_adapters=[name])
     found = beside / name if (beside / name).is_dir() else beside
-    content = hashlib.sha256((found / WEIGHTS_FILE).read_bytes() + (found / CONFIG_FILE).read_bytes()).hexdigest()
-    adapter = Adapter(f"{name}-{content[:16]}", "", max([config.r, *config.rank_pattern.values()]))
+    described = json.loads((found / CONFIG_FILE).read_text())
+    # Modules are named in any order.
+    described = {k: sorted(v) if isinstance(v, list) else v for k, v in described.items()}
+    content = hashlib.sha256((found / WEIGHTS_FILE).read_bytes())
+    content.update(json.dumps(described, sort_keys=True).encode())
+    adapter = Adapter(f"{name}-{content.hexdigest()[:16]}", "", max([config.r, *config.rank_pattern.values()]))
     place = Path(folder, adapter.name)
     if not place.is_dir():
         found.rename(place)
+    shutil.rmtree(beside, ignore_errors=True)
     return Adapter(adapter.name, str(place), adapter.rank)

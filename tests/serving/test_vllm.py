@@ -92,10 +92,28 @@ def test_without_the_adapter(bench, relay, items):
     assert right(items, bench.decode(unprobed(rows), GREEDY)) <= 32
 
 
+def test_rows_with_and_without_an_adapter(bench, relay, items):
+    """Decoded at once: on a CPU, vLLM would take one for the other in a batch."""
+    encoded = asked(relay, items, 8)
+    with_it = unprobed(bench.rows(relay, encoded, GREEDY))
+    without = [dataclasses.replace(row, adapter=None) for row in with_it]
+    mixed = [row for pair in zip(with_it, without, strict=True) for row in pair]
+    found = bench.decode(mixed, GREEDY)
+    equal(bench.decode(with_it, GREEDY), found[::2])
+    equal(bench.decode(without, GREEDY), found[1::2])
+    assert [a[0].tokens for a in found[::2]] != [a[0].tokens for a in found[1::2]]
+
+
 @pytest.mark.parametrize("parts", TEAMS, ids="-".join)
 def test_teams(bench, parts):
     system = bench.teams[parts]
-    texts = ["A4 B2 C9. What is B?", "3 + 4 =", "Recall", "x" * 70, "Name all of 1 2 3 4 5 6 7 8 9 and the letters A to F."]
+    texts = [
+        "A4 B2 C9. What is B?",
+        "3 + 4 =",
+        "Recall",
+        "x" * 70,
+        "Name all of 1 2 3 4 5 6 7 8 and A to F.",
+    ]
     encoded = system.collator.encode_prompts([{"question": text} for text in texts])
     rows = bench.rows(system, encoded, LONG)
     lengths = {0 if row.trace is None else row.trace.length for row in rows}
@@ -106,7 +124,9 @@ def test_teams(bench, parts):
 def test_prefix_cache(bench, loads):
     """A trace that is decoded behind again is read of the cache: whole blocks of it, where other tokens follow."""
     system = bench.teams["sequential", "full", "shared"]
-    encoded = system.collator.encode_prompts([{"question": "Which letter comes after this one? " * 4 + c} for c in "AB"])
+    encoded = system.collator.encode_prompts(
+        [{"question": "Which letter comes after this one? " * 4 + c} for c in "AB"]
+    )
     rows = bench.rows(system, encoded, LONG)
     once, again = bench.decode(rows, LONG), bench.decode(rows, LONG)
     equal(own(system, encoded, LONG), once)
@@ -239,4 +259,3 @@ def test_bad_input(bench, relay, items):
     other = dataclasses.replace(rows[0], adapter=dataclasses.replace(bench.adapters[0], name="other"))
     with pytest.raises(ValueError, match=r"adapters are \['other'\]"):
         bench.decode([other], GREEDY)
-
