@@ -18,7 +18,6 @@ from diffmas.evaluation.needs import method_left_out, other_modes
 from diffmas.evaluation.settings import EvalArguments
 from diffmas.runs.description import read_description
 from diffmas.runs.files import SYSTEM_FILE
-from diffmas.serving.vllm_engine import check_installed
 from diffmas.support.folders import check_output
 from diffmas.support.launch import check_alone
 from diffmas.support.yaml_file import read_yaml
@@ -61,7 +60,6 @@ def compare(args: EvalArguments, flags: Sequence[str], prog: str) -> int:
         methods = _applicable(methods, list(settings.values()))
     options, defer = engine_options(args.engine_args), None
     if args.engine == VLLM:
-        check_installed()
         defer = partial(deferred, args.trace_dir or folder, options, args.max_trace_gb)
     comparison = Comparison(
         folder, by_task, methods, seeds, controls,

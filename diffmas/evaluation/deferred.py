@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from diffmas.generation import Decoding
 from diffmas.generation.engine import stop_ids
 from diffmas.serving.rows import Row, store_rows
 from diffmas.serving.traces import TraceStore
-from diffmas.serving.vllm_engine import EngineSource, VllmEngine, check_installed, check_options
+from diffmas.serving.vllm_engine import EngineSource, VllmEngine, check_options
 from diffmas.serving.weights import Adapter, fingerprint, loadable, running_adapter, write_adapter, write_base
 from diffmas.support.leftovers import vanishing_folder
 from diffmas.system import MultiAgentSystem
@@ -183,14 +184,9 @@ def deferred(
         beside: the folder in which traces and weights are kept meanwhile; default: where temporary files are.
         max_trace_gb: of all traces.
 
-    Raises:
-        ModuleNotFoundError: no vLLM. ValueError: `max_trace_gb` that is not positive.
     """
-    check_installed()
-    if max_trace_gb is not None and not max_trace_gb > 0:
-        raise ValueError(f"max_trace_gb is {max_trace_gb}; allowed: > 0")
     with vanishing_folder(beside) as folder:
-        yield Deferred(folder, options, None if max_trace_gb is None else max(1, int(max_trace_gb * 1e9)))
+        yield Deferred(folder, options, None if max_trace_gb is None else math.ceil(max_trace_gb * 1e9))
 
 
 def free_memory() -> None:

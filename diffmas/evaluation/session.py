@@ -32,7 +32,6 @@ from diffmas.loading import Run, load_run
 from diffmas.prompts.dates import print_date
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import describe
-from diffmas.serving.vllm_engine import check_installed
 from diffmas.support.distributed import gathered, process
 from diffmas.support.folders import check_output
 from diffmas.support.launch import check_alone, join
@@ -53,7 +52,6 @@ def evaluate(args: EvalArguments) -> int:
     args.check_used()
     if args.engine == VLLM:
         check_alone(f"--engine {VLLM}")
-        check_installed()
     started = time.perf_counter()
     variants = _asked(args)
     # Under torchrun, this joins the other processes.

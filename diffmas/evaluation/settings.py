@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from diffmas.agents.controls import CONTROLS
-from diffmas.evaluation.deferred import ENGINES, OWN, VLLM
+from diffmas.evaluation.deferred import ENGINES, OWN, VLLM, engine_options
 from diffmas.evaluation.evaluator import LABELS
 from diffmas.evaluation.methods import METHODS, MODES
+from diffmas.serving.vllm_engine import check_installed
 
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
@@ -91,3 +92,8 @@ class EvalArguments:
         for name in WITH_VLLM:
             if self.engine != VLLM and (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name} is {value!r}; allowed: only with --engine {VLLM}")
+        engine_options(self.engine_args)
+        if self.max_trace_gb is not None and not self.max_trace_gb > 0:
+            raise ValueError(f"max_trace_gb is {self.max_trace_gb}; allowed: > 0")
+        if self.engine == VLLM:
+            check_installed()

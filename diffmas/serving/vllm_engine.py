@@ -166,7 +166,7 @@ class VllmEngine:
         self._check(rows, decoding)
         groups: dict[str | None, list[int]] = {}
         for index, row in enumerate(rows):
-            groups.setdefault(row.adapter and row.adapter.name, []).append(index)
+            groups.setdefault(row.adapter.name if row.adapter else None, []).append(index)
         # One after the other: on a CPU, vLLM takes a request without an adapter beside one that has one for the same.
         for indices in groups.values():
             for index in indices:
