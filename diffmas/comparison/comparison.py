@@ -20,7 +20,7 @@ from diffmas.agents.topology import Topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.summary import summarise
 from diffmas.evaluation.answering import answer, evaluating, progress_bar
-from diffmas.evaluation.deferred import OWN, Deferred
+from diffmas.evaluation.deferred import Deferred
 from diffmas.evaluation.methods.base import Method, TraceChannel
 from diffmas.evaluation.needs import ONE_ITEM, check_prompts, method_left_out, method_roles, several
 from diffmas.evaluation.records import Record, RecordFile
@@ -34,6 +34,7 @@ from diffmas.prompts.shortened import cut_line
 from diffmas.runs.description import read_description
 from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, adapter_folder
 from diffmas.runs.weights import load_weights
+from diffmas.serving.options import OWN
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
 from diffmas.support.machine import machine

@@ -12,12 +12,13 @@ from diffmas.command_line import as_flags, integers
 from diffmas.comparison.comparison import Comparison, Options, Settings, run_to_end
 from diffmas.comparison.report import print_comparison, write_comparison_report
 from diffmas.comparison.trained import own_adapter
-from diffmas.evaluation.deferred import VLLM, deferred, engine_options
+from diffmas.evaluation.deferred import deferred
 from diffmas.evaluation.methods import MODES, Method, choose_methods
 from diffmas.evaluation.needs import method_left_out, other_modes
 from diffmas.evaluation.settings import EvalArguments
 from diffmas.runs.description import read_description
 from diffmas.runs.files import SYSTEM_FILE
+from diffmas.serving.options import VLLM, engine_options
 from diffmas.support.folders import check_output
 from diffmas.support.launch import check_alone
 from diffmas.support.yaml_file import read_yaml

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,33 +19,14 @@ from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.records import Record
 from diffmas.generation import Decoding
 from diffmas.generation.engine import stop_ids
+from diffmas.serving.options import trace_bytes
 from diffmas.serving.rows import Row, store_rows
 from diffmas.serving.traces import TraceStore
-from diffmas.serving.vllm_engine import EngineSource, VllmEngine, check_options
+from diffmas.serving.vllm_engine import EngineSource, VllmEngine
 from diffmas.serving.weights import Adapter, fingerprint, loadable, running_adapter, write_adapter, write_base
 from diffmas.support.leftovers import vanishing_folder
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Task
-
-#: The engines that answers can be decoded on: our own, and vLLM.
-OWN, VLLM = "diffmas", "vllm"
-ENGINES = (OWN, VLLM)
-
-
-def engine_options(text: str | None) -> dict[str, Any]:
-    """vLLM's engine arguments from a JSON object in text.
-
-    Raises:
-        ValueError: anything else, or an argument that is settled elsewhere.
-    """
-    try:
-        options = json.loads(text or "{}")
-    except json.JSONDecodeError:
-        options = text
-    if not isinstance(options, dict):
-        raise ValueError(f'engine_args is {text!r}; allowed: a JSON object, e.g. {{"max_model_len": 4096}}')
-    check_options(options)
-    return options
 
 
 @dataclass
@@ -186,7 +165,7 @@ def deferred(
 
     """
     with vanishing_folder(beside) as folder:
-        yield Deferred(folder, options, None if max_trace_gb is None else math.ceil(max_trace_gb * 1e9))
+        yield Deferred(folder, options, trace_bytes(max_trace_gb))
 
 
 def free_memory() -> None:

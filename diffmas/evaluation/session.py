@@ -13,7 +13,7 @@ from typing import Any
 from transformers import set_seed
 
 from diffmas.agents.thinking import switched
-from diffmas.evaluation.deferred import OWN, VLLM, deferred, engine_options
+from diffmas.evaluation.deferred import deferred
 from diffmas.evaluation.evaluator import LABELS, MODES, TEXT, VARIANTS, Evaluator, evaluate_all, evaluate_deferred
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
 from diffmas.evaluation.records import Record, UnfinishedRecords
@@ -32,6 +32,7 @@ from diffmas.loading import Run, load_run
 from diffmas.prompts.dates import print_date
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import describe
+from diffmas.serving.options import OWN, VLLM, engine_options
 from diffmas.support.distributed import gathered, process
 from diffmas.support.folders import check_output
 from diffmas.support.launch import check_alone, join

@@ -5,16 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from diffmas.agents.controls import CONTROLS
-from diffmas.evaluation.deferred import ENGINES, OWN, VLLM, engine_options
 from diffmas.evaluation.evaluator import LABELS
 from diffmas.evaluation.methods import METHODS, MODES
-from diffmas.serving.vllm_engine import check_installed
+from diffmas.serving.options import ENGINES, OWN, check_engine
 
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
 WITH_METHODS = ("tasks", "seeds", "controls", "samples", "task_config")
-#: Arguments that say something only where vLLM decodes.
-WITH_VLLM = ("engine_args", "trace_dir", "max_trace_gb")
 
 
 @dataclass
@@ -87,13 +84,4 @@ class EvalArguments:
         for f in fields(self):
             if f.name in names and (value := getattr(self, f.name)) != f.default:
                 raise ValueError(f"{f.name} is {value!r}; allowed: only {how} --methods")
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine is {self.engine!r}; allowed: {', '.join(ENGINES)}")
-        for name in WITH_VLLM:
-            if self.engine != VLLM and (value := getattr(self, name)) is not None:
-                raise ValueError(f"{name} is {value!r}; allowed: only with --engine {VLLM}")
-        engine_options(self.engine_args)
-        if self.max_trace_gb is not None and not self.max_trace_gb > 0:
-            raise ValueError(f"max_trace_gb is {self.max_trace_gb}; allowed: > 0")
-        if self.engine == VLLM:
-            check_installed()
+        check_engine(self.engine, self.engine_args, self.trace_dir, self.max_trace_gb)

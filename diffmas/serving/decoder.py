@@ -16,9 +16,10 @@ from diffmas.agents.controls import Control
 from diffmas.generation.decoding import Completion, Decoding
 from diffmas.generation.engine import stop_ids
 from diffmas.models.agent_model import Lengths
+from diffmas.serving.options import check_installed
 from diffmas.serving.rows import store_rows
 from diffmas.serving.traces import TraceStore
-from diffmas.serving.vllm_engine import EngineSource, VllmEngine, check_installed
+from diffmas.serving.vllm_engine import EngineSource, VllmEngine
 from diffmas.serving.weights import fingerprint, running_adapter, write_adapter, write_base
 from diffmas.system import MultiAgentSystem
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class Layout:
 
 
 class TraceStore:
-    """A folder of traces.
+    """A folder of traces, which several threads may use.
 
     Args:
         folder: made where there is none.
@@ -103,6 +104,7 @@ class TraceStore:
         self.folder, self._most = Path(folder), max_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
         self._uses: Counter[str] = Counter()
+        self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
 
     @property
@@ -132,23 +134,25 @@ class TraceStore:
                 tensors[f"{name}.{layer}"] = x[row, :, :length].detach().transpose(0, 1).contiguous().cpu()
         trace_id = _digest(layout, length, tensors)
         size = sum(x.nbytes for x in tensors.values())
-        if not self._uses[trace_id]:
-            if self._most is not None and self.bytes + size > self._most:
-                raise ValueError(
-                    f"the traces take more than max_bytes ({self._most}), of which {self.bytes} are used, with one of "
-                    f"{size}; allowed: more, or fewer rows at once"
-                )
-            self._write(trace_id, layout, length, tensors)
-            self._sizes[trace_id] = size
-        self._uses[trace_id] += 1
+        with self._lock:
+            if not self._uses[trace_id]:
+                if self._most is not None and self.bytes + size > self._most:
+                    raise ValueError(
+                        f"the traces take more than max_bytes ({self._most}), of which {self.bytes} are used, with one "
+                        f"of {size}; allowed: more, or fewer rows at once"
+                    )
+                self._write(trace_id, layout, length, tensors)
+                self._sizes[trace_id] = size
+            self._uses[trace_id] += 1
         return StoredTrace(trace_id, length)
 
     def release(self, trace: StoredTrace) -> None:
         """One of its rows is done; the file goes with the last."""
-        self._uses[trace.id] -= 1
-        if self._uses[trace.id] <= 0:
-            del self._uses[trace.id], self._sizes[trace.id]
-            self.path(trace.id).unlink()
+        with self._lock:
+            self._uses[trace.id] -= 1
+            if self._uses[trace.id] <= 0:
+                del self._uses[trace.id], self._sizes[trace.id]
+                self.path(trace.id).unlink()
 
     def _write(self, trace_id: str, layout: Layout, length: int, tensors: dict[str, Tensor]) -> None:
         path = self.path(trace_id)

@@ -7,7 +7,6 @@ import time
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.generation.decoding import Completion, Decoding
 from diffmas.generation.text import cut, decode
+from diffmas.serving.options import check_installed, check_options
 from diffmas.serving.rows import Row
 from diffmas.serving.weights import Adapter
 from diffmas.support.progress import announced
 
 #: A token that stands in the place of a column; whichever it is, nothing reads it.
-_PLACEHOLDER = 0
-#: Engine arguments that are settled here.
-_SETTLED = ("model", "tokenizer", "kv_transfer_config", "enable_lora", "max_lora_rank", "skip_tokenizer_init")
+PLACEHOLDER = 0
 #: Below this vLLM takes another temperature than it is told.
 _LOWEST_TEMPERATURE = 0.01
 #: How far the probe's log-probabilities may be apart; the least accurate dtype rounds a logit by some 2^-8 of its size.
@@ -41,23 +39,27 @@ _ENVIRONMENT = {
 }
 
 
-def settle_environment() -> None:
-    """Set what vLLM reads of the environment, where nothing else is set; before it is imported."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+def environment(*, server: bool = False) -> dict[str, str]:
+    """What vLLM is to find there, in this process before it is imported, or as a `server` of its own."""
+    found = {**_ENVIRONMENT, **os.environ}
+    if server and "VLLM_ENABLE_V1_MULTIPROCESSING" not in os.environ:
+        # Its server is made of several processes.
+        del found["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    return found
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an argument of vLLM's engine that is settled here."""
-    if settled := [name for name in options if name in _SETTLED]:
-        raise ValueError(f"engine options have {settled}, which are settled already; allowed: any other of vLLM's")
+def sample_seed(seed: int, sample: int) -> int:
+    """Of vLLM's generator: samples and rows whose seeds are neighbours share no draws."""
+    (drawn,) = np.random.SeedSequence((seed, sample)).generate_state(1, np.uint64)
+    return int(drawn >> np.uint64(1))
 
 
-def check_installed() -> None:
-    """Raise `ModuleNotFoundError` where there is no vLLM."""
-    if find_spec("vllm") is None:
-        raise ModuleNotFoundError(
-            "vLLM is not installed; allowed: an environment of its own with it (docs/serving.md), or engine 'diffmas'"
+def check_temperature(decoding: Decoding) -> None:
+    """Raise `ValueError` for a temperature in place of which vLLM takes another."""
+    if 0 < decoding.temperature < _LOWEST_TEMPERATURE:
+        raise ValueError(
+            f"temperature is {decoding.temperature}; allowed with vLLM: 0, or ≥ {_LOWEST_TEMPERATURE}, below which it "
+            "takes another"
         )
 
 
@@ -78,7 +80,7 @@ class EngineSource:
     dtype: str
     traces: str | Path
     adapters: Sequence[Adapter] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self) -> dict[str, Any]:
         """vLLM's engine arguments.
@@ -140,7 +142,7 @@ class VllmEngine:
         entropies: bool = False,
     ):
         check_installed()
-        settle_environment()
+        os.environ.update(environment())
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -205,11 +207,7 @@ class VllmEngine:
         self._engine.engine_core.shutdown()
 
     def _check(self, rows: Sequence[Row], decoding: Decoding) -> None:
-        if 0 < decoding.temperature < _LOWEST_TEMPERATURE:
-            raise ValueError(
-                f"temperature is {decoding.temperature}; allowed with vLLM: 0, or ≥ {_LOWEST_TEMPERATURE}, below which "
-                "it takes another"
-            )
+        check_temperature(decoding)
         longest = max((row.length for row in rows), default=0)
         if longest + decoding.max_new_tokens > self._longest:
             raise ValueError(
@@ -241,13 +239,11 @@ class VllmEngine:
     def _sampling(self, row: Row, decoding: Decoding, sample: int) -> Any:
         from vllm import SamplingParams
 
-        # Samples and rows whose seeds are neighbours share no draws.
-        (seed,) = np.random.SeedSequence((row.seed, sample)).generate_state(1, np.uint64)
         return SamplingParams(
             max_tokens=decoding.max_new_tokens,
             temperature=decoding.temperature,
             top_p=decoding.top_p,
-            seed=int(seed >> np.uint64(1)),
+            seed=sample_seed(row.seed, sample),
             stop=list(decoding.stop) or None,
             stop_token_ids=self._stops,
             ignore_eos=True,
@@ -262,7 +258,7 @@ class VllmEngine:
         name, self._count = str(self._count), self._count + 1
         prompt: dict[str, Any] = {"prompt_token_ids": list(row.prompt)}
         if row.trace is not None:
-            prompt["prompt_token_ids"] = [_PLACEHOLDER] * row.trace.length + prompt["prompt_token_ids"]
+            prompt["prompt_token_ids"] = [PLACEHOLDER] * row.trace.length + prompt["prompt_token_ids"]
             prompt["cache_salt"] = row.trace.cache_salt
         adapter = row.adapter and LoRARequest(row.adapter.name, self._numbers[row.adapter.name], row.adapter.folder)
         self._engine.add_request(name, prompt, sampling, lora_request=adapter)

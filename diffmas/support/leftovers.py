@@ -1,4 +1,4 @@
-"""Folders that are gone when their process is, however it ends."""
+"""Folders and programs that are gone when their process is, however it ends."""
 
 from __future__ import annotations
 
@@ -7,11 +7,30 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-#: Waits until nobody holds the other end of its standard input, which a killed process does not either.
+#: Both wait until nobody holds the other end of their standard input, which a killed process does not either.
 _REMOVE = "import shutil, sys; sys.stdin.buffer.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
+_END = """
+import os, signal, subprocess, sys, threading
+program = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True)
+def end():
+    sys.stdin.buffer.read()
+    program.terminate()
+    try:
+        program.wait(float(sys.argv[1]))
+    except subprocess.TimeoutExpired:
+        pass
+    # What it has started itself, too.
+    try:
+        os.killpg(program.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+threading.Thread(target=end, daemon=True).start()
+status = program.wait()
+sys.exit(status if status >= 0 else 128 - status)
+"""
 
 
 @contextlib.contextmanager
@@ -29,3 +48,19 @@ def vanishing_folder(beside: str | Path | None = None) -> Iterator[Path]:
         finally:
             # Here, so that it is gone when this returns; the other process is told when its input is closed.
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def companion(
+    command: Sequence[str], environment: Mapping[str, str], *, grace: float = 10
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A program that runs for as long as this lasts; a kill of this process ends it too.
+
+    Args:
+        grace: seconds between being asked to end and being killed, with whatever it has started.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _END, str(grace), *command],
+        stdin=subprocess.PIPE, env=dict(environment), start_new_session=True,
+    ) as process:  # fmt: skip
+        yield process
