@@ -63,6 +63,26 @@ def check_temperature(decoding: Decoding) -> None:
         )
 
 
+def check_length(length: int, decoding: Decoding, most: int) -> None:
+    """Raise `ValueError` where vLLM would cut answers behind `length` tokens short: it takes `most` altogether."""
+    if length + decoding.max_new_tokens > most:
+        raise ValueError(
+            f"max_new_tokens is {decoding.max_new_tokens} behind {length} columns and prompt tokens, and vLLM's "
+            f"max_model_len is {most}; allowed: up to {max(0, most - length)}"
+        )
+
+
+def check_probe(probe: Mapping[int, float], found: Mapping[int, float], dtype: str) -> None:
+    """Raise `ValueError` where vLLM finds other log-probabilities of a first token than we did."""
+    token, expected = max(probe.items(), key=lambda pair: pair[1])
+    actual = found.get(token)
+    if actual is None or not abs(actual - expected) <= _APART[dtype]:
+        raise ValueError(
+            f"vLLM gives token {token} the log-probability {actual}, this package {expected:.4f}, behind the same "
+            "trace and prompt: it computes something else; allowed: a model that both compute alike"
+        )
+
+
 @dataclass(frozen=True)
 class EngineSource:
     """What an engine is started on.
@@ -208,12 +228,7 @@ class VllmEngine:
 
     def _check(self, rows: Sequence[Row], decoding: Decoding) -> None:
         check_temperature(decoding)
-        longest = max((row.length for row in rows), default=0)
-        if longest + decoding.max_new_tokens > self._longest:
-            raise ValueError(
-                f"max_new_tokens is {decoding.max_new_tokens} behind {longest} columns and prompt tokens, and vLLM's "
-                f"max_model_len is {self._longest}; allowed: up to {max(0, self._longest - longest)}"
-            )
+        check_length(max((row.length for row in rows), default=0), decoding, self._longest)
         if unknown := {row.adapter.name for row in rows if row.adapter} - self._numbers.keys():
             raise ValueError(f"adapters are {sorted(unknown)}; allowed: those it was started with, {[*self._numbers]}")
 
@@ -228,13 +243,7 @@ class VllmEngine:
         while self._engine.has_unfinished_requests():
             outputs += self._engine.step()
         found = _answered(outputs[-1].outputs[0]).logprobs[0]
-        token, expected = max(row.probe.items(), key=lambda pair: pair[1])
-        actual = found[token].logprob if token in found else None
-        if actual is None or not abs(actual - expected) <= _APART[self._source.dtype]:
-            raise ValueError(
-                f"vLLM gives token {token} the log-probability {actual}, this package {expected:.4f}, behind the same "
-                "trace and prompt: it computes something else; allowed: a model that both compute alike"
-            )
+        check_probe(row.probe, {token: entry.logprob for token, entry in found.items()}, self._source.dtype)
 
     def _sampling(self, row: Row, decoding: Decoding, sample: int) -> Any:
         from vllm import SamplingParams

@@ -20,7 +20,15 @@ from diffmas.generation.engine import stop_ids
 from diffmas.serving.http.backends import Job, Piece, Question, Worker, check_question, packed
 from diffmas.serving.rows import Row, store_rows
 from diffmas.serving.traces import TraceStore
-from diffmas.serving.vllm_engine import PLACEHOLDER, EngineSource, check_temperature, environment, sample_seed
+from diffmas.serving.vllm_engine import (
+    PLACEHOLDER,
+    EngineSource,
+    check_length,
+    check_probe,
+    check_temperature,
+    environment,
+    sample_seed,
+)
 from diffmas.serving.weights import Adapter, fingerprint, loadable, running_adapter, write_adapter, write_base
 from diffmas.support.leftovers import companion
 from diffmas.system import MultiAgentSystem
@@ -67,7 +75,9 @@ def on_vllm(
     with companion(server_command(source, port), environment(server=True)) as process:
         address = f"http://127.0.0.1:{port}"
         _wait(address, process)
-        yield VllmBackend(system, store, source.fingerprint, adapter, address, most=most, together=together)
+        yield VllmBackend(
+            system, store, source.fingerprint, adapter, address, _longest(address), most=most, together=together
+        )
 
 
 def server_command(source: EngineSource, port: int) -> list[str]:
@@ -103,12 +113,18 @@ def _wait(address: str, process: Any) -> None:
     raise RuntimeError(f"vLLM's server ended with {process.returncode} before it had started; its log says why")
 
 
+def _longest(address: str) -> int:
+    """Tokens of a prompt and its answer that the server takes; of more, it would cut the answer short."""
+    models = httpx.get(f"{address}/v1/models", timeout=60).raise_for_status().json()["data"]
+    return next(model["max_model_len"] for model in models if model["id"] == _BASE)
+
+
 class VllmBackend:
     """Questions' senders run here, together; their answers come from vLLM's server.
 
     Args:
         system: in evaluation mode. model: fingerprint of its base. adapter: what its last agent runs with.
-        address: of the server.
+        address: of the server. longest: tokens of a prompt and its answer that it takes.
     """
 
     def __init__(
@@ -118,11 +134,14 @@ class VllmBackend:
         model: str,
         adapter: Adapter | None,
         address: str,
+        longest: int,
         *,
         most: int = 64,
         together: int = 64,
     ):
         self._system, self._store, self._model, self._adapter = system, store, model, adapter
+        self._longest = longest
+        self._dtype = str(system.agent_model.language_model.dtype).removeprefix("torch.")
         self._stops = sorted(stop_ids(system.agent_model, system.tokenizer))
         unlimited = httpx.Limits(max_connections=None)
         self._address, self._client = address, httpx.AsyncClient(timeout=None, limits=unlimited)
@@ -172,6 +191,7 @@ class VllmBackend:
         try:
             async with contextlib.aclosing(self._worker.told(question)) as told:
                 row = await anext(told)
+                check_length(row.length, question.decoding, self._longest)
                 async with contextlib.aclosing(self._decoded(row, question)) as pieces:
                     async for piece in pieces:
                         yield piece
@@ -214,6 +234,10 @@ class VllmBackend:
                     if "error" in chunk:
                         raise RuntimeError(f"vLLM's server: {chunk['error'].get('message')}")
                     for choice in chunk["choices"]:
+                        if not spent and body["logprobs"] and choice["logprobs"]:
+                            (first, *_) = choice["logprobs"]["top_logprobs"]
+                            ids = {int(name.rpartition(":")[2]): value for name, value in first.items()}
+                            check_probe(row.probe, ids, self._dtype)
                         piece = self._piece(choice, sample, spent)
                         spent, finish = piece.spent, piece.finish
                         pieces.put_nowait(piece)
@@ -245,8 +269,10 @@ class VllmBackend:
             "stop": list(decoding.stop),
             "stop_token_ids": self._stops,
             "ignore_eos": True,
-            "logprobs": 0,
+            # One of the rows that are read together is looked at: whether vLLM finds the same behind it.
+            "logprobs": len(row.probe or ()) if sample == 0 else 0,
             "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
             "stream": True,
         }
         if row.trace is None:
