@@ -14,9 +14,11 @@ from pathlib import Path
 _REMOVE = "import shutil, sys; sys.stdin.buffer.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
 _END = """
 import os, signal, subprocess, sys, threading
+# Not through a buffer: a thread that is reading one when the interpreter ends aborts it.
 program = subprocess.Popen(sys.argv[2:], stdin=subprocess.DEVNULL, start_new_session=True)
 def end():
-    sys.stdin.buffer.read()
+    while os.read(0, 1):
+        pass
     program.terminate()
     try:
         program.wait(float(sys.argv[1]))

@@ -6,6 +6,15 @@ import pytest
 
 
 @pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    from diffmas.embedded import EMBEDDED_PATH
+
+    return AutoTokenizer.from_pretrained(EMBEDDED_PATH)
+
+
+@pytest.fixture(scope="session")
 def relay_run(tmp_path_factory):
     """A trained relay."""
     if folder := os.environ.get("DIFFMAS_RELAY"):

@@ -14,8 +14,9 @@ import time
 
 import pytest
 
-for needed in ("fastapi", "uvicorn", "httpx"):
-    pytest.importorskip(needed, reason="needs the extra 'serve'")
+pytest.importorskip("fastapi", reason="needs the extra 'serve'")
+pytest.importorskip("uvicorn", reason="needs the extra 'serve'")
+pytest.importorskip("httpx", reason="needs the extra 'serve'")
 
 import httpx
 import uvicorn
