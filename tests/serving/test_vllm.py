@@ -76,6 +76,13 @@ def right(items, answers):
     return sum(items[i]["answer"] == answer[0].text for i, answer in enumerate(answers))
 
 
+def test_heads_of_a_process():
+    """As vLLM shares them out: evenly, or each to as many processes as there are for it."""
+    assert [connector.own_heads(8, 2, rank) for rank in range(2)] == [slice(0, 4), slice(4, 8)]
+    assert [connector.own_heads(2, 4, rank) for rank in range(4)] == [slice(0, 1)] * 2 + [slice(1, 2)] * 2
+    assert connector.own_heads(3, 1, 0) == slice(0, 3)
+
+
 @pytest.mark.parametrize("control", CONTROLS)
 def test_trained_relay(bench, relay, items, control):
     encoded = asked(relay, items, 64)

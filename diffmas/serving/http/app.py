@@ -45,7 +45,7 @@ def create_app(backend: Backend, reader: Reader) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        healthy = backend.healthy()
+        healthy = await asyncio.to_thread(backend.healthy)
         return JSONResponse({"status": "ok" if healthy else "failed"}, 200 if healthy else 503)
 
     @app.get("/v1/models")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,6 +162,8 @@ class Reader:
         self._collator: Collator = system.collator
         self.tokenizer: PreTrainedTokenizerBase = system.tokenizer
         self.name, self.limits, self._decoding = name, limits, system.decoding
+        # Tokenizers do not promise to be used by several threads at once.
+        self._lock = threading.Lock()
         roles = [agent.role for agent in system.topology.agents]
         self.fields = list(dict.fromkeys(f for role in roles for f in system.prompts.fields(role)))
 
@@ -173,7 +176,9 @@ class Reader:
         if body.model not in (None, self.name):
             raise ValueError(f"model is {body.model!r}; allowed: {self.name}")
         decoding = self._decoded(body)
-        encoded = self._collator.encode_prompts([self._item(body.given())])
+        item = self._item(body.given())
+        with self._lock:
+            encoded = self._collator.encode_prompts([item])
         question = Question(encoded["prompt_ids"], decoding)
         if question.prompt_tokens > (most := self.limits.prompt_tokens):
             raise ValueError(f"the agents' prompts have {question.prompt_tokens} tokens; allowed: up to {most}")
