@@ -6,9 +6,9 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from diffmas.agents.thinking import budget, switched
 from diffmas.agents.topology import Topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.summary import summarise
-from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
+from diffmas.evaluation.answering import answer, evaluating, progress_bar
+from diffmas.evaluation.deferred import Deferred
 from diffmas.evaluation.methods.base import Method, TraceChannel
 from diffmas.evaluation.needs import ONE_ITEM, check_prompts, method_left_out, method_roles, several
 from diffmas.evaluation.records import Record, RecordFile
 from diffmas.generation import Decoding
+from diffmas.generation.received import batches
 from diffmas.loading import build_system
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.pretrained import load_tokenizer
@@ -32,6 +34,7 @@ from diffmas.prompts.shortened import cut_line
 from diffmas.runs.description import read_description
 from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, adapter_folder
 from diffmas.runs.weights import load_weights
+from diffmas.serving.options import OWN
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
 from diffmas.support.machine import machine
@@ -55,11 +58,13 @@ class Options:
     Args:
         samples: answers an item. `batch_size`: rows decoded together; at least 2, a mismatched trace is another row's.
         max_message_tokens: longest text of an agent before the last; None: as long as an answer may be.
+        engine: what decodes: "diffmas", or "vllm", once all senders have run.
     """
 
     samples: int = 1
     batch_size: int = 64
     max_message_tokens: int | None = None
+    engine: str = OWN
 
     def __post_init__(self):
         if self.batch_size < 2:
@@ -116,7 +121,8 @@ class Comparison:
         flags: by task, the flags that `python -m diffmas.train` would take for it (`--task` among them).
         methods, seeds, controls: what to evaluate; a seed is that of training, of sampling and of the noise control.
         adapters: folders of finished runs, by (task, method, seed), to take instead of training.
-        narrate: told in a line what each method, seed and control came to.
+        narrate: told in a line what each method, seed and control came to, where nothing is deferred.
+        defer: opens what answers wait in, where `options.engine` is "vllm".
 
     Raises:
         ValueError: settings other than those of the records that are there.
@@ -135,10 +141,11 @@ class Comparison:
         prog: str = "python -m diffmas.eval",
         show_progress: bool = True,
         narrate: Callable[[str], None] | None = None,
+        defer: Callable[[], AbstractContextManager[Deferred]] | None = None,
     ):
         self.folder, self.methods, self.seeds, self.controls = Path(folder), methods, seeds, controls
         self.options, self.adapters, self.show_progress = options, dict(adapters or {}), show_progress
-        self.narrate = narrate
+        self.narrate, self._defer = narrate, defer or nullcontext
         # Tasks whose date has been told.
         self._told: set[str] = set()
         self.settings = {name: Settings(f, prog) for name, f in flags.items()}
@@ -168,11 +175,13 @@ class Comparison:
         """
         with locked(self.folder), RecordFile(self.folder / ITEMS_FILE) as file:
             self._check_settings(begun=bool(file.records) or (self.folder / TRAININGS).is_dir())
-            with self._progress(file) as advance:
+            with self._defer() as waiting, self._progress(file) as advance:
                 for name, task in self.tasks.items():
                     for method in self.methods:
                         for seed in self.seeds:
-                            self._evaluate(file, name, task, method, seed, advance)
+                            self._evaluate(file, name, task, method, seed, advance, waiting)
+                if waiting is not None:
+                    waiting.decode(lambda count: advance("decoding on vLLM", count))
             for name, cut in self._cut(file.records).items():
                 if line := cut_line(cut):
                     print(f"{name}: {line}")
@@ -205,7 +214,9 @@ class Comparison:
                 }
         return found
 
-    def _evaluate(self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance) -> None:
+    def _evaluate(
+        self, file: RecordFile, name: str, task: Task, method: Method, seed: int, advance, waiting: Deferred | None
+    ) -> None:
         decoding = self._decoding(name)
         # Records carry the name the task was asked for by, which two files of the same stem do not share.
         task = replace(task, name=name)
@@ -218,14 +229,14 @@ class Comparison:
                     continue
                 loaded = loaded or self._load(name, task, method, seed)
                 system, tokenizer, channel = loaded
+                take = answer if waiting is None else partial(waiting.add, kept=file.append)
                 with evaluating(system, adapter=method.trained):
-                    file.append(
-                        answer(
-                            system, channel, task, tokenizer, decoding, indices,
-                            method=method.name, control=control, seed=seed,
-                        )
+                    found = take(
+                        system, channel, task, tokenizer, decoding, indices,
+                        method=method.name, control=control, seed=seed,
                     )  # fmt: skip
-                advance(f"{name}: {method.name}, seed {seed}, {control}", len(wanted))
+                file.append(found or [])
+                advance(f"{name}: {method.name}, seed {seed}, {control}", 0 if waiting else len(wanted))
             if self.narrate is not None and (new := file.records[done:]):
                 right, seconds = sum(r.correct for r in new) / len(new), time.perf_counter() - began
                 self.narrate(f"{name}  {method.name}  seed {seed}  {control}: {100 * right:.1f} %  ({seconds:.1f} s)")
@@ -315,7 +326,9 @@ class Comparison:
         now = json.loads(json.dumps({"options": asdict(self.options)} | {
             "tasks": {name: settings.describe() for name, settings in self.settings.items()}
         }))  # fmt: skip
-        before = {"options": kept.get("options", {})} | kept.get("tasks", {})
+        # Before there was a choice of engines, it was ours.
+        options = {"engine": OWN, **kept["options"]} if "options" in kept else {}
+        before = {"options": options} | kept.get("tasks", {})
         for part, values in ({"options": now["options"]} | now["tasks"]).items():
             for key, value, was in changes(values, before.get(part, {})):
                 raise ValueError(

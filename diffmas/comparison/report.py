@@ -231,7 +231,9 @@ def draw_stability(plt, data):
             shares = [100 * c / sum(counts) for c in counts]
             right.plot(range(len(counts)), shares, style, marker="o", ms=3, color=color)
     left.set(xlabel="position in the answer, tokens", ylabel="token entropy, nats")
-    left.set_ylim(0, 1.1 * left.dataLim.ymax if left.lines and left.dataLim.ymax > 0 else 1)
+    # Nothing is drawn of answers whose engine tells no entropies.
+    highest = max((y for line in left.lines for y in line.get_ydata()), default=0)
+    left.set_ylim(0, 1.1 * highest or 1)
     figure.suptitle(_wrapped(task, 80), fontsize=11)
     right.set(xlabel="agreeing samples", ylabel="items, %", ylim=(0, 103))
     right.xaxis.get_major_locator().set_params(integer=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from diffmas.command_line import as_flags, integers
 from diffmas.comparison.comparison import Comparison, Options, Settings, run_to_end
 from diffmas.comparison.report import print_comparison, write_comparison_report
 from diffmas.comparison.trained import own_adapter
+from diffmas.evaluation.deferred import deferred
 from diffmas.evaluation.methods import MODES, Method, choose_methods
 from diffmas.evaluation.needs import method_left_out, other_modes
 from diffmas.evaluation.settings import EvalArguments
 from diffmas.runs.description import read_description
 from diffmas.runs.files import SYSTEM_FILE
+from diffmas.serving.options import VLLM, engine_options
 from diffmas.support.folders import check_output
 from diffmas.support.launch import check_alone
 from diffmas.support.yaml_file import read_yaml
@@ -56,10 +59,14 @@ def compare(args: EvalArguments, flags: Sequence[str], prog: str) -> int:
     own = own_adapter(run, description, settings)
     if args.methods == "all":
         methods = _applicable(methods, list(settings.values()))
+    options, defer = engine_options(args.engine_args), None
+    if args.engine == VLLM:
+        defer = partial(deferred, args.trace_dir or folder, options, args.max_trace_gb)
     comparison = Comparison(
         folder, by_task, methods, seeds, controls,
-        Options(args.samples, args.batch_size, args.max_message_tokens),
+        Options(args.samples, args.batch_size, args.max_message_tokens, args.engine),
         adapters={} if own is None else {(*own, own_seed): run}, prog=prog, show_progress=not args.disable_tqdm,
+        defer=defer,
     )  # fmt: skip
     if (summary := run_to_end(comparison)) is None:
         return 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,27 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.controls import CONTROLS
 from diffmas.answers import reasoning
-from diffmas.evaluation.methods.base import TraceChannel
+from diffmas.evaluation.methods.base import Reading, TraceChannel
 from diffmas.evaluation.records import Record
-from diffmas.generation import Decoding
+from diffmas.generation import Completion, Decoding
 from diffmas.models.adapters import without_adapters
 from diffmas.models.agent_model import evaluating as evaluation_mode
 from diffmas.prompts.shortened import counting
 from diffmas.support.progress import Lines, terminal
 from diffmas.system import MultiAgentSystem
-from diffmas.tasks import Task, gold
+from diffmas.tasks import Item, Task, gold
 
 # Apart by more than there are items, so that no item of one seed draws what another item of the next one draws.
 _SEEDS_APART = 1_000_003
-
-
-def batches(size: int, batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches; a last batch of one joins its predecessor, so that every row has another beside it."""
-    starts = list(range(0, size, batch_size))
-    if len(starts) > 1 and size - starts[-1] == 1:
-        starts.pop()
-    for begin, end in zip(starts, [*starts[1:], size], strict=True):
-        yield list(range(begin, end))
 
 
 def progress_bar(show: bool) -> Progress | Lines:
@@ -52,6 +44,75 @@ def evaluating(system: MultiAgentSystem, *, adapter: bool) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Items of a task as a system's agents read them, and what becomes of their answers.
+
+    Attributes:
+        items, indices: of `task.eval`. seeds: one an item.
+        reading: what the agents read. prompts: the last one's, as text.
+    """
+
+    task: Task
+    items: Sequence[Item]
+    indices: Sequence[int]
+    method: str
+    control: str
+    seed: int
+    seeds: Sequence[int]
+    reading: Reading
+    prompts: Sequence[str]
+    cuts: Sequence[int]
+
+    def records(self, row: int, completions: Sequence[Completion], seconds: float) -> list[Record]:
+        """Of the samples of one row; `seconds`: what each of them took."""
+        return [
+            Record(
+                task=self.task.name,
+                method=self.method,
+                control=self.control,
+                seed=self.seed,
+                index=self.indices[row],
+                sample=sample,
+                prompt=self.prompts[row],
+                answer=completion.text,
+                gold=gold(self.items[row]),
+                extracted=self.task.extract(whole := reasoning.continued(self.prompts[row], completion.text)),
+                correct=self.task.check(whole, self.items[row]),
+                tokens=len(completion.logprobs),
+                message_tokens=self.reading.message_tokens[row],
+                latent_steps=self.reading.latent_steps,
+                prefill_tokens=self.reading.prefill_tokens[row],
+                entropies=[round(e, 4) for e in completion.entropies],
+                logprob=round(sum(completion.logprobs), 4),
+                finish=completion.finish,
+                seconds=round(seconds, 6),
+                cut_tokens=self.cuts[row],
+            )
+            for sample, completion in enumerate(completions)
+        ]
+
+
+def ask(
+    channel: TraceChannel,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    indices: Sequence[int],
+    *,
+    method: str,
+    control: str,
+    seed: int,
+) -> Asked:
+    """The items `indices` of `task.eval` as the agents read them; item i draws from a seed of its own."""
+    items = [task.eval[i] for i in indices]
+    seeds = [seed * _SEEDS_APART + i for i in indices]
+    with counting(task.prompts) as cut:
+        reading = channel.read(items, seeds)
+        cuts = [cut(item) for item in items]
+    prompts = tokenizer.batch_decode(reading.prompt_ids[-1].split(reading.prompt_lengths[-1]))
+    return Asked(task, items, indices, method, control, seed, seeds, reading, prompts, cuts)
+
+
 def answer(
     system: MultiAgentSystem,
     channel: TraceChannel,
@@ -64,41 +125,10 @@ def answer(
     control: str,
     seed: int,
 ) -> list[Record]:
-    """Records of the items `indices` of `task.eval`, `decoding.samples` each; item i draws from a seed of its own."""
-    items = [task.eval[i] for i in indices]
-    seeds = [seed * _SEEDS_APART + i for i in indices]
+    """Records of the items `indices` of `task.eval`, `decoding.samples` each."""
     began = time.perf_counter()
-    with counting(task.prompts) as cut:
-        reading = channel.read(items, seeds)
-        cuts = [cut(item) for item in items]
-    rows = system.generate(
-        reading.prompt_ids, reading.prompt_lengths, tokenizer, decoding, seeds=seeds, control=CONTROLS[control]
-    )
-    seconds = (time.perf_counter() - began) / (len(items) * decoding.samples)
-    prompts = tokenizer.batch_decode(reading.prompt_ids[-1].split(reading.prompt_lengths[-1]))
-    return [
-        Record(
-            task=task.name,
-            method=method,
-            control=control,
-            seed=seed,
-            index=index,
-            sample=sample,
-            prompt=prompts[row],
-            answer=completion.text,
-            gold=gold(items[row]),
-            extracted=task.extract(reasoning.continued(prompts[row], completion.text)),
-            correct=task.check(reasoning.continued(prompts[row], completion.text), items[row]),
-            tokens=len(completion.logprobs),
-            message_tokens=reading.message_tokens[row],
-            latent_steps=reading.latent_steps,
-            prefill_tokens=reading.prefill_tokens[row],
-            entropies=[round(e, 4) for e in completion.entropies],
-            logprob=round(sum(completion.logprobs), 4),
-            finish=completion.finish,
-            seconds=round(seconds, 6),
-            cut_tokens=cuts[row],
-        )
-        for row, index in enumerate(indices)
-        for sample, completion in enumerate(rows[row])
-    ]
+    asked = ask(channel, task, tokenizer, indices, method=method, control=control, seed=seed)
+    ids, lengths = asked.reading.prompt_ids, asked.reading.prompt_lengths
+    rows = system.generate(ids, lengths, tokenizer, decoding, seeds=asked.seeds, control=CONTROLS[control])
+    seconds = (time.perf_counter() - began) / (len(indices) * decoding.samples)
+    return [record for row, completions in enumerate(rows) for record in asked.records(row, completions, seconds)]

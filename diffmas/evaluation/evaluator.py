@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.thinking import switched
 from diffmas.agents.topology import alone
-from diffmas.evaluation.answering import answer, batches, evaluating, progress_bar
+from diffmas.evaluation.answering import answer, evaluating, progress_bar
+from diffmas.evaluation.deferred import Deferred
 from diffmas.evaluation.methods.base import TraceChannel
 from diffmas.evaluation.methods.text import TextChannel, last_alone
-from diffmas.evaluation.records import Record
+from diffmas.evaluation.records import Record, RecordFile
 from diffmas.generation import Decoding
+from diffmas.generation.received import batches
 from diffmas.support.distributed import gathered, is_sharded, process, processes, root_unsharded
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import Item, Task
@@ -51,6 +55,15 @@ def variant_of(record: Record) -> str:
     return record.control if record.method == TRAINED else record.method
 
 
+class Prepared(NamedTuple):
+    """A system and its channel as a variant has them, and what its records call method and control."""
+
+    system: MultiAgentSystem
+    channel: TraceChannel
+    method: str
+    control: str
+
+
 class Evaluator:
     """Evaluates one system on one task.
 
@@ -84,6 +97,17 @@ class Evaluator:
 
     def run(self, variant: str, items: Sequence[Item], advance: Callable[[int], None] = lambda n: None) -> list[Record]:
         """Records of `items`, in order; `advance(n)` is told whenever n more are done."""
+        task = replace(self.task, eval=items)
+        with self.prepared(variant) as parts:
+            return self._share(parts, task, advance)
+
+    @contextlib.contextmanager
+    def prepared(self, variant: str) -> Iterator[Prepared]:
+        """Everything that answers as `variant`, for as long as it is needed.
+
+        Raises:
+            ValueError: an unknown variant.
+        """
         if variant not in LABELS:
             raise ValueError(f"variant is {variant!r}; allowed: {', '.join(LABELS)}")
         with root_unsharded(self.system):
@@ -97,24 +121,24 @@ class Evaluator:
                 system = _on_same_model(system, topology=last_alone(system.topology))
             elif variant == "training_free":
                 system = _on_same_model(system, **asdict(system.agent_model.alignment.options.untrained))
+            method, control = (TRAINED, variant) if variant in CONTROLS else (variant, "matched")
+            parts = (system, self.task, self.tokenizer)
+            channel = TraceChannel(*parts)
+            if variant in TEXT:
+                channel = TextChannel(*parts, self.system.topology, self._messages)
             with evaluating(system, adapter=variant in CONTROLS):
-                return self._share(system, variant, items, advance)
+                yield Prepared(system, channel, method, control)
 
-    def _share(self, system, variant, items, advance) -> list[Record]:
-        method, control = (TRAINED, variant) if variant in CONTROLS else (variant, "matched")
-        task, parts = replace(self.task, eval=items), (system, self.task, self.tokenizer)
-        channel = TraceChannel(*parts)
-        if variant in TEXT:
-            channel = TextChannel(*parts, self.system.topology, self._messages)
+    def _share(self, parts: Prepared, task: Task, advance: Callable[[int], None]) -> list[Record]:
         first, step = (0, 1) if is_sharded(self.system) else (process(), processes())
         records: list[Record] = []
-        all_batches = list(batches(len(items), self.batch_size))
+        all_batches = list(batches(len(task.eval), self.batch_size))
         for begin in range(0, len(all_batches), step):
             together = all_batches[begin : begin + step]
             for batch in together[first : first + 1]:
                 records += answer(
-                    system, channel, task, self.tokenizer, self.decoding, batch,
-                    method=method, control=control, seed=self.decoding.seed,
+                    parts.system, parts.channel, task, self.tokenizer, self.decoding, batch,
+                    method=parts.method, control=parts.control, seed=self.decoding.seed,
                 )  # fmt: skip
             advance(sum(map(len, together)))
         return records if step == 1 else sorted(gathered(records), key=lambda record: record.index)
@@ -134,6 +158,45 @@ def evaluate_all(
             accuracies[variant] = sum(r.correct for r in found) / len(found)
             records += found
     return accuracies, records
+
+
+def evaluate_deferred(
+    evaluator: Evaluator, variants: Sequence[str], waiting: Deferred, file: RecordFile, *, show_progress: bool = True
+) -> tuple[dict[str, float], list[Record]]:
+    """Like :func:`evaluate_all`, but for the answers, which are decoded on vLLM once the system's memory is given back.
+
+    What `file` has already is not asked again; what it gets is on the disk as it is decoded.
+    """
+    task, seed = evaluator.task, evaluator.decoding.seed
+    with progress_bar(show_progress) as progress:
+        bar = progress.add_task("senders", total=len(task.eval) * len(variants))
+        for variant in variants:
+            progress.update(bar, description=f"senders: {LABELS[variant]}")
+            with evaluator.prepared(variant) as parts:
+                for indices in batches(len(task.eval), evaluator.batch_size):
+                    wanted = {
+                        (task.name, parts.method, parts.control, seed, i, s)
+                        for i in indices
+                        for s in range(evaluator.decoding.samples)
+                    }
+                    if not wanted <= file.keys:
+                        waiting.add(
+                            parts.system, parts.channel, task, evaluator.tokenizer, evaluator.decoding, indices,
+                            method=parts.method, control=parts.control, seed=seed, kept=file.append,
+                        )  # fmt: skip
+                    progress.advance(bar, len(indices))
+    # Another model comes in its place.
+    evaluator.system.to("meta")
+    with progress_bar(show_progress) as progress:
+        total = len(task.eval) * len(variants) * evaluator.decoding.samples
+        bar = progress.add_task("decoding on vLLM", total=total, completed=total - waiting.count)
+        waiting.decode(lambda n: progress.advance(bar, n))
+    found: dict[str, list[Record]] = {variant: [] for variant in variants}
+    for record in sorted(file.records, key=lambda record: (record.index, record.sample)):
+        if (variant := variant_of(record)) in found:
+            found[variant].append(record)
+    accuracies = {variant: sum(r.correct for r in records) / len(records) for variant, records in found.items()}
+    return accuracies, [record for records in found.values() for record in records]
 
 
 def _on_same_model(system: MultiAgentSystem, topology=None, **alignment) -> MultiAgentSystem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from diffmas.support.valid_json import to_json
 
 #: What names an answer: nothing with the same values is kept twice.
 KEY = ("task", "method", "control", "seed", "index", "sample")
+_UNFINISHED = "unfinished"
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,31 @@ class RecordFile:
 
     def __exit__(self, *exception) -> None:
         self.close()
+
+
+class UnfinishedRecords:
+    """Records of one evaluation until all of them are there, beside what decides them: others start anew.
+
+    Args:
+        folder: where the evaluation's results go.
+        decided_by: whatever the records depend on, as JSON writes it.
+    """
+
+    def __init__(self, folder: str | Path, decided_by: Any):
+        decided = hashlib.sha256(json.dumps(decided_by, sort_keys=True, default=repr).encode()).hexdigest()
+        self._others = Path(folder).glob(f".{_UNFINISHED}-*.jsonl")
+        self._path = Path(folder, f".{_UNFINISHED}-{decided[:16]}.jsonl")
+
+    def opened(self) -> RecordFile:
+        """The file to go on with; those that other evaluations have left are removed."""
+        for path in self._others:
+            if path != self._path:
+                path.unlink(missing_ok=True)
+        return RecordFile(self._path)
+
+    def remove(self) -> None:
+        """All of them are there, and kept elsewhere."""
+        self._path.unlink(missing_ok=True)
 
 
 def read_records(path: str | Path) -> list[Record]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import set_seed
 
 from diffmas.agents.thinking import switched
-from diffmas.evaluation.evaluator import LABELS, MODES, TEXT, VARIANTS, Evaluator, evaluate_all
+from diffmas.evaluation.deferred import deferred
+from diffmas.evaluation.evaluator import LABELS, MODES, TEXT, VARIANTS, Evaluator, evaluate_all, evaluate_deferred
 from diffmas.evaluation.needs import check_prompts, other_modes, print_left_out, roles_of, variants_left_out
+from diffmas.evaluation.records import Record, UnfinishedRecords
 from diffmas.evaluation.report import (
     accuracy_fields,
     carried,
@@ -28,9 +32,10 @@ from diffmas.loading import Run, load_run
 from diffmas.prompts.dates import print_date
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import describe
+from diffmas.serving.options import OWN, VLLM, engine_options
 from diffmas.support.distributed import gathered, process
 from diffmas.support.folders import check_output
-from diffmas.support.launch import join
+from diffmas.support.launch import check_alone, join
 from diffmas.support.lock import locked
 from diffmas.support.machine import machine, peak_memory_mb
 from diffmas.tasks import Task, TaskArguments, load_task
@@ -46,6 +51,8 @@ def evaluate(args: EvalArguments) -> int:
         FileNotFoundError: a folder that holds no finished run.
     """
     args.check_used()
+    if args.engine == VLLM:
+        check_alone(f"--engine {VLLM}")
     started = time.perf_counter()
     variants = _asked(args)
     # Under torchrun, this joins the other processes.
@@ -86,8 +93,12 @@ def evaluate(args: EvalArguments) -> int:
     variants = [variant for variant in variants if variant not in left_out]
     if args.variants is None:
         variants += other_modes(task, run.system.topology, run.tokenizer)
+    description = describe(run.system, run.args, task_args, run.decoding)
     with locked(folder) if first else contextlib.nullcontext():
-        accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
+        if args.engine == VLLM:
+            accuracies, records = _on_vllm(args, evaluator, variants, folder, description)
+        else:
+            accuracies, records = evaluate_all(evaluator, variants, show_progress=first and not args.disable_tqdm)
         peak, cut = max(gathered([peak_memory_mb()])), cut_summary(task.prompts)
         if not first:
             return 0
@@ -104,7 +115,8 @@ def evaluate(args: EvalArguments) -> int:
             "peak_memory_mb": round(peak),
             "evaluation": asdict(decoding),
             "machine": machine(),
-            **describe(run.system, run.args, task_args, run.decoding),
+            **({"engine": args.engine} if args.engine != OWN else {}),
+            **description,
         }
         write_records(folder, records)
         write_summary(folder, summary)
@@ -112,6 +124,34 @@ def evaluate(args: EvalArguments) -> int:
         print_accuracies(summary)
         print(f"report: {report}")
     return 0
+
+
+def _on_vllm(
+    args: EvalArguments, evaluator: Evaluator, variants: Sequence[str], folder: Path, description: dict[str, Any]
+) -> tuple[dict[str, float], list[Record]]:
+    """Like :func:`evaluate_all`; killed and started again, it goes on with what has not been decoded yet."""
+    options = engine_options(args.engine_args)
+    decided_by = [
+        description,
+        asdict(evaluator.decoding),
+        fingerprint(evaluator.task.eval),
+        _weights(args.run),
+        options,
+    ]
+    unfinished = UnfinishedRecords(folder, decided_by)
+    with unfinished.opened() as file, deferred(args.trace_dir or folder, options, args.max_trace_gb) as waiting:
+        records = evaluate_deferred(evaluator, variants, waiting, file, show_progress=not args.disable_tqdm)
+    unfinished.remove()
+    return records
+
+
+def _weights(run: str) -> str:
+    """A digest of all that a run has trained."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(run).rglob("*.safetensors")):
+        if not path.relative_to(run).parts[0].startswith("checkpoint"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _asked(args: EvalArguments) -> Sequence[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from diffmas.agents.controls import CONTROLS
 from diffmas.evaluation.evaluator import LABELS
 from diffmas.evaluation.methods import METHODS, MODES
+from diffmas.serving.options import ENGINES, OWN, check_engine
 
 #: Arguments that say something only without, or only with, `--methods`.
 WITHOUT_METHODS = ("variants", "seed")
@@ -60,6 +61,19 @@ class EvalArguments:
             "help": "Longest text between agents, who are then evaluated talking in text too; default: max_new_tokens."
         },
     )
+    engine: str = field(
+        default=OWN, metadata={"help": f"What decodes the answers: {', '.join(ENGINES)}; senders run here in any case."}
+    )
+    engine_args: str | None = field(
+        default=None, metadata={"help": "With vllm: further arguments of its engine, a JSON object."}
+    )
+    trace_dir: str | None = field(
+        default=None,
+        metadata={"help": "With vllm: where traces wait for it, e.g. /dev/shm; default: the folder of results."},
+    )
+    max_trace_gb: float | None = field(
+        default=None, metadata={"help": "With vllm: the most that traces may take; default: what there is."}
+    )
     task_config: str | None = field(
         default=None, metadata={"help": "YAML file {task: {flag: value}} of what differs between tasks."}
     )
@@ -70,3 +84,4 @@ class EvalArguments:
         for f in fields(self):
             if f.name in names and (value := getattr(self, f.name)) != f.default:
                 raise ValueError(f"{f.name} is {value!r}; allowed: only {how} --methods")
+        check_engine(self.engine, self.engine_args, self.trace_dir, self.max_trace_gb)

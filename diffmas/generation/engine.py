@@ -7,18 +7,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import index
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from diffmas.agents.controls import Control, behind
-from diffmas.agents.positions import check_positions, longest_row
-from diffmas.agents.room import check_decoding
+from diffmas.agents.controls import Control
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation.decoding import Completion, Decoding, Event
 from diffmas.generation.pool import OwnTraces, Prompt, SharedTraces
+from diffmas.generation.received import checked_seeds, received
 from diffmas.generation.sampling import Draws, Uniforms, choose
 from diffmas.generation.text import TextStream, cut, decode
 from diffmas.models.agent_model import AgentModel, Lengths, evaluating
@@ -96,15 +94,9 @@ class Engine:
         streaming: bool = False,
         step: Step = eager_step,
     ):
-        trajectory.check(prompt_ids, prompt_lengths)
-        self.rows, self.samples = rows, samples = len(prompt_lengths[0]), decoding.samples
-        self._seeds = [decoding.seed + row for row in range(rows)] if seeds is None else [index(s) for s in seeds]
-        if len(self._seeds) != rows or min(self._seeds) < 0:
-            raise ValueError(f"seeds is {self._seeds}; allowed: {rows} integers ≥ 0, one per row")
-        check_decoding(trajectory, prompt_lengths, decoding, all_rows=control is not None)
-        longest = longest_row(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows)
+        self._seeds = checked_seeds(trajectory, prompt_ids, prompt_lengths, decoding, seeds, control)
+        self.rows, self.samples = rows, samples = len(self._seeds), decoding.samples
         self._trajectory, self._model = trajectory, trajectory.model_of(trajectory.topology.last)
-        check_positions(self._model.language_model, longest, "an answer of max_new_tokens")
         self._tokenizer, self._decoding = tokenizer, decoding
         self._control, self._step = control, step
         device = self._model.device
@@ -191,10 +183,8 @@ class Engine:
         ids = [torch.cat(agent[rows.start : rows.stop]) for agent in self._ids]
         lengths = [[len(agent[row]) for row in rows] for agent in self._ids]
         room = [min(self._decoding.max_new_tokens, _FIRST_ROOM)] * len(rows)
-        trace = self._trajectory.communicate(ids, lengths, room).trace
-        if self._control is not None:
-            control = behind(self._trajectory.topology.sink_columns, self._control)
-            trace = control(trace, [self._seeds[row] for row in rows])
+        seeds = [self._seeds[row] for row in rows]
+        trace = received(self._trajectory, ids, lengths, seeds, self._control, room)
         last = [(n - 1, n) for n in lengths[-1]]
         hidden = self._model.read(trace, lengths[-1], input_ids=ids[-1], outputs=last)
         logits = self._model.head(hidden)

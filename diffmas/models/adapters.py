@@ -98,7 +98,7 @@ def load_adapter(model: Any, name: str, folder: str | Path) -> None:
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """Without any adapter; PEFT's own way back would let only those train that are active."""
-    before = [(module, vars(module)["_disable_adapters"]) for module in _adapted(model)]
+    before = [(module, vars(module)["_disable_adapters"]) for module in adapted_modules(model)]
     for module, _ in before:
         vars(module)["_disable_adapters"] = True
     try:
@@ -111,7 +111,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def choose_trained(model: nn.Module, names: Sequence[str], trained: Iterable[str]) -> None:
     """Of the adapters `names`, let those `trained` train and no other; PEFT lets only one that is active."""
     trained = set(trained)
-    for module in _adapted(model):
+    for module in adapted_modules(model):
         for part in _parts(module):
             for name in names:
                 if name in part:
@@ -125,7 +125,8 @@ def _parts(module: Any) -> list[Any]:
     return [module.modules_to_save] if hasattr(module, "modules_to_save") else []
 
 
-def _adapted(model: nn.Module) -> list[nn.Module]:
+def adapted_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules of `model` that PEFT has put adapters on."""
     return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
 
 
@@ -137,11 +138,11 @@ class AdapterSwitch:
 
     def __init__(self, model: PreTrainedModel):
         layers = [m for child in decoder_of(model).children() if isinstance(child, nn.ModuleList) for m in child]
-        inside = {id(m) for layer in layers for m in _adapted(layer)}
+        inside = {id(m) for layer in layers for m in adapted_modules(layer)}
         # Around the layers, modules are switched for as long as a call runs.
-        self._around = _Modules([m for m in _adapted(model) if id(m) not in inside])
+        self._around = _Modules([m for m in adapted_modules(model) if id(m) not in inside])
         for layer in layers:
-            vars(layer)[_ADAPTED] = _Modules(_adapted(layer))
+            vars(layer)[_ADAPTED] = _Modules(adapted_modules(layer))
             kind: Any = type(layer)
             layer.__class__ = put_in_front(SwitchingLayer, kind)
 

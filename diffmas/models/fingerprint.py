@@ -21,13 +21,13 @@ def made_of(model: PreTrainedModel) -> str:
     frequencies = [
         (path, name, None if buffer.is_meta else buffer.tolist()) for path, _, name, buffer in rotary_buffers(model)
     ]
-    described = repr([_lasting(model.config.to_dict()), modules, frequencies])
+    described = repr([lasting(model.config.to_dict()), modules, frequencies])
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _lasting(config: Any) -> Any:
+def lasting(config: Any) -> Any:
     """Without what a system sets itself: how the model attends, and that it drops nothing."""
     if not isinstance(config, dict):
         return config
     own = {k: v for k, v in config.items() if "attn_implementation" not in str(k) and not DROPPING.search(str(k))}
-    return {k: _lasting(v) for k, v in own.items()}
+    return {k: lasting(v) for k, v in own.items()}

@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
-PROGRAMS = ("train", "eval", "ablate", "chat")
+PROGRAMS = ("train", "eval", "ablate", "chat", "serve")
 
 
 def leave_on_interrupt() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 from diffmas.agents.collator import Collator
 from diffmas.agents.positions import check_positions, longest_row, position_limit, row_positions
 from diffmas.agents.room import available_bytes, check_decoding, column_bytes, gb
-from diffmas.evaluation.answering import batches
 from diffmas.generation import Decoding
+from diffmas.generation.received import batches
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks.source import Items
 from diffmas.training.batching import ItemLengths, autocast_dtype

@@ -1,0 +1,125 @@
+"""What is stored for another engine is what ours would go on with: traces, probes, weights."""
+
+import contextlib
+
+import pytest
+import torch
+from tiny_models import causal_lm, packed, ragged, with_lora
+from transformers import AutoModelForCausalLM
+
+from diffmas import MultiAgentSystem
+from diffmas.agents.controls import CONTROLS
+from diffmas.agents.topology import load_topology
+from diffmas.generation import Decoding
+from diffmas.models.adapters import without_adapters
+from diffmas.serving.rows import store_rows
+from diffmas.serving.traces import TraceStore, read_trace
+from diffmas.serving.weights import base_weights, fingerprint, loadable, running_adapter, write_adapter, write_base
+
+GREEDY = Decoding(max_new_tokens=5, temperature=0, max_rows=3)
+
+
+def asked(system, rows, seed=0):
+    prompts, _ = ragged([agent.name for agent in system.topology.agents], rows, seed=seed)
+    ids, lengths = zip(*(packed(p) for p in prompts.values()), strict=True)
+    return list(ids), list(lengths)
+
+
+def system_of(name="stitch", handover="full", adapters="shared", **options):
+    topology = load_topology(name, handover, adapters=adapters)
+    model = with_lora(causal_lm("qwen3", **options), embeddings=False, adapters=topology.adapter_names[1:])
+    return MultiAgentSystem(model, topology, latent_steps=2).eval()
+
+
+@pytest.mark.parametrize(("name", "handover"), [("sequential", "full"), ("stitch", "latent"), ("hierarchical", "full")])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_traces_are_what_the_last_agent_receives(tmp_path, name, handover, control):
+    """Seven rows in blocks of three and four: every one's trace is the one it gets among its block's."""
+    system, store = system_of(name, handover), TraceStore(tmp_path)
+    ids, lengths = asked(system, 7)
+    seeds = list(range(10, 17))
+    rows = list(store_rows(
+        system, ids, lengths, GREEDY, store, "m", None, seeds=seeds, control=CONTROLS[control]
+    ))  # fmt: skip
+    assert [row.seed for row in rows] == seeds and [row.beside for row in rows] == [3] * 3 + [4] * 4
+    split = [agent.split(list(n)) for agent, n in zip(ids, lengths, strict=True)]
+    for block in (range(3), range(3, 7)):
+        parts = [packed([agent[i] for i in block]) for agent in split]
+        with torch.no_grad():
+            trace = system.trajectory.communicate(*map(list, zip(*parts, strict=True))).trace
+            trace = CONTROLS[control](trace, [seeds[i] for i in block])
+        for own, i in enumerate(block):
+            assert rows[i].prompt == tuple(split[-1][i].tolist())
+            n = trace.host_lengths[own]
+            assert rows[i].length == n + len(rows[i].prompt)
+            _, layers = read_trace(store.path(rows[i].trace.id), n)
+            for layer, stack in enumerate(layers):
+                for found, x in zip(stack, trace.storage.layer(layer), strict=True):
+                    assert torch.allclose(found, x[own, :, :n].transpose(0, 1), atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+def test_a_probe_is_the_first_tokens_distribution(tmp_path, tokenizer, adapter):
+    system = system_of(adapters="per_role", vocab_size=len(tokenizer))
+    ids, lengths = asked(system, 3)
+    model = system.agent_model.model
+    with torch.no_grad(), contextlib.nullcontext() if adapter else without_adapters(model):
+        first, *others = store_rows(system, ids, lengths, GREEDY, TraceStore(tmp_path), "m", None)
+        (answer,) = system.generate(ids, lengths, tokenizer, GREEDY)[0]
+    token = max(first.probe, key=first.probe.get)
+    assert token == (answer.tokens or [tokenizer.eos_token_id])[0]
+    assert first.probe[token] == pytest.approx(answer.logprobs[0], abs=1e-5)
+    assert all(row.probe is None for row in others)
+
+
+def test_one_agent_has_no_trace(tmp_path):
+    system = MultiAgentSystem(causal_lm("qwen3"), load_topology("single")).eval()
+    rows = list(store_rows(system, *asked(system, 2), GREEDY, TraceStore(tmp_path), "m", None))
+    assert [row.trace for row in rows] == [None, None] and rows[0].probe and not list(tmp_path.iterdir())
+
+
+def test_bad_seeds(tmp_path):
+    system = system_of()
+    with pytest.raises(ValueError, match="seeds is "):
+        list(store_rows(system, *asked(system, 2), GREEDY, TraceStore(tmp_path), "m", None, seeds=[1]))
+
+
+def test_the_base_is_written_without_adapters(tmp_path, tokenizer):
+    model = causal_lm("qwen3", dtype=torch.float32, vocab_size=len(tokenizer), tied=True)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    system = MultiAgentSystem(with_lora(model, embeddings=False), load_topology("relay"))
+    assert {name: x.shape for name, x in base_weights(system).items()} == {n: x.shape for n, x in before.items()}
+    loaded = AutoModelForCausalLM.from_pretrained(write_base(system, tokenizer, tmp_path / "base"))
+    assert type(loaded).__name__ == "Qwen3ForCausalLM"
+    assert all(torch.equal(x, before[name]) for name, x in loaded.state_dict().items())
+    assert loadable(system) is None
+
+
+def test_fingerprints_are_of_the_base_alone():
+    one, other = system_of(), system_of()
+    assert fingerprint(one) == fingerprint(other)
+    for name, parameter in other.named_parameters():
+        if "lora_" in name:
+            parameter.data += 1
+    assert fingerprint(one) == fingerprint(other)
+    next(p for n, p in other.named_parameters() if "base_layer" in n).data.view(-1)[0] += 1e-9
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) != fingerprint(system_of(rms_norm_eps=1e-5))
+
+
+def test_adapters_are_called_like_their_content(tmp_path):
+    system = system_of(adapters="per_role")
+    first = write_adapter(system, "default", tmp_path)
+    assert first == write_adapter(system, "default", tmp_path) and first.rank == 2
+    assert write_adapter(system, system.topology.adapter_names[1], tmp_path).name != first.name
+    next(p for n, p in system.named_parameters() if "lora_A.default" in n).data.view(-1)[0] += 1e-3
+    assert write_adapter(system, "default", tmp_path).name != first.name
+    assert sorted(p.name for p in tmp_path.iterdir())[0].startswith("default-") and len(list(tmp_path.iterdir())) == 3
+
+
+def test_which_adapter_runs():
+    shared, alone = system_of(), MultiAgentSystem(causal_lm("qwen3"), load_topology("single"))
+    assert running_adapter(shared) == "default" and running_adapter(alone) is None
+    with without_adapters(shared.agent_model.model):
+        assert running_adapter(shared) is None
+    assert running_adapter(shared) == "default"
