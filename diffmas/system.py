@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from diffmas.agents.bridges import BridgeOptions, make_bridges
 from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
@@ -85,6 +86,8 @@ class MultiAgentSystem(nn.Module):
         backend: "auto", or the operators' backend to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
             :class:`~diffmas.models.loss.AnswerLoss`.
+        bridge: what hidden states that are handed over go through, "linear" or "mlp"; `bridge_initial`: what it starts
+            at, "tokens" or "random"; as in :class:`~diffmas.agents.bridges.BridgeOptions`.
 
     Raises:
         ValueError: an argument outside its range, named.
@@ -115,8 +118,11 @@ class MultiAgentSystem(nn.Module):
         checkpointing: str = "none",
         backend: str = "auto",
         loss: str = "auto",
+        bridge: str = "linear",
+        bridge_initial: str = "tokens",
     ):
         super().__init__()
+        self.bridge_options = BridgeOptions(bridge, bridge_initial)
         if isinstance(model, str):
             model, beside = load_base(model)
             tokenizer = tokenizer or beside
@@ -157,6 +163,13 @@ class MultiAgentSystem(nn.Module):
                 )
             topology = replace(topology, handover_sink=find_sink(self.agent_model, tokenizer))
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
+        if captured is not None and topology.bridge_edges:
+            raise ValueError(
+                f"cuda_graphs is {cuda_graphs!r}, and agents hand over hidden states (handover 'bridge'), which replayed "
+                "rollouts keep to themselves; allowed: off"
+            )
+        models = dict.fromkeys((agent.name for agent in topology.agents), self.agent_model)
+        self.bridges = make_bridges(topology, models, self.bridge_options)
         self.trajectory = Trajectory(
             self.agent_model,
             topology,
@@ -164,6 +177,7 @@ class MultiAgentSystem(nn.Module):
             detach_trace,
             latent_rollout=captured or latent_rollout(latent_backward),
             allocate=captured.allocate if captured else KVTrace.allocate,
+            bridges=self.bridges,
         )
         self.choose_trained()
         self._options = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
@@ -178,6 +192,7 @@ class MultiAgentSystem(nn.Module):
             topology,
             latent_steps=settings.latent_steps,
             **asdict(AlignmentOptions.of(settings)),
+            **asdict(BridgeOptions.of(settings)),
             detach_trace=settings.detach_trace,
             latent_backward=settings.latent_backward,
             # What auto finds is set before training starts.
@@ -280,7 +295,7 @@ class MultiAgentSystem(nn.Module):
             raise ValueError("no weight trains; allowed: an adapter that does")
         topology = self.topology
         cut = self.trajectory.detach_trace and len(topology.agents) > 1 and topology.names_adapters
-        if cut and topology.adapter_of(topology.last) not in topology.trained_adapters:
+        if cut and not topology.bridged(topology.last) and topology.adapter_of(topology.last) not in topology.trained_adapters:
             raise ValueError(
                 f"detach_trace is True, and agent {topology.last.name}, the only one that the gradient reaches, has no "
                 "adapter that trains; allowed: False, or one that does"
@@ -320,6 +335,7 @@ class MultiAgentSystem(nn.Module):
             known(SystemArguments, self.description["system"]) if self.description else given,
             latent_steps=trajectory.latent_steps,
             **asdict(model.alignment.options),
+            **asdict(self.bridge_options),
             detach_trace=trajectory.detach_trace,
             checkpointing=model.checkpointing.mode,
             backend=model.backend,
@@ -340,10 +356,13 @@ class MultiAgentSystem(nn.Module):
 
     @property
     def has_unreached_parameters(self) -> bool:
-        """Whether an alignment that is trained, or an adapter of agents before the last, takes no part in the gradient.
+        """Whether something before the last agent that is trained, an alignment, adapter or bridge, gets no gradient.
 
         Without latent steps, of an agent's last layer only the keys and values go on.
         """
+        last = self.topology.last.name
+        if self.trajectory.detach_trace and any(receiver != last for _, receiver in self.topology.bridge_edges):
+            return True
         reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
         before = {self.topology.adapter_of(agent) for agent in self.topology.agents[:-1]}
         apart = before & set(self.topology.trained_adapters) - {self.topology.adapter_of(self.topology.last)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from diffmas.prompts import template_fields
 from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.support.yaml_file import read_yaml
 
-HANDOVERS = ("full", "latent")
+#: What goes from an agent to one that receives from it: its trace, the latent part of it, or its hidden states.
+HANDOVERS = ("full", "latent", "bridge")
+BRIDGE = "bridge"
 #: A sink whose size the model is asked for.
 AUTO = "auto"
 #: Whose adapters agents have: one of all, or one a role.
 ADAPTERS = ("shared", "per_role")
 #: What the YAML form says of an agent, and of an adapter.
-_KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs", "adapter")
+_KEYS = ("name", "role", "prompt", "fields", "receives", "bridges", "chat_template_kwargs", "adapter")
 _ADAPTER_KEYS = ("path", "train")
 _TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "adapters", "adapter_options", "agents")
 #: What says something else than the name of a role's adapter.
@@ -34,11 +36,12 @@ class Agent:
     """One agent of a team.
 
     Args:
-        senders: whose traces it receives.
+        senders: whom it receives from.
         role: which prompt it gets; default: its name.
         prompt: its own prompt, as :class:`~diffmas.prompts.Prompts` holds it for a role; default: that of its role.
         chat_template_kwargs: what its chat template is told beside, or instead of, what every agent's is.
         adapter: the name of the adapter it runs with; "none": without any; default: what the topology says.
+        bridges: those of its senders whose hidden states it reads, whatever the topology's hand-over is.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Agent:
     prompt: Mapping[str, str] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     adapter: str = ""
+    bridges: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", self.role or self.name)
@@ -60,7 +64,7 @@ class Topology:
         name: shown in reports.
         agents: in any order; senders refer to names.
         handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
-            "latent" (latent steps only).
+            "latent" (latent steps only); or "bridge": it reads the hidden states of its senders' latent steps.
         adapters: "shared", one adapter of all agents that name none; "per_role", one of each role. The last agent's is
             called "default" either way.
         adapter_options: by adapter, `path` of a folder that it starts from, and whether it trains (`train`).
@@ -79,6 +83,7 @@ class Topology:
     adapters: str = "shared"
     adapter_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
+    _attended: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.handover not in HANDOVERS:
@@ -92,11 +97,16 @@ class Topology:
             raise TopologyError(f"agents nobody receives from are {last}; allowed: exactly one, the last agent")
         object.__setattr__(self, "agents", tuple(ordered))
         self._check_adapters()
-        ancestors: dict[str, tuple[str, ...]] = {}
-        for agent in ordered:
-            known = {a for s in agent.senders for a in (*ancestors[s], s)}
-            ancestors[agent.name] = tuple(a.name for a in ordered if a.name in known)
-        object.__setattr__(self, "_ancestors", ancestors)
+        object.__setattr__(self, "_ancestors", self._reaching(lambda agent: agent.senders))
+        object.__setattr__(self, "_attended", self._reaching(self.sharing))
+
+    def _reaching(self, senders: Callable[[Agent], tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """By agent, all from whom a way leads to it along its `senders`, in topological order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for agent in self.agents:
+            known = {name for sender in senders(agent) for name in (*found[sender], sender)}
+            found[agent.name] = tuple(other.name for other in self.agents if other.name in known)
+        return found
 
     def _check_adapters(self) -> None:
         if self.adapters not in ADAPTERS:
@@ -159,25 +169,42 @@ class Topology:
         return self.agents[-1]
 
     def ancestors(self, name: str) -> tuple[str, ...]:
-        """All agents whose writing reaches agent `name`, in topological order."""
+        """All agents whose work reaches agent `name`, in whatever way, in topological order."""
         return self._ancestors[name]
+
+    def attended(self, name: str) -> tuple[str, ...]:
+        """All agents whose columns agent `name` attends to before its own, in topological order."""
+        return self._attended[name]
+
+    def bridged(self, agent: Agent) -> tuple[str, ...]:
+        """Those of an agent's senders whose hidden states it reads."""
+        return agent.senders if self.handover == BRIDGE else tuple(s for s in agent.senders if s in agent.bridges)
+
+    def sharing(self, agent: Agent) -> tuple[str, ...]:
+        """Those of an agent's senders whose traces it attends to."""
+        return tuple(sender for sender in agent.senders if sender not in self.bridged(agent))
+
+    @property
+    def bridge_edges(self) -> tuple[tuple[str, str], ...]:
+        """Sender and receiver of every hand-over of hidden states, in the receivers' order."""
+        return tuple((sender, agent.name) for agent in self.agents for sender in self.bridged(agent))
 
     def continues(self, agent: Agent) -> str | None:
         """The sender whose trace `agent` goes on writing in place, or None where it needs a trace of its own."""
-        if self.handover != "full" or len(agent.senders) != 1:
+        senders = self.sharing(agent)
+        if self.handover != "full" or len(senders) != 1:
             return None
-        sender = agent.senders[0]
-        receivers = [a for a in self.agents if sender in a.senders]
-        return sender if len(receivers) == 1 else None
+        receivers = [a for a in self.agents if senders[0] in self.sharing(a)]
+        return senders[0] if len(receivers) == 1 else None
 
     @property
     def sink_columns(self) -> int:
-        """Columns in front of what every receiver attends to that are its sink; 0 where prompts are handed over.
+        """Columns in front of what every receiver attends to that are its sink; 0 but for latent hand-overs.
 
         Raises:
             TopologyError: how many is still to be found.
         """
-        if self.handover == "full":
+        if self.handover != "latent":
             return 0
         if isinstance(self.handover_sink, str):
             raise TopologyError(f"handover_sink is {self.handover_sink!r}; allowed: the number that a system finds")
@@ -186,13 +213,14 @@ class Topology:
     @property
     def leading(self) -> tuple[str, ...]:
         """The agents whose first columns are somebody's sink."""
-        first = {self.ancestors(agent.name)[0] for agent in self.agents if agent.senders}
+        first = {names[0] for agent in self.agents if (names := self.attended(agent.name))}
         return tuple(agent.name for agent in self.agents if agent.name in first)
 
     @property
     def moves(self) -> bool:
         """Whether an agent attends to columns elsewhere than where their writer stood."""
-        return any(a.senders and (self.handover != "full" or len(a.senders) > 1) for a in self.agents)
+        senders = [self.sharing(agent) for agent in self.agents]
+        return any(names and (self.handover != "full" or len(names) > 1) for names in senders)
 
     @property
     def prompts(self) -> dict[str, Mapping[str, str]]:
@@ -206,6 +234,7 @@ class Topology:
             | ({} if a.prompt is None else {"prompt": dict(a.prompt)})
             | ({"chat_template_kwargs": dict(a.chat_template_kwargs)} if a.chat_template_kwargs else {})
             | ({"adapter": a.adapter} if a.adapter else {})
+            | ({"bridges": list(a.bridges)} if a.bridges else {})
             for a in self.agents
         ]
         whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
@@ -223,6 +252,7 @@ class Topology:
         """From the YAML form.
 
         `{name, handover, handover_sink, adapters, agents: [{name, receives, role or prompt or fields, adapter}]}`.
+        `bridges` beside `receives` names those among them whose hidden states the agent reads.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
@@ -237,14 +267,13 @@ class Topology:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
                 raise TopologyError(f"agent is {entry!r}; allowed: {{{', '.join(_KEYS)}}} with a string name")
             _check_keys(f"agent {entry['name']}", entry, _KEYS)
-            receives, role = entry.get("receives") or [], entry.get("role") or ""
-            if not isinstance(receives, list) or not all(isinstance(sender, str) for sender in receives):
-                raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
+            receives, bridges = (_names(entry, key) for key in ("receives", "bridges"))
+            role = entry.get("role") or ""
             if not isinstance(role, str):
                 raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
             if not isinstance(adapter := entry.get("adapter") or "", str):
                 raise TopologyError(f"adapter of agent {entry['name']} is {adapter!r}; allowed: a name, or {NONE}")
-            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry), _options(entry), adapter))
+            agents.append(Agent(entry["name"], receives, role, _prompt(entry), _options(entry), adapter, bridges))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
@@ -267,6 +296,13 @@ def _adapter_options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             raise TopologyError(f"path of adapter {name} is {options['path']!r}; allowed: a folder")
         found[name] = dict(options)
     return found
+
+
+def _names(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    names = entry.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TopologyError(f"{key} of agent {entry['name']} is {names!r}; allowed: a list of names")
+    return tuple(names)
 
 
 def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
@@ -308,6 +344,9 @@ def _check_names(agents: tuple[Agent, ...]) -> None:
             raise TopologyError(f"agent {agent.name} receives from unknown {unknown}; allowed: {', '.join(names)}")
         if len(set(agent.senders)) < len(agent.senders):
             raise TopologyError(f"agent {agent.name} receives from the same agent twice: {list(agent.senders)}")
+        if unknown := [s for s in agent.bridges if s not in agent.senders]:
+            allowed = ", ".join(agent.senders) or "none, it receives from nobody"
+            raise TopologyError(f"bridges of agent {agent.name} has {unknown}; allowed: {allowed}")
 
 
 def _sort(agents: tuple[Agent, ...]) -> list[Agent]:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import index
 
 import torch
@@ -191,10 +192,11 @@ class Engine:
         ids = [torch.cat(agent[rows.start : rows.stop]) for agent in self._ids]
         lengths = [[len(agent[row]) for row in rows] for agent in self._ids]
         room = [min(self._decoding.max_new_tokens, _FIRST_ROOM)] * len(rows)
-        trace = self._trajectory.communicate(ids, lengths, room).trace
+        control = None
         if self._control is not None:
-            control = behind(self._trajectory.topology.sink_columns, self._control)
-            trace = control(trace, [self._seeds[row] for row in rows])
+            changed = behind(self._trajectory.topology.sink_columns, self._control)
+            control = partial(changed, seeds=[self._seeds[row] for row in rows])
+        trace = self._trajectory.communicate(ids, lengths, room, control).trace
         last = [(n - 1, n) for n in lengths[-1]]
         hidden = self._model.read(trace, lengths[-1], input_ids=ids[-1], outputs=last)
         logits = self._model.head(hidden)

@@ -1,0 +1,142 @@
+"""Bridges: hidden states of one agent as inputs that another one reads, whatever models the two run on.
+
+The receiver's own layers write the keys and values of what it reads. So the two models may have any sizes, tokenizers
+and families, and gradients go through the receiver and the bridge back into the sender.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffmas.agents.topology import Topology
+from diffmas.models.agent_model import AgentModel
+from diffmas.models.alignment import ridge_alignment
+from diffmas_ops import latent_project
+
+BRIDGES = ("linear", "mlp")
+INITIAL = ("tokens", "random")
+#: Sender and receiver.
+Edge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class BridgeOptions:
+    """What bridges are made of, and what they start at; the names are those of a run's settings.
+
+    Args:
+        bridge: "linear", or "mlp": beside the linear map, one with a hidden layer of four times the receiver's width.
+        bridge_initial: "tokens": the map that takes the sender's output embeddings of tokens to the receiver's input
+            embeddings of the same tokens, by least squares; "random".
+
+    Raises:
+        ValueError: an unknown value, named.
+    """
+
+    bridge: str = "linear"
+    bridge_initial: str = "tokens"
+
+    def __post_init__(self) -> None:
+        if self.bridge not in BRIDGES:
+            raise ValueError(f"bridge is {self.bridge!r}; allowed: {', '.join(BRIDGES)}")
+        if self.bridge_initial not in INITIAL:
+            raise ValueError(f"bridge_initial is {self.bridge_initial!r}; allowed: {', '.join(INITIAL)}")
+
+    @classmethod
+    def of(cls, settings: Any) -> BridgeOptions:
+        """From whatever has attributes of these names."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+
+class Bridge(nn.Module):
+    """`ρ y / ‖y‖` with `y = f(x / rms(x))`: a hidden state x of the sender as an input of the receiver.
+
+    f is linear; as an MLP, `A x + C gelu(B x)`. ρ is the mean row norm of tokens as the receiver's input. Weights are
+    kept in float32, whatever the models' dtypes (in float64 where the receiver is).
+
+    Args:
+        sender, receiver: the models.
+        options: see there.
+        initial: `[sender's hidden, receiver's hidden]`, what A starts at; None: at random, the same every time.
+    """
+
+    def __init__(self, sender: AgentModel, receiver: AgentModel, options: BridgeOptions, initial: Tensor | None):
+        super().__init__()
+        (_, outputs), (inputs, _) = sender.embeddings(), receiver.embeddings()
+        wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        self.target_norm, self.backend = float(wide.norm(dim=-1).mean()), receiver.backend
+        self.receiver_dtype = receiver.language_model.dtype
+        sizes, where = (outputs.shape[1], inputs.shape[1]), dict(dtype=wide.dtype, device=wide.device)
+        generator = torch.Generator().manual_seed(0)
+        self.norm = nn.RMSNorm(sizes[0], eps=1e-6, elementwise_affine=False)
+        self.linear = _linear(*sizes, generator, where)
+        if initial is not None:
+            with torch.no_grad():
+                self.linear.weight.copy_(initial.T)
+        self.hidden: nn.Module | None = None
+        if options.bridge == "mlp":
+            self.hidden = nn.Sequential(
+                _linear(sizes[0], 4 * sizes[1], generator, where), nn.GELU(), _linear(4 * sizes[1], sizes[1], None, where)
+            )
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`[rows, sender's hidden]` to `[rows, receiver's hidden]`, in the receiver's dtype."""
+        x = self.norm(states.to(self.linear.weight.dtype))
+        y = self.linear(x)
+        if self.hidden is not None:
+            y = y + self.hidden(x)
+        return latent_project(y, None, self.target_norm, backend=self.backend).to(self.receiver_dtype)
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None, where: dict) -> nn.Linear:
+    """Without a generator, of zero."""
+    linear = nn.Linear(inputs, outputs, **where)
+    drawn = torch.zeros(outputs, inputs) if generator is None else torch.randn(outputs, inputs, generator=generator)
+    with torch.no_grad():
+        linear.weight.copy_(drawn * inputs**-0.5)
+        linear.bias.zero_()
+    return linear
+
+
+class Bridges(nn.Module):
+    """The bridges of a team, by sender and receiver."""
+
+    def __init__(self, bridges: Mapping[Edge, Bridge]):
+        super().__init__()
+        self._edges = list(bridges)
+        self.bridges = nn.ModuleList(bridges.values())
+
+    def __getitem__(self, edge: Edge) -> Bridge:
+        return self.bridges[self._edges.index(edge)]
+
+    def __len__(self) -> int:
+        return len(self._edges)
+
+    def named_weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters by `sender->receiver.name`, as a run keeps them."""
+        for (sender, receiver), bridge in zip(self._edges, self.bridges, strict=True):
+            for name, parameter in bridge.named_parameters():
+                yield f"{sender}->{receiver}.{name}", parameter
+
+
+def make_bridges(topology: Topology, models: Mapping[str, AgentModel], options: BridgeOptions) -> Bridges:
+    """A bridge for every hand-over of hidden states, between the `models` that agents run on, by agent."""
+    made = {}
+    for edge in topology.bridge_edges:
+        sender, receiver = (models[name] for name in edge)
+        initial = initial_map(sender, receiver) if options.bridge_initial == "tokens" else None
+        made[edge] = Bridge(sender, receiver, options, initial)
+    return Bridges(made)
+
+
+def initial_map(sender: AgentModel, receiver: AgentModel) -> Tensor:
+    """The least-squares map from the sender's output embeddings to the receiver's input embeddings of the same tokens.
+
+    float64 `[sender's hidden, receiver's hidden]`. Between agents of one model it is the ridge alignment.
+    """
+    (_, outputs), (inputs, _) = sender.embeddings(), receiver.embeddings()
+    return ridge_alignment(inputs, outputs)
