@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.topology import Topology
 from diffmas.models.agent_model import AgentModel
@@ -59,18 +60,20 @@ class Bridge(nn.Module):
     kept in float32, whatever the models' dtypes (in float64 where the receiver is).
 
     Args:
-        sender, receiver: the models.
+        width: of the sender's hidden states.
+        inputs: every token as the receiver's input, `[vocab, receiver's hidden]`.
         options: see there.
-        initial: `[sender's hidden, receiver's hidden]`, what A starts at; None: at random, the same every time.
+        initial: `[width, receiver's hidden]`, what A starts at; None: at random, the same every time.
+        backend: of the operators.
     """
 
-    def __init__(self, sender: AgentModel, receiver: AgentModel, options: BridgeOptions, initial: Tensor | None):
+    def __init__(
+        self, width: int, inputs: Tensor, options: BridgeOptions, initial: Tensor | None = None, backend: str = "auto"
+    ):
         super().__init__()
-        (_, outputs), (inputs, _) = sender.embeddings(), receiver.embeddings()
         wide = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        self.target_norm, self.backend = float(wide.norm(dim=-1).mean()), receiver.backend
-        self.receiver_dtype = receiver.language_model.dtype
-        sizes, where = (outputs.shape[1], inputs.shape[1]), dict(dtype=wide.dtype, device=wide.device)
+        self.target_norm, self.backend, self.receiver_dtype = float(wide.norm(dim=-1).mean()), backend, inputs.dtype
+        sizes, where = (width, inputs.shape[1]), dict(dtype=wide.dtype, device=wide.device)
         generator = torch.Generator().manual_seed(0)
         self.norm = nn.RMSNorm(sizes[0], eps=1e-6, elementwise_affine=False)
         self.linear = _linear(*sizes, generator, where)
@@ -123,20 +126,54 @@ class Bridges(nn.Module):
                 yield f"{sender}->{receiver}.{name}", parameter
 
 
-def make_bridges(topology: Topology, models: Mapping[str, AgentModel], options: BridgeOptions) -> Bridges:
-    """A bridge for every hand-over of hidden states, between the `models` that agents run on, by agent."""
+def make_bridges(
+    topology: Topology,
+    models: Mapping[str, AgentModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+    options: BridgeOptions,
+) -> Bridges:
+    """A bridge for every hand-over of hidden states; `models` and `tokenizers` by the topology's names.
+
+    Raises:
+        ValueError: bridges between models that start at tokens, and a tokenizer is missing, or they share too few.
+    """
+    named = {agent.name: topology.model_of(agent) for agent in topology.agents}
     made = {}
     for edge in topology.bridge_edges:
-        sender, receiver = (models[name] for name in edge)
-        initial = initial_map(sender, receiver) if options.bridge_initial == "tokens" else None
-        made[edge] = Bridge(sender, receiver, options, initial)
+        names = [named[agent] for agent in edge]
+        sender, receiver = (models[name] for name in names)
+        (_, outputs), (inputs, _) = sender.embeddings(), receiver.embeddings()
+        initial = None
+        if options.bridge_initial == "tokens" and sender is receiver:
+            initial = ridge_alignment(inputs, outputs)
+        elif options.bridge_initial == "tokens":
+            there, here = shared_tokens(*((name, tokenizers.get(name)) for name in names))
+            initial = ridge_alignment(inputs[here].to(outputs.device), outputs[there])
+        made[edge] = Bridge(outputs.shape[1], inputs, options, initial, receiver.backend)
     return Bridges(made)
 
 
-def initial_map(sender: AgentModel, receiver: AgentModel) -> Tensor:
-    """The least-squares map from the sender's output embeddings to the receiver's input embeddings of the same tokens.
+def shared_tokens(
+    sender: tuple[str, PreTrainedTokenizerBase | None], receiver: tuple[str, PreTrainedTokenizerBase | None]
+) -> tuple[Tensor, Tensor]:
+    """Ids of the tokens that stand for the same text in both vocabularies, int64 `[tokens]` each; with models' names.
 
-    float64 `[sender's hidden, receiver's hidden]`. Between agents of one model it is the ridge alignment.
+    Raises:
+        ValueError: a tokenizer is missing, or no token is shared.
     """
-    (_, outputs), (inputs, _) = sender.embeddings(), receiver.embeddings()
-    return ridge_alignment(inputs, outputs)
+    found = []
+    for name, tokenizer in (sender, receiver):
+        if tokenizer is None:
+            raise ValueError(
+                f"bridge_initial is 'tokens', and model {name} comes without a tokenizer; allowed: random, or a "
+                "tokenizer for every model"
+            )
+        # A space before a word is spelled in one of two ways.
+        found.append({text.replace("▁", "Ġ"): i for text, i in tokenizer.get_vocab().items()})
+    texts = sorted(found[0].keys() & found[1].keys())
+    if not texts:
+        raise ValueError(
+            f"bridge_initial is 'tokens', and models {sender[0]} and {receiver[0]} have no token in common; allowed: random"
+        )
+    there, here = (torch.tensor([vocabulary[text] for text in texts]) for vocabulary in found)
+    return there, here

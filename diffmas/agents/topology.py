@@ -20,9 +20,10 @@ AUTO = "auto"
 #: Whose adapters agents have: one of all, or one a role.
 ADAPTERS = ("shared", "per_role")
 #: What the YAML form says of an agent, and of an adapter.
-_KEYS = ("name", "role", "prompt", "fields", "receives", "bridges", "chat_template_kwargs", "adapter")
+_KEYS = ("name", "role", "prompt", "fields", "receives", "bridges", "chat_template_kwargs", "model", "adapter")
 _ADAPTER_KEYS = ("path", "train")
-_TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "adapters", "adapter_options", "agents")
+_MODEL_KEYS = {"model_name_or_path": str, "gguf_file": str, "dtype": str, "quantization": str, "random_weights": bool}
+_TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "models", "adapters", "adapter_options", "agents")
 #: What says something else than the name of a role's adapter.
 _SAID = (DEFAULT, NONE)
 
@@ -42,6 +43,7 @@ class Agent:
         chat_template_kwargs: what its chat template is told beside, or instead of, what every agent's is.
         adapter: the name of the adapter it runs with; "none": without any; default: what the topology says.
         bridges: those of its senders whose hidden states it reads, whatever the topology's hand-over is.
+        model: the name of the model it runs on; default: the one that the whole system is given.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Agent:
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     adapter: str = ""
     bridges: tuple[str, ...] = ()
+    model: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", self.role or self.name)
@@ -65,11 +68,13 @@ class Topology:
         agents: in any order; senders refer to names.
         handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
             "latent" (latent steps only); or "bridge": it reads the hidden states of its senders' latent steps.
+            Default: "full", and bridges between agents of different models.
         adapters: "shared", one adapter of all agents that name none; "per_role", one of each role. The last agent's is
             called "default" either way.
         adapter_options: by adapter, `path` of a folder that it starts from, and whether it trains (`train`).
         handover_sink: how many columns go in front of latent steps that are handed over: the first ones of the first
             agent before a receiver, where a model's attention rests; "auto": as many as the model is found to rest on.
+        models: by name, what :func:`~diffmas.models.pretrained.load_base` takes; agents refer to them.
 
     Raises:
         TopologyError: no agent, a name twice, an unknown or repeated sender, a cycle, more than one last agent,
@@ -78,15 +83,16 @@ class Topology:
 
     name: str
     agents: tuple[Agent, ...]
-    handover: str = "full"
+    handover: str = ""
     handover_sink: int | str = 0
     adapters: str = "shared"
     adapter_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
     _attended: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.handover not in HANDOVERS:
+        if self.handover not in ("", *HANDOVERS):
             raise TopologyError(f"handover is {self.handover!r}; allowed: {', '.join(HANDOVERS)}")
         if (sink := self.handover_sink) != AUTO and (type(sink) is not int or sink < 0):
             raise TopologyError(f"handover_sink is {sink!r}; allowed: integers ≥ 0, or {AUTO}")
@@ -96,7 +102,10 @@ class Topology:
         if len(last := [a.name for a in ordered if a.name not in received]) != 1:
             raise TopologyError(f"agents nobody receives from are {last}; allowed: exactly one, the last agent")
         object.__setattr__(self, "agents", tuple(ordered))
+        self._check_models()
         self._check_adapters()
+        if not self.handover:
+            self._choose_handover()
         object.__setattr__(self, "_ancestors", self._reaching(lambda agent: agent.senders))
         object.__setattr__(self, "_attended", self._reaching(self.sharing))
 
@@ -107,6 +116,29 @@ class Topology:
             known = {name for sender in senders(agent) for name in (*found[sender], sender)}
             found[agent.name] = tuple(other.name for other in self.agents if other.name in known)
         return found
+
+    def _choose_handover(self) -> None:
+        """Traces within a model, bridges between models."""
+        models = {agent.name: self.model_of(agent) for agent in self.agents}
+        agents = []
+        for agent in self.agents:
+            crossing = [s for s in agent.senders if s in agent.bridges or models[s] != models[agent.name]]
+            agents.append(replace(agent, bridges=tuple(crossing)))
+        object.__setattr__(self, "agents", tuple(agents))
+        object.__setattr__(self, "handover", "full")
+
+    def _check_models(self) -> None:
+        for agent in self.agents:
+            if agent.model and agent.model not in self.models:
+                allowed = ", ".join(self.models) or "none, the topology names no models"
+                raise TopologyError(f"model of agent {agent.name} is {agent.model!r}; allowed: {allowed}")
+        for name in self.models:
+            if not name.isidentifier() or name == DEFAULT:
+                raise TopologyError(f"models has {name!r}; allowed: letters, digits and _, and not {DEFAULT}")
+            if name in self.adapter_names:
+                raise TopologyError(f"models has {name!r}, which an adapter is called; allowed: another name")
+        if unused := [name for name in self.models if name not in self.model_names]:
+            raise TopologyError(f"models has {unused}, which no agent runs on; allowed: {', '.join(self.model_names)}")
 
     def _check_adapters(self) -> None:
         if self.adapters not in ADAPTERS:
@@ -129,9 +161,11 @@ class Topology:
             )
 
     def with_agents(self, agents: Iterable[Agent], name: str = "") -> Topology:
-        """The same of other agents: of adapters that none of them runs with, nothing is said."""
+        """The same of other agents: of models and adapters that none of them runs with, nothing is said."""
         agents = tuple(agents)
-        bare = replace(self, name=name or self.name, agents=agents, adapter_options={})
+        used = {agent.model for agent in agents}
+        models = {name: options for name, options in self.models.items() if name in used}
+        bare = replace(self, name=name or self.name, agents=agents, adapter_options={}, models=models)
         options = {n: o for n, o in self.adapter_options.items() if n in bare.adapter_names}
         return replace(bare, adapter_options=options)
 
@@ -147,10 +181,26 @@ class Topology:
         """Whether any agent has one that is said; otherwise all run with whatever is active on their model."""
         return self.adapters != "shared" or bool(self.adapter_options) or any(a.adapter for a in self.agents)
 
+    def model_of(self, agent: Agent) -> str:
+        """The name of the model that `agent` runs on."""
+        return agent.model or DEFAULT
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All models that there are, the last agent's first."""
+        return tuple(dict.fromkeys(self.model_of(agent) for agent in (self.last, *self.agents)))
+
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """All adapters that there are, the default one first: a run keeps that in any case."""
-        used = dict.fromkeys(self.adapter_of(agent) for agent in self.agents)
+        """All adapters that there are, the default one first."""
+        return self._adapter_names(self.agents)
+
+    def adapters_on(self, model: str) -> tuple[str, ...]:
+        """Those of one model, the default one first: a run keeps that in any case."""
+        return self._adapter_names([agent for agent in self.agents if self.model_of(agent) == model])
+
+    def _adapter_names(self, agents: Iterable[Agent]) -> tuple[str, ...]:
+        used = dict.fromkeys(self.adapter_of(agent) for agent in agents)
         return (DEFAULT, *(name for name in used if name not in (NONE, DEFAULT)))
 
     @property
@@ -158,11 +208,11 @@ class Topology:
         """The folders that adapters start from, by name."""
         return {name: options["path"] for name, options in self.adapter_options.items() if options.get("path")}
 
-    @property
-    def trained_adapters(self) -> tuple[str, ...]:
-        """Those that an agent runs with and that are not frozen."""
-        used = {self.adapter_of(agent) for agent in self.agents}
-        return tuple(n for n in self.adapter_names if n in used and self.adapter_options.get(n, {}).get("train", True))
+    def trained_on(self, model: str) -> tuple[str, ...]:
+        """The adapters of one model that an agent runs with and that are not frozen."""
+        used = {self.adapter_of(agent) for agent in self.agents if self.model_of(agent) == model}
+        options = self.adapter_options
+        return tuple(n for n in self.adapters_on(model) if n in used and options.get(n, {}).get("train", True))
 
     @property
     def last(self) -> Agent:
@@ -217,12 +267,6 @@ class Topology:
         return tuple(agent.name for agent in self.agents if agent.name in first)
 
     @property
-    def moves(self) -> bool:
-        """Whether an agent attends to columns elsewhere than where their writer stood."""
-        senders = [self.sharing(agent) for agent in self.agents]
-        return any(names and (self.handover != "full" or len(names) > 1) for names in senders)
-
-    @property
     def prompts(self) -> dict[str, Mapping[str, str]]:
         """Prompts that agents bring along, by role."""
         return {agent.role: agent.prompt for agent in self.agents if agent.prompt is not None}
@@ -235,11 +279,13 @@ class Topology:
             | ({"chat_template_kwargs": dict(a.chat_template_kwargs)} if a.chat_template_kwargs else {})
             | ({"adapter": a.adapter} if a.adapter else {})
             | ({"bridges": list(a.bridges)} if a.bridges else {})
+            | ({"model": a.model} if a.model else {})
             for a in self.agents
         ]
         whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
         options = {name: dict(options) for name, options in self.adapter_options.items()}
-        return whole | {"adapters": self.adapters, "adapter_options": options}
+        whole |= {"adapters": self.adapters, "adapter_options": options}
+        return whole | ({"models": {n: dict(o) for n, o in self.models.items()}} if self.models else {})
 
     @classmethod
     def from_dict(
@@ -251,17 +297,20 @@ class Topology:
     ) -> Topology:
         """From the YAML form.
 
-        `{name, handover, handover_sink, adapters, agents: [{name, receives, role or prompt or fields, adapter}]}`.
-        `bridges` beside `receives` names those among them whose hidden states the agent reads.
+        `{name, handover, handover_sink, models, adapters, agents: [{name, receives, role or prompt or fields, adapter,
+        model}]}`. `bridges` beside `receives` names those among them whose hidden states the agent reads.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
         `chat_template_kwargs`, a mapping. `adapters` is "shared", "per_role", or a mapping of adapters that agents name
-        to `{path, train}`.
+        to `{path, train}`. `models` is a mapping of models that agents name to `{model_name_or_path, gguf_file, dtype,
+        quantization, random_weights}`; those that are the same in all of these are one model.
         """
         if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
             raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
         _check_keys("the topology", data, _TOPOLOGY_KEYS)
+        models = _models(data.get("models") or {})
+        first = {name: next(n for n, options in models.items() if options == models[name]) for name in models}
         agents = []
         for entry in data["agents"]:
             if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
@@ -273,7 +322,10 @@ class Topology:
                 raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
             if not isinstance(adapter := entry.get("adapter") or "", str):
                 raise TopologyError(f"adapter of agent {entry['name']} is {adapter!r}; allowed: a name, or {NONE}")
-            agents.append(Agent(entry["name"], receives, role, _prompt(entry), _options(entry), adapter, bridges))
+            if not isinstance(model := entry.get("model") or "", str):
+                raise TopologyError(f"model of agent {entry['name']} is {model!r}; allowed: the name of a model")
+            given = (_prompt(entry), _options(entry), adapter, bridges, first.get(model, model))
+            agents.append(Agent(entry["name"], receives, role, *given))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
@@ -281,7 +333,24 @@ class Topology:
         if isinstance(kept, Mapping):
             kept, options = "shared", kept
         options = _adapter_options(options)
-        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink, adapters or kept, options)
+        models = {name: options for name, options in models.items() if first[name] == name}
+        said = handover or data.get("handover") or ""
+        return cls(name, tuple(agents), said, sink, adapters or kept, options, models)
+
+
+def _models(given: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(given, Mapping):
+        raise TopologyError(f"models is {given!r}; allowed: a mapping by name")
+    found = {}
+    for name, options in given.items():
+        if not isinstance(options := options or {}, Mapping):
+            raise TopologyError(f"model {name} is {options!r}; allowed: {{{', '.join(_MODEL_KEYS)}}}")
+        _check_keys(f"model {name}", options, tuple(_MODEL_KEYS))
+        for key, value in options.items():
+            if not isinstance(value, kind := _MODEL_KEYS[key]):
+                raise TopologyError(f"{key} of model {name} is {value!r}; allowed: {kind.__name__}")
+        found[str(name)] = dict(options)
+    return found
 
 
 def _adapter_options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 
@@ -55,17 +55,19 @@ class Trajectory:
     """Who reads what, behind whose trace.
 
     Args:
-        model: what the agents run on.
+        model: what the agents run on; where they run on several, what the last one does.
         topology: who hands over to whom, and what.
         latent_steps: m ≥ 0, for every agent but the last.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_rollout: how latent steps are executed.
         allocate: makes traces, as :meth:`KVTrace.allocate` does.
         bridges: by sender and receiver, of every hand-over of hidden states.
+        others: the other models, by the names that the topology has for them.
 
     Raises:
         ValueError: `latent_steps` below 0, or 0 with bridges; a sink whose size is still to be found.
-        UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all.
+        UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all, or
+            that hands the trace of one model over to another.
     """
 
     model: AgentModel
@@ -75,6 +77,7 @@ class Trajectory:
     latent_rollout: LatentRollout = step_by_step
     allocate: Callable[..., KVTrace] = KVTrace.allocate
     bridges: Bridges | None = None
+    others: Mapping[str, AgentModel] = field(default_factory=dict)
     #: The first tokens of agents whose columns are handed over as a sink; None once they were seen to differ.
     _sinks: dict[str, Tensor] | None = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -89,29 +92,40 @@ class Trajectory:
         self._sink = self.topology.sink_columns
         # One adapter of all agents that name none is whichever is active.
         named = self.topology.agents if self.topology.names_adapters else ()
-        self._models = {agent.name: self.model.with_adapter(self.topology.adapter_of(agent)) for agent in named}
-        if (why := self.model.immovable) is not None and self.topology.moves:
-            raise UnsupportedModelError(
-                f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "
-                f"{self.topology.name!r} with handover {self.topology.handover!r} moves them; allowed: handover 'full' "
-                "and at most one sender an agent"
-            )
-        if self.model.recurrent:
-            self._check_recurrent()
+        self._models = {agent.name: self._base(agent).with_adapter(self.topology.adapter_of(agent)) for agent in named}
+        for agent in self.topology.agents:
+            self._check_received(agent)
 
-    def _check_recurrent(self) -> None:
-        """Raise where the states of recurrent layers would have to be anything but continued."""
-        receiving = [agent for agent in self.topology.agents if self.topology.sharing(agent)]
-        merging = [agent.name for agent in receiving if self.topology.continues(agent) is None]
-        if not merging:
+    def _base(self, agent: Agent) -> AgentModel:
+        """What the agent runs on, whatever its adapter."""
+        return self.others.get(self.topology.model_of(agent), self.model)
+
+    def _check_received(self, agent: Agent) -> None:
+        """Raise where the agent's model cannot attend to what its senders hand over."""
+        topology, model, senders = self.topology, self._base(agent), self.topology.sharing(agent)
+        for sender in (other for other in topology.agents if other.name in senders):
+            if (own := topology.model_of(agent)) != (other := topology.model_of(sender)):
+                sizes = f"{self._base(sender).outline} there, {model.outline} here"
+                raise UnsupportedModelError(
+                    f"handover is {topology.handover!r} from agent {sender.name} to agent {agent.name}, and keys and "
+                    f"values of model {other} mean nothing to model {own} ({sizes}); allowed: bridge"
+                )
+        if not senders or topology.continues(agent) is not None:
             return
-        latent = self.topology.handover == "latent"
-        task = "leave out the prompts (handover 'latent')" if latent else f"merge those agent {merging[-1]} receives"
-        raise UnsupportedModelError(
-            f"model {type(self.model.language_model).__name__} has recurrent layers ({self.model.recurrent}): their "
-            f"state can only be continued; topology {self.topology.name!r} would have to {task}; allowed: a chain of "
-            "agents with handover 'full'"
-        )
+        kind, team = type(model.language_model).__name__, f"topology {topology.name!r}"
+        if model.recurrent:
+            task = f"merge those agent {agent.name} receives"
+            if topology.handover == "latent":
+                task = "leave out the prompts (handover 'latent')"
+            raise UnsupportedModelError(
+                f"model {kind} has recurrent layers ({model.recurrent}): their state can only be continued; {team} would "
+                f"have to {task}; allowed: a chain of agents with handover 'full'"
+            )
+        if model.immovable is not None and (topology.handover == "latent" or len(senders) > 1):
+            raise UnsupportedModelError(
+                f"model {kind}: its keys cannot be moved, in {model.immovable}; {team} with handover "
+                f"{topology.handover!r} moves them; allowed: handover 'full' and at most one sender an agent"
+            )
 
     def communicate(
         self,
@@ -153,8 +167,8 @@ class Trajectory:
         return received
 
     def model_of(self, agent: Agent) -> AgentModel | WithAdapter:
-        """The model, with calls that run with the agent's adapter."""
-        return self._models.get(agent.name, self.model)
+        """What the agent runs on, with calls that run with its adapter."""
+        return self._models.get(agent.name) or self._base(agent)
 
     def _write(
         self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths, others: dict[str, AgentState]
@@ -210,11 +224,12 @@ class Trajectory:
             located[name] = tuple([x + by for x, by in zip(xs, moved, strict=True)] for xs in (begin, prompt_end, end))
             length = located[name][2]
         capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
-        options = dict(capacity=capacity, grow=reserve is None, backend=self.model.backend)
+        model = self._base(agent)
+        options = dict(capacity=capacity, grow=reserve is None, backend=model.backend)
         if segments:
-            trace = kv_concat(segments, rotary=self.model.rotaries, allocate=self.allocate, **options)
+            trace = kv_concat(segments, rotary=model.rotaries, allocate=self.allocate, **options)
         else:
-            trace = self.allocate(batch=len(length), **self.model.trace_sizes, **options)
+            trace = self.allocate(batch=len(length), **model.trace_sizes, **options)
         return AgentState(trace, located)
 
     def _compare_sinks(self, prompt_ids: Sequence[Tensor], lengths: dict[str, Lengths]) -> None:

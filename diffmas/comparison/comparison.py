@@ -30,7 +30,7 @@ from diffmas.models.pretrained import load_tokenizer
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.runs.description import read_description
-from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, adapter_folder
+from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, all_adapter_folders
 from diffmas.runs.weights import load_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
@@ -373,8 +373,8 @@ def _file_name(name: str) -> str:
 
 def _digest(run: str | Path) -> str:
     """Of all adapters of a run."""
-    names = Topology.from_dict(read_description(run)["topology"]).adapter_names
-    kept = (adapter_folder(run, name) / ADAPTER_FILE for name in names)
+    folders = all_adapter_folders(run, Topology.from_dict(read_description(run)["topology"]))
+    kept = (folder / ADAPTER_FILE for folder in folders)
     return hashlib.sha256(b"".join(path.read_bytes() for path in kept)).hexdigest()
 
 

@@ -90,13 +90,13 @@ class Evaluator:
             system = self.system
             if variant in MODES:
                 one = switched(alone(system.topology), self.tokenizer, variant == "single_thinking")
-                system = _on_same_model(system, topology=one)
+                system = system.of_models(one)
             elif variant == "single":
-                system = _on_same_model(system, topology=alone(system.topology))
+                system = system.of_models(alone(system.topology))
             elif variant in TEXT:
-                system = _on_same_model(system, topology=last_alone(system.topology))
+                system = system.of_models(last_alone(system.topology))
             elif variant == "training_free":
-                system = _on_same_model(system, **asdict(system.agent_model.alignment.options.untrained))
+                system = system.of_models(system.topology, **asdict(system.agent_model.alignment.options.untrained))
             with evaluating(system, adapter=variant in CONTROLS):
                 return self._share(system, variant, items, advance)
 
@@ -135,12 +135,3 @@ def evaluate_all(
             records += found
     return accuracies, records
 
-
-def _on_same_model(system: MultiAgentSystem, topology=None, **alignment) -> MultiAgentSystem:
-    return MultiAgentSystem(
-        system.agent_model.model,
-        topology or system.topology,
-        latent_steps=system.latent_steps,
-        backend=system.agent_model.backend,
-        **alignment,
-    )

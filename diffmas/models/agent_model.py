@@ -153,6 +153,13 @@ class AgentModel(nn.Module):
         return self.language_model.device
 
     @property
+    def outline(self) -> str:
+        """The sizes of its trace, for people."""
+        sizes = dict.fromkeys((g.num_kv_heads, g.head_dim) for g in self.layers.values())
+        heads = " or ".join(f"{heads} × {dim}" for heads, dim in sizes)
+        return f"{len(self.layers)} attention layers of {heads}"
+
+    @property
     def rotaries(self) -> list[Rotary | None]:
         """How the keys of a trace's layers turn with their positions."""
         return [layer.rotary for layer in self.layers.values()]

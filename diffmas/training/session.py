@@ -38,7 +38,7 @@ from diffmas.models.source import check_source
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import content, describe, read_description, write_description
-from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE, adapter_folder
+from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE, all_adapter_folders
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.support.distributed import (
@@ -345,9 +345,9 @@ def _open_folder(
         print("no step is left to train: the run's training settings stay as they were")
         description |= trained_with(checkpoint, before)
     elif finished.is_file():
-        names = Topology.from_dict(description["topology"]).adapter_names
-        # The default one last: without it, the run is not finished.
-        for path in (adapter_folder(output_dir, name) / ADAPTER_FILE for name in reversed(names)):
+        folders = all_adapter_folders(output_dir, Topology.from_dict(description["topology"]))
+        # The run's own last: without it, the run is not finished.
+        for path in (folder / ADAPTER_FILE for folder in reversed(folders)):
             if path.is_file():
                 path.rename(old := path.with_suffix(".old.safetensors"))
                 print(f"{path} is kept as {old.name}")

@@ -29,7 +29,7 @@ TEXTS_FILE = "texts.sqlite"
 
 def last_alone(topology: Topology) -> Topology:
     """The last agent, under its own role."""
-    return Topology("text", (replace(topology.last, senders=()),))
+    return Topology("text", (replace(topology.last, senders=(), bridges=(), model=""),))
 
 
 class TextChannel(TraceChannel):
