@@ -24,7 +24,7 @@ from diffmas.agents.positions import check_positions
 from diffmas.agents.sink import find_sink
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.thinking import budget
-from diffmas.agents.topology import AUTO, Topology, load_topology
+from diffmas.agents.topology import AUTO, Agent, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
 from diffmas.models.adapters import DEFAULT, choose_trained, load_adapter, put_on
@@ -142,7 +142,7 @@ class MultiAgentSystem(nn.Module):
                     raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
                 with quiet_loading():
                     models[name] = put_on(base, peft_config, topology.adapters_on(name), topology.adapter_paths)
-        options = AlignmentOptions(
+        self.alignment_options = AlignmentOptions(
             alignment,
             alignment_initial,
             alignment_temperature,
@@ -150,15 +150,18 @@ class MultiAgentSystem(nn.Module):
             alignment_top_k,
             latent_grad_clip,
         )
-        build = partial(AgentModel, alignment=options, checkpointing=checkpointing, backend=backend, loss=loss)
+        build = partial(AgentModel, checkpointing=checkpointing, backend=backend, loss=loss)
+        # On a model that nobody thinks on, nothing would train the alignment.
+        aligned = dict.fromkeys(topology.model_names, self.alignment_options.untrained)
+        aligned |= dict.fromkeys(topology.thinking_models, self.alignment_options)
         #: What the last agent runs on, and the other models there are.
-        self.agent_model = build(models[last])
-        self.other_models = nn.ModuleList(build(models[name]) for name in others)
+        self.agent_model = build(models[last], alignment=aligned[last])
+        self.other_models = nn.ModuleList(build(models[name], alignment=aligned[name]) for name in others)
         recurrent = next((m.recurrent for m in (self.agent_model, *self.other_models) if m.recurrent), "")
         if recurrent and latent_backward != "exact":
             raise ValueError(
-                f"latent_backward is {latent_backward!r}, and the model has recurrent layers ({recurrent}), which cannot "
-                "go back over latent steps; allowed: exact"
+                f"latent_backward is {latent_backward!r}, and the model has recurrent layers ({recurrent}), which "
+                "cannot go back over latent steps; allowed: exact"
             )
         if topology.handover_sink == AUTO:
             if others:
@@ -174,8 +177,8 @@ class MultiAgentSystem(nn.Module):
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
         if captured is not None and topology.bridge_edges:
             raise ValueError(
-                f"cuda_graphs is {cuda_graphs!r}, and agents hand over hidden states (handover 'bridge'), which replayed "
-                "rollouts keep to themselves; allowed: off"
+                f"cuda_graphs is {cuda_graphs!r}, and agents hand over hidden states (handover 'bridge'), which "
+                "replayed rollouts keep to themselves; allowed: off"
             )
         agent_models = dict(zip(topology.model_names, (self.agent_model, *self.other_models), strict=True))
         self.bridges = make_bridges(topology, agent_models, {last: self.tokenizer, **tokenizers}, self.bridge_options)
@@ -195,7 +198,9 @@ class MultiAgentSystem(nn.Module):
         self.description: dict[str, Any] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, topology: Topology, settings: SystemArguments, **options) -> MultiAgentSystem:
+    def of(
+        cls, model: nn.Module | Mapping[str, nn.Module], topology: Topology, settings: SystemArguments, **options
+    ) -> MultiAgentSystem:
         """A system on `model` with the settings of a run; `options` as for the class."""
         return cls(
             model,
@@ -321,11 +326,14 @@ class MultiAgentSystem(nn.Module):
     def _settings(self) -> SystemArguments:
         """What a run would have had to be given."""
         model, trajectory, lora = self.agent_model, self.trajectory, self.agent_model.model.peft_config["default"]
+        base = self.models.get(DEFAULT)
         modules = lora.target_modules or ()
         if not isinstance(modules, str):
             modules = ",".join(sorted({name.rpartition(".")[2] for name in modules}))
-        config = model.language_model.config
-        source, gguf_file = getattr(config, "gguf_source", (config._name_or_path or None, None))
+        source = gguf_file = None
+        if base is not None:
+            config = base.language_model.config
+            source, gguf_file = getattr(config, "gguf_source", (config._name_or_path or None, None))
         given = SystemArguments(
             model_name_or_path=source,
             gguf_file=gguf_file,
@@ -340,7 +348,7 @@ class MultiAgentSystem(nn.Module):
         return replace(
             known(SystemArguments, self.description["system"]) if self.description else given,
             latent_steps=trajectory.latent_steps,
-            **asdict(model.alignment.options),
+            **asdict(self.alignment_options),
             **asdict(self.bridge_options),
             detach_trace=trajectory.detach_trace,
             checkpointing=model.checkpointing.mode,
@@ -354,7 +362,11 @@ class MultiAgentSystem(nn.Module):
     @property
     def models(self) -> dict[str, AgentModel]:
         """All models that agents run on, by the topology's names for them, the last agent's first."""
-        return dict(zip(self.topology.model_names, (self.agent_model, *self.other_models), strict=True))
+        return self.trajectory.models
+
+    def tokenizer_of(self, agent: Agent) -> PreTrainedTokenizerBase | None:
+        """That of the agent's model."""
+        return self.other_tokenizers.get(self.topology.model_of(agent), self.tokenizer)
 
     def of_models(self, topology: Topology, **options) -> MultiAgentSystem:
         """Another system on the same models, of those agents; `options` as for the class."""
@@ -390,7 +402,7 @@ class MultiAgentSystem(nn.Module):
         kept = {(model, name) for model in topology.model_names for name in topology.trained_on(model)}
         *before, last = ((topology.model_of(agent), topology.adapter_of(agent)) for agent in topology.agents)
         apart = set(before) & kept - {last}
-        return (self.agent_model.alignment.options.trains or bool(apart)) and not reached
+        return (self.alignment_options.trains or bool(apart)) and not reached
 
     def forward(
         self,

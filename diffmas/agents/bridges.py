@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,9 @@ class Bridge(nn.Module):
         self.hidden: nn.Module | None = None
         if options.bridge == "mlp":
             self.hidden = nn.Sequential(
-                _linear(sizes[0], 4 * sizes[1], generator, where), nn.GELU(), _linear(4 * sizes[1], sizes[1], None, where)
+                _linear(sizes[0], 4 * sizes[1], generator, where),
+                nn.GELU(),
+                _linear(4 * sizes[1], sizes[1], None, where),
             )
 
     def forward(self, states: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ class Bridges(nn.Module):
         self.bridges = nn.ModuleList(bridges.values())
 
     def __getitem__(self, edge: Edge) -> Bridge:
-        return self.bridges[self._edges.index(edge)]
+        return cast(Bridge, self.bridges[self._edges.index(edge)])
 
     def __len__(self) -> int:
         return len(self._edges)
@@ -173,7 +175,8 @@ def shared_tokens(
     texts = sorted(found[0].keys() & found[1].keys())
     if not texts:
         raise ValueError(
-            f"bridge_initial is 'tokens', and models {sender[0]} and {receiver[0]} have no token in common; allowed: random"
+            f"bridge_initial is 'tokens', and models {sender[0]} and {receiver[0]} have no token in common; allowed: "
+            "random"
         )
     there, here = (torch.tensor([vocabulary[text] for text in texts]) for vocabulary in found)
     return there, here

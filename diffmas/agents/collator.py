@@ -46,7 +46,9 @@ class Collator:
         self.topology, self.prompts, self.tokenizer = topology, prompts, tokenizer
         self._others = others or {}
         if missing := [name for name in topology.model_names[1:] if self._others.get(name) is None]:
-            raise ValueError(f"no tokenizer is given for models {missing}; allowed: one for each model, which text needs")
+            raise ValueError(
+                f"no tokenizer is given for models {missing}; allowed: one for each model, which text needs"
+            )
 
     def tokenizer_of(self, agent: Agent) -> PreTrainedTokenizerBase:
         """That of the agent's model."""

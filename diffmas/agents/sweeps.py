@@ -46,12 +46,13 @@ class Sweeps:
 
     All sweeps but the last are rehearsals: they give `Mᵀ λⱼ₋₁ + b` and touch nothing else. The last one is the ordinary
     backward of the call, from `λₖ₋₁` at the aligned hidden states: it takes the gradients of parameters and of older
-    columns once, and leaves the gradient λₖ of e₁ with h₀.
+    columns once, and leaves the gradient λₖ of e₁ with h₀. What reaches the hidden states themselves, where somebody is
+    handed them, is part of b.
     """
 
     sweeps: int
 
-    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
+    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> Sequence[Tensor]:
         first = model.alignment(hidden)
         if steps == 1 or not (torch.is_grad_enabled() and first.requires_grad):
             return step_by_step(model, steps, trace, hidden)

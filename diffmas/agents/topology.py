@@ -191,6 +191,11 @@ class Topology:
         return tuple(dict.fromkeys(self.model_of(agent) for agent in (self.last, *self.agents)))
 
     @property
+    def thinking_models(self) -> tuple[str, ...]:
+        """Those on which an agent takes latent steps; of a single agent, the one it runs on."""
+        return tuple(dict.fromkeys(self.model_of(agent) for agent in self.agents[:-1] or self.agents))
+
+    @property
     def adapter_names(self) -> tuple[str, ...]:
         """All adapters that there are, the default one first."""
         return self._adapter_names(self.agents)
@@ -282,7 +287,12 @@ class Topology:
             | ({"model": a.model} if a.model else {})
             for a in self.agents
         ]
-        whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
+        whole: dict[str, Any] = {
+            "name": self.name,
+            "handover": self.handover,
+            "handover_sink": self.handover_sink,
+            "agents": agents,
+        }
         options = {name: dict(options) for name, options in self.adapter_options.items()}
         whole |= {"adapters": self.adapters, "adapter_options": options}
         return whole | ({"models": {n: dict(o) for n, o in self.models.items()}} if self.models else {})
@@ -346,6 +356,7 @@ def _models(given: Any) -> dict[str, dict[str, Any]]:
         if not isinstance(options := options or {}, Mapping):
             raise TopologyError(f"model {name} is {options!r}; allowed: {{{', '.join(_MODEL_KEYS)}}}")
         _check_keys(f"model {name}", options, tuple(_MODEL_KEYS))
+        options = {key: value for key, value in options.items() if value is not None}
         for key, value in options.items():
             if not isinstance(value, kind := _MODEL_KEYS[key]):
                 raise TopologyError(f"{key} of model {name} is {value!r}; allowed: {kind.__name__}")
@@ -452,6 +463,12 @@ TOPOLOGIES = {
         (Agent("planner"), Agent("critic"), Agent("refiner"), Agent("solver", ("planner", "critic", "refiner"))),
     ),
     "relay": Topology("relay", _chain("sender", "solver"), "latent"),
+    # A sender of another model than the solver's, which is the one that is given.
+    "two_models": Topology(
+        "two_models",
+        (Agent("sender", model="other"), Agent("solver", ("sender",))),
+        models={"other": {"model_name_or_path": "embedded-llama"}},
+    ),
     "senders": Topology(
         "senders", (Agent("sender"), Agent("second_sender"), Agent("solver", ("sender", "second_sender")))
     ),

@@ -100,6 +100,11 @@ class Trajectory:
         """What the agent runs on, whatever its adapter."""
         return self.others.get(self.topology.model_of(agent), self.model)
 
+    @property
+    def models(self) -> dict[str, AgentModel]:
+        """All models that agents run on, by the topology's names for them, the last agent's first."""
+        return {name: self.others.get(name, self.model) for name in self.topology.model_names}
+
     def _check_received(self, agent: Agent) -> None:
         """Raise where the agent's model cannot attend to what its senders hand over."""
         topology, model, senders = self.topology, self._base(agent), self.topology.sharing(agent)
@@ -118,8 +123,8 @@ class Trajectory:
             if topology.handover == "latent":
                 task = "leave out the prompts (handover 'latent')"
             raise UnsupportedModelError(
-                f"model {kind} has recurrent layers ({model.recurrent}): their state can only be continued; {team} would "
-                f"have to {task}; allowed: a chain of agents with handover 'full'"
+                f"model {kind} has recurrent layers ({model.recurrent}): their state can only be continued; {team} "
+                f"would have to {task}; allowed: a chain of agents with handover 'full'"
             )
         if model.immovable is not None and (topology.handover == "latent" or len(senders) > 1):
             raise UnsupportedModelError(

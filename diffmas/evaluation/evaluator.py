@@ -96,7 +96,7 @@ class Evaluator:
             elif variant in TEXT:
                 system = system.of_models(last_alone(system.topology))
             elif variant == "training_free":
-                system = system.of_models(system.topology, **asdict(system.agent_model.alignment.options.untrained))
+                system = system.of_models(system.topology, **asdict(system.alignment_options.untrained))
             with evaluating(system, adapter=variant in CONTROLS):
                 return self._share(system, variant, items, advance)
 
@@ -134,4 +134,3 @@ def evaluate_all(
             accuracies[variant] = sum(r.correct for r in found) / len(found)
             records += found
     return accuracies, records
-

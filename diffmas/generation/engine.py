@@ -11,11 +11,11 @@ from functools import partial
 from operator import index
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.controls import Control, behind
-from diffmas.agents.positions import check_positions, longest_row
+from diffmas.agents.positions import check_rows
 from diffmas.agents.room import check_decoding
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation.decoding import Completion, Decoding, Event
@@ -103,9 +103,8 @@ class Engine:
         if len(self._seeds) != rows or min(self._seeds) < 0:
             raise ValueError(f"seeds is {self._seeds}; allowed: {rows} integers ≥ 0, one per row")
         check_decoding(trajectory, prompt_lengths, decoding, all_rows=control is not None)
-        longest = longest_row(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows)
+        check_rows(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows, "an answer of max_new_tokens")
         self._trajectory, self._model = trajectory, trajectory.model_of(trajectory.topology.last)
-        check_positions(self._model.language_model, longest, "an answer of max_new_tokens")
         self._tokenizer, self._decoding = tokenizer, decoding
         self._control, self._step = control, step
         device = self._model.device
@@ -235,7 +234,7 @@ def generate(trajectory: Trajectory, *args, **kwargs) -> list[list[Completion]]:
     """All answers, `[row][sample]`; arguments as for :class:`Engine`."""
     engine = Engine(trajectory, *args, **kwargs)
     finished: dict[tuple[int, int], Completion] = {}
-    with evaluating(trajectory.model):
+    with evaluating(nn.ModuleList(trajectory.models.values())):
         for answers in engine.run():
             for answer in answers:
                 if answer.finish is not None:
@@ -247,7 +246,7 @@ def generate(trajectory: Trajectory, *args, **kwargs) -> list[list[Completion]]:
 def stream(trajectory: Trajectory, *args, **kwargs) -> Iterator[Event]:
     """Tokens as they come; arguments as for :class:`Engine`. The model is in evaluation mode until it is exhausted."""
     engine = Engine(trajectory, *args, streaming=True, **kwargs)
-    with evaluating(trajectory.model):
+    with evaluating(nn.ModuleList(trajectory.models.values())):
         for answers in engine.run():
             for answer in answers:
                 completion, piece = None, answer.piece

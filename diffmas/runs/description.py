@@ -14,6 +14,7 @@ from diffmas.agents.topology import TOPOLOGIES
 from diffmas.models.source import check_source
 from diffmas.prompts import Prompts
 from diffmas.runs.files import PROMPTS_FILE, SYSTEM_FILE, TOPOLOGY_FILE
+from diffmas.runs.models import described
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import reading
@@ -42,7 +43,7 @@ def describe(
                 topology=_anchored(args.topology),
             )
         ),
-        "topology": system.topology.to_dict(),
+        "topology": _anchored_models(described(system).to_dict()),
         "task": asdict(anchored(task)),
         "decoding": decoding,
     }
@@ -53,6 +54,12 @@ def anchored(task: TaskArguments) -> TaskArguments:
     source = _anchored(task.task) if task.task.endswith(JSONL) else task.task
     files: dict[str, Any] = {name: _anchored(getattr(task, name)) for name in ("data_dir", "eval_file", "prompts")}
     return replace(task, task=source, **files)
+
+
+def _anchored_models(topology: dict[str, Any]) -> dict[str, Any]:
+    for options in topology.get("models", {}).values():
+        options |= {"model_name_or_path": _anchored(options.get("model_name_or_path"))}
+    return topology
 
 
 def _anchored(path: str | None) -> str | None:

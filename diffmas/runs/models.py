@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.topology import Topology
+from diffmas.embedded import embedded_path
 from diffmas.models.adapters import DEFAULT
 from diffmas.models.pretrained import load_base
 from diffmas.models.source import check_source
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.progress import announced
+
+if TYPE_CHECKING:
+    from diffmas.system import MultiAgentSystem
 
 Tokenizers = dict[str, PreTrainedTokenizerBase]
 
@@ -31,12 +36,12 @@ def sources(settings: SystemArguments, topology: Topology) -> dict[str, dict[str
         "quantization": settings.quantization,
         "random_weights": settings.random_weights,
     }
-    plain = {"model_name_or_path": None, "gguf_file": None, "dtype": "auto", "quantization": "none"}
-    plain["random_weights"] = False
     found = {}
     for name in topology.model_names:
+        # What it does not say of weights is as in the settings.
+        plain = own | {"model_name_or_path": None, "gguf_file": None}
         found[name] = own if name == DEFAULT else plain | dict(topology.models[name])
-        if same := [other for other in found if other != name and found[other] == found[name]]:
+        if same := [other for other in found if other != name and _same(found[other], found[name])]:
             raise ValueError(
                 f"models {same[0]} and {name} are one ({found[name]['model_name_or_path'] or 'the embedded base'}); "
                 f"allowed: one name for it ({DEFAULT}: of agents that name no model)"
@@ -47,6 +52,29 @@ def sources(settings: SystemArguments, topology: Topology) -> dict[str, dict[str
             f"{topology.name!r}; allowed: none"
         )
     return found
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    paths = [embedded_path(source["model_name_or_path"]) or source["model_name_or_path"] for source in (one, other)]
+    return paths[0] == paths[1] and {**one, "model_name_or_path": None} == {**other, "model_name_or_path": None}
+
+
+def described(system: MultiAgentSystem) -> Topology:
+    """The topology of a system, with every model in it described well enough to be loaded.
+
+    Raises:
+        ValueError: a model that comes from nowhere it could be loaded from.
+    """
+    topology, found = system.topology, {}
+    for name, options in topology.models.items():
+        config = system.models[name].language_model.config
+        path, file = getattr(config, "gguf_source", (config._name_or_path or None, None))
+        if not options and path is None:
+            raise ValueError(
+                f"model {name} comes from no folder and no repository; allowed: one that can be loaded again"
+            )
+        found[name] = options or {"model_name_or_path": path, **({"gguf_file": file} if file else {})}
+    return replace(topology, models=found)
 
 
 def check_sources(settings: SystemArguments, topology: Topology) -> None:

@@ -77,11 +77,14 @@ class SystemArguments:
         },
     )
     bridge: str = field(
-        default="linear", metadata={"help": f"What hidden states that are handed over go through: {', '.join(BRIDGES)}."}
+        default="linear",
+        metadata={"help": f"What hidden states that are handed over go through: {', '.join(BRIDGES)}."},
     )
     bridge_initial: str = field(
         default="tokens",
-        metadata={"help": "What a bridge starts at: tokens (least squares over tokens that both models have) or random."},
+        metadata={
+            "help": "What a bridge starts at: tokens (least squares over tokens that both models have) or random."
+        },
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
     latent_backward: str = field(

@@ -15,7 +15,6 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from diffmas.agents.topology import Topology
-from diffmas.models.adapters import DEFAULT
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.runs.description import known, read_description
 from diffmas.runs.files import (
@@ -186,7 +185,7 @@ def _weights(checkpoint: Path) -> list[Path]:
     folders = all_adapter_folders(checkpoint, topology)
     files = [folder / name for folder in folders for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)]
     if learns:
-        files += [model_folder(checkpoint, topology, name) / ALIGNMENT_FILE for name in topology.model_names]
+        files += [model_folder(checkpoint, topology, name) / ALIGNMENT_FILE for name in topology.thinking_models]
     return [*files, checkpoint / BRIDGES_FILE] if topology.bridge_edges else files
 
 

@@ -240,7 +240,11 @@ def test_answers(name):
             ValueError,
             "bridge_initial is 'ones'; allowed: tokens, random",
         ),
-        (lambda: system_of("relay", cuda_graphs="auto"), ValueError, "cuda_graphs is 'auto', and agents hand over hidden"),
+        (
+            lambda: system_of("relay", cuda_graphs="auto"),
+            ValueError,
+            "cuda_graphs is 'auto', and agents hand over hidden",
+        ),
         (
             lambda: Topology("t", (Agent("a"), Agent("b", ("a",), bridges=("c",)))),
             TopologyError,

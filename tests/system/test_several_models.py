@@ -1,7 +1,6 @@
 """Agents on models of different families, sizes and vocabularies: values and gradients are those of each row alone."""
 
 import pytest
-import torch
 from bridge_oracle import batch
 from compare import assert_same, error, gradients
 from hypothesis import given, settings
@@ -10,9 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from test_bridges import TOLERANCE, actual, randomised
 from tiny_models import VOCAB, arguments, causal_lm, clone, ragged, with_lora
 
-from diffmas.agents.topology import Agent, Topology, TopologyError
-from diffmas.embedded.tokenizer import build_tokenizer
-from diffmas.generation import Decoding
+from diffmas.agents.topology import Agent, Topology
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
@@ -160,8 +157,8 @@ def test_random_teams(topology, data):
 
 def test_other_hand_overs_between_models_are_refused_with_the_reason():
     said = (
-        r"handover is 'full' from agent sender to agent solver, and keys and values of model small mean nothing to model "
-        r"large \(2 attention layers of 2 × 8 there, 3 attention layers of 1 × 8 here\); allowed: bridge"
+        r"handover is 'full' from agent sender to agent solver, and keys and values of model small mean nothing to "
+        r"model large \(2 attention layers of 2 × 8 there, 3 attention layers of 1 × 8 here\); allowed: bridge"
     )
     with pytest.raises(UnsupportedModelError, match=said):
         system_on(topology_of("pair", handover="full"))
