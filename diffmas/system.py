@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -27,17 +27,16 @@ from diffmas.agents.thinking import budget
 from diffmas.agents.topology import AUTO, Agent, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
-from diffmas.models.adapters import DEFAULT, choose_trained, load_adapter, put_on
+from diffmas.models.adapters import DEFAULT, choose_trained, put_on
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.loss import plain_loss
 from diffmas.prompts import Prompts
-from diffmas.runs.description import describe, fetched, known, read_description, write_description
-from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE, adapter_folders
+from diffmas.runs.description import describe, fetched, known, read_description, settings_of, write_description
+from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE
 from diffmas.runs.models import load_bases, load_models
 from diffmas.runs.settings import SystemArguments
-from diffmas.runs.weights import load_others, save_weights
-from diffmas.support.failures import reading
+from diffmas.runs.weights import load_adapted, load_others, save_weights
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
 from diffmas.tasks import TaskArguments, as_asked, as_kept, load_task
@@ -193,7 +192,7 @@ class MultiAgentSystem(nn.Module):
             others={name: agent_models[name] for name in others},
         )
         self.choose_trained()
-        self._options = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
+        self.options: dict[str, Any] = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
         #: Of the run it was read from (`system.json`).
         self.description: dict[str, Any] = {}
 
@@ -246,14 +245,7 @@ class MultiAgentSystem(nn.Module):
         if model_name_or_path is not None:
             settings = replace(settings, model_name_or_path=model_name_or_path, gguf_file=gguf_file)
         bases, tokenizers = load_bases(settings, topology)
-        adapted = {}
-        for model, base in bases.items():
-            places = adapter_folders(folder, topology, model)
-            with reading(f"the adapter of run {folder}"), quiet_loading():
-                adapted[model] = PeftModel.from_pretrained(base, str(places[DEFAULT]), is_trainable=True)
-                for name, place in list(places.items())[1:]:
-                    adapted[model].add_adapter(name, PeftConfig.from_pretrained(str(place)))
-                    load_adapter(adapted[model], name, place)
+        adapted = load_adapted(bases, folder, topology)
         if (folder / PROMPTS_FILE).is_file():
             prompts = Prompts.load(folder / PROMPTS_FILE)
         else:
@@ -284,7 +276,7 @@ class MultiAgentSystem(nn.Module):
         """
         self.check_adapter()
         task = known(TaskArguments, self.description["task"]) if self.description else TaskArguments(task=IN_PYTHON)
-        now = describe(self, self._settings(), as_kept(task, self.prompts), asdict(self.decoding))
+        now = describe(self, settings_of(self), as_kept(task, self.prompts), asdict(self.decoding))
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_description(folder, {**self.description, **now}, self.prompts)
         save_weights(self, folder)
@@ -322,38 +314,6 @@ class MultiAgentSystem(nn.Module):
             self.save_pretrained(folder)
             HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
             return str(HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder))
-
-    def _settings(self) -> SystemArguments:
-        """What a run would have had to be given."""
-        model, trajectory, lora = self.agent_model, self.trajectory, self.agent_model.model.peft_config["default"]
-        base = self.models.get(DEFAULT)
-        modules = lora.target_modules or ()
-        if not isinstance(modules, str):
-            modules = ",".join(sorted({name.rpartition(".")[2] for name in modules}))
-        source = gguf_file = None
-        if base is not None:
-            config = base.language_model.config
-            source, gguf_file = getattr(config, "gguf_source", (config._name_or_path or None, None))
-        given = SystemArguments(
-            model_name_or_path=source,
-            gguf_file=gguf_file,
-            dtype=str(model.language_model.dtype).removeprefix("torch."),
-            topology=trajectory.topology.name,
-            lora_r=getattr(lora, "r", 0),
-            lora_alpha=getattr(lora, "lora_alpha", 0),
-            use_rslora=getattr(lora, "use_rslora", False),
-            lora_target_modules=modules,
-            **self._options,
-        )
-        return replace(
-            known(SystemArguments, self.description["system"]) if self.description else given,
-            latent_steps=trajectory.latent_steps,
-            **asdict(self.alignment_options),
-            **asdict(self.bridge_options),
-            detach_trace=trajectory.detach_trace,
-            checkpointing=model.checkpointing.mode,
-            backend=model.backend,
-        )
 
     @property
     def topology(self) -> Topology:

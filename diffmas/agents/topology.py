@@ -7,9 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffmas.agents.topology_file import TopologyError, adapter_options, agent_entries, model_options
 from diffmas.models.adapters import DEFAULT, NONE
-from diffmas.prompts import template_fields
-from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.support.yaml_file import read_yaml
 
 #: What goes from an agent to one that receives from it: its trace, the latent part of it, or its hidden states.
@@ -19,17 +18,8 @@ BRIDGE = "bridge"
 AUTO = "auto"
 #: Whose adapters agents have: one of all, or one a role.
 ADAPTERS = ("shared", "per_role")
-#: What the YAML form says of an agent, and of an adapter.
-_KEYS = ("name", "role", "prompt", "fields", "receives", "bridges", "chat_template_kwargs", "model", "adapter")
-_ADAPTER_KEYS = ("path", "train")
-_MODEL_KEYS = {"model_name_or_path": str, "gguf_file": str, "dtype": str, "quantization": str, "random_weights": bool}
-_TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "models", "adapters", "adapter_options", "agents")
 #: What says something else than the name of a role's adapter.
 _SAID = (DEFAULT, NONE)
-
-
-class TopologyError(ValueError):
-    """A topology that is no DAG with one last agent."""
 
 
 @dataclass(frozen=True)
@@ -316,101 +306,20 @@ class Topology:
         to `{path, train}`. `models` is a mapping of models that agents name to `{model_name_or_path, gguf_file, dtype,
         quantization, random_weights}`; those that are the same in all of these are one model.
         """
-        if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
-            raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
-        _check_keys("the topology", data, _TOPOLOGY_KEYS)
-        models = _models(data.get("models") or {})
-        first = {name: next(n for n, options in models.items() if options == models[name]) for name in models}
-        agents = []
-        for entry in data["agents"]:
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-                raise TopologyError(f"agent is {entry!r}; allowed: {{{', '.join(_KEYS)}}} with a string name")
-            _check_keys(f"agent {entry['name']}", entry, _KEYS)
-            receives, bridges = (_names(entry, key) for key in ("receives", "bridges"))
-            role = entry.get("role") or ""
-            if not isinstance(role, str):
-                raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
-            if not isinstance(adapter := entry.get("adapter") or "", str):
-                raise TopologyError(f"adapter of agent {entry['name']} is {adapter!r}; allowed: a name, or {NONE}")
-            if not isinstance(model := entry.get("model") or "", str):
-                raise TopologyError(f"model of agent {entry['name']} is {model!r}; allowed: the name of a model")
-            given = (_prompt(entry), _options(entry), adapter, bridges, first.get(model, model))
-            agents.append(Agent(entry["name"], receives, role, *given))
+        models = model_options(data.get("models") or {}) if isinstance(data, Mapping) else {}
+        agents = tuple(Agent(**entry) for entry in agent_entries(data, models))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
         kept, options = data.get("adapters", "shared"), data.get("adapter_options") or {}
         if isinstance(kept, Mapping):
             kept, options = "shared", kept
-        options = _adapter_options(options)
-        models = {name: options for name, options in models.items() if first[name] == name}
+        options = adapter_options(options)
+        named = dict.fromkeys(agent.model for agent in agents if agent.model)
+        merged = [n for n in models if n not in named and models[n] in [models.get(name) for name in named]]
+        models = {name: options for name, options in models.items() if name not in merged}
         said = handover or data.get("handover") or ""
-        return cls(name, tuple(agents), said, sink, adapters or kept, options, models)
-
-
-def _models(given: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(given, Mapping):
-        raise TopologyError(f"models is {given!r}; allowed: a mapping by name")
-    found = {}
-    for name, options in given.items():
-        if not isinstance(options := options or {}, Mapping):
-            raise TopologyError(f"model {name} is {options!r}; allowed: {{{', '.join(_MODEL_KEYS)}}}")
-        _check_keys(f"model {name}", options, tuple(_MODEL_KEYS))
-        options = {key: value for key, value in options.items() if value is not None}
-        for key, value in options.items():
-            if not isinstance(value, kind := _MODEL_KEYS[key]):
-                raise TopologyError(f"{key} of model {name} is {value!r}; allowed: {kind.__name__}")
-        found[str(name)] = dict(options)
-    return found
-
-
-def _adapter_options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, options in given.items():
-        if not isinstance(options := options or {}, Mapping):
-            raise TopologyError(f"adapter {name} is {options!r}; allowed: {{{', '.join(_ADAPTER_KEYS)}}}")
-        _check_keys(f"adapter {name}", options, _ADAPTER_KEYS)
-        if not isinstance(options.get("train", True), bool):
-            raise TopologyError(f"train of adapter {name} is {options['train']!r}; allowed: true or false")
-        if not isinstance(options.get("path", ""), str):
-            raise TopologyError(f"path of adapter {name} is {options['path']!r}; allowed: a folder")
-        found[name] = dict(options)
-    return found
-
-
-def _names(entry: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    names = entry.get(key) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise TopologyError(f"{key} of agent {entry['name']} is {names!r}; allowed: a list of names")
-    return tuple(names)
-
-
-def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
-    prompt, fields, name = entry.get("prompt"), entry.get("fields"), entry["name"]
-    if fields is not None and not (isinstance(fields, list) and fields and all(isinstance(f, str) for f in fields)):
-        raise TopologyError(f"fields of agent {name} is {fields!r}; allowed: a list of names of an item's fields")
-    if prompt is None:
-        return None if fields is None else {"user": "\n".join(f"{{{field}}}" for field in fields)}
-    prompt = {"user": prompt} if isinstance(prompt, str) else prompt
-    try:
-        named = template_fields(prompt, f"prompt of agent {name}")
-    except ValueError as error:
-        raise TopologyError(str(error)) from None
-    if fields is not None and (unseen := [field for field in named if field not in fields]):
-        raise TopologyError(f"prompt of agent {name} names {unseen}, which it does not see; allowed: {fields}")
-    return dict(prompt)
-
-
-def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return parse_kwargs(entry.get("chat_template_kwargs"), f"chat_template_kwargs of agent {entry['name']}")
-    except ValueError as error:
-        raise TopologyError(str(error)) from None
-
-
-def _check_keys(what: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    if unknown := [key for key in entry if key not in allowed]:
-        raise TopologyError(f"{what} has unknown keys {unknown}; allowed: {', '.join(allowed)}")
+        return cls(name, agents, said, sink, adapters or kept, options, models)
 
 
 def _check_names(agents: tuple[Agent, ...]) -> None:

@@ -67,13 +67,14 @@ def described(system: MultiAgentSystem) -> Topology:
     """
     topology, found = system.topology, {}
     for name, options in topology.models.items():
-        config = system.models[name].language_model.config
+        model = system.models[name].language_model
+        config, dtype = model.config, str(model.dtype).removeprefix("torch.")
         path, file = getattr(config, "gguf_source", (config._name_or_path or None, None))
         if not options and path is None:
             raise ValueError(
                 f"model {name} comes from no folder and no repository; allowed: one that can be loaded again"
             )
-        found[name] = options or {"model_name_or_path": path, **({"gguf_file": file} if file else {})}
+        found[name] = options or {"model_name_or_path": path, "gguf_file": file, "dtype": dtype}
     return replace(topology, models=found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diffmas.agents.bridges import BRIDGES
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.topology import TOPOLOGIES, Topology, load_topology
 from diffmas.models.loss import LOSSES
 from diffmas.models.pretrained import DTYPES, QUANTIZATIONS
 
@@ -33,7 +33,7 @@ class SystemArguments:
     )
     topology: str = field(
         default="sequential",
-        metadata={"help": "sequential, hierarchical, stitch, relay, senders, single, or the path of a .yaml file."},
+        metadata={"help": f"{', '.join(TOPOLOGIES)}, or the path of a .yaml file."},
     )
     handover: str | None = field(
         default=None,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
-from diffmas.models.adapters import load_adapter
+from diffmas.agents.topology import Topology
+from diffmas.models.adapters import DEFAULT, load_adapter
 from diffmas.runs.card import write_card
 from diffmas.runs.files import ADAPTER_FILE, ALIGNMENT_FILE, BRIDGES_FILE, SYSTEM_FILE, adapter_folders, model_folder
 from diffmas.support.distributed import is_sharded, like, process, whole
@@ -73,6 +75,19 @@ def _without(path: str, adapter: str) -> str:
 
 def _is_kept(name: str, parameter: torch.nn.Parameter, adapters: Sequence[str]) -> bool:
     return parameter.requires_grad or any(f".{adapter}." in f"{name}." for adapter in adapters)
+
+
+def load_adapted(bases: Mapping[str, torch.nn.Module], folder: Path, topology: Topology) -> dict[str, PeftModel]:
+    """The bases of a run, by the topology's names for them, with the adapters that its folder keeps."""
+    adapted = {}
+    for model, base in bases.items():
+        places = adapter_folders(folder, topology, model)
+        with reading(f"the adapter of run {folder}"), quiet_loading():
+            adapted[model] = PeftModel.from_pretrained(base, str(places[DEFAULT]), is_trainable=True)
+            for name, place in list(places.items())[1:]:
+                adapted[model].add_adapter(name, PeftConfig.from_pretrained(str(place)))
+                load_adapter(adapted[model], name, place)
+    return adapted
 
 
 def load_weights(system: MultiAgentSystem, folder: str | Path) -> None:

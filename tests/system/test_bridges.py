@@ -5,13 +5,16 @@ import torch
 from bridge_oracle import batch
 from compare import assert_same, error, gradients
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny_models import arguments, causal_lm, clone, ragged, with_lora
+from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import Agent, Topology, TopologyError
+from diffmas.comparison.axes import first_agents
 from diffmas.embedded.tokenizer import build_tokenizer
+from diffmas.evaluation.inspection import inspect
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
+from diffmas.training.memory import plan_of
 
 TOLERANCE = 1e-10
 STEPS = 3
@@ -228,6 +231,56 @@ def test_answers(name):
     chosen = logits.log_softmax(-1).gather(1, torch.cat(tokens)[:, None])[:, 0]
     said = [value for row in found for value in row[0].logprobs[: len(row[0].tokens)]]
     torch.testing.assert_close(torch.tensor(said, dtype=torch.float64), chosen, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEAMS)
+def test_the_plan_counts_what_is_read(name):
+    system = system_of(name)
+    prompts, answers = ragged(list(TEAMS[name][0]), 3)
+    ids, lengths, answer_ids, answer_lengths = arguments(prompts, answers)
+    opened = []
+
+    def watched(call, latent):
+        opened.append((latent, call.lengths, call.host_ends))
+
+    with system.agent_model.observed(watched):
+        system(ids, lengths, answer_ids, answer_lengths)
+    plan = plan_of(system, lengths, answer_lengths)
+    # A call of the plan is all latent steps of an agent.
+    expected = [c for call in plan.calls for c in [call] * call.steps]
+    assert [latent for latent, *_ in opened] == [call.phase == "latent" for call in expected]
+    read = [(n, ends) for latent, n, ends in opened if not latent]
+    planned = [call.rows for call in plan.calls if call.phase != "latent"]
+    assert [[(e - n, n) for n, e in zip(*call, strict=True)] for call in read] == [list(rows) for rows in planned]
+    assert len(plan.columns) == len(plan.models) and set(plan.models) == {"default"}
+
+
+@pytest.mark.parametrize("name", ["relay", "mixed"])
+def test_inspection_shows_what_came_over_a_bridge(name):
+    system = system_of(name).eval()
+    prompts, _ = ragged(list(TEAMS[name][0]), 1)
+    ids, lengths = zip(*(packed(rows) for rows in prompts.values()), strict=True)
+    found = inspect(system, ids, lengths, [3, 4])
+    assert abs(sum(part.mass for part in found.parts) - 1) < 1e-6 and all(part.mass > 0 for part in found.parts)
+    assert [(p.agent, p.columns) for p in found.parts if p.kind == "hidden states"] == {
+        "relay": [("sender", STEPS)],
+        "mixed": [],
+    }[name]
+    writers = [agent.name for agent in system.topology.agents[:-1] for _ in range(STEPS)]
+    assert [step.agent for step in found.steps] == writers
+    # What the sender's model would have said in place of its first latent step.
+    first = next(iter(prompts))
+    logits = clone(system.agent_model.model)(input_ids=prompts[first][0][None]).logits[0, -1]
+    assert found.steps[0].said[0][0] == int(logits.argmax())
+
+
+def test_agents_left_out_leave_their_bridges():
+    shape = first_agents(topology_of("mixed"), 3)
+    agents = {agent.name: agent for agent in shape.agents}
+    # c, left out, had a over a bridge and b in its trace.
+    assert set(agents["d"].senders) == {"a", "b"} and shape.bridged(agents["d"]) == ("a",)
+    assert shape.bridged(agents["b"]) == ("a",)
 
 
 @pytest.mark.parametrize(
