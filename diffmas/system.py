@@ -347,7 +347,7 @@ class MultiAgentSystem(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """What accelerate shards one by one: transformers' layers."""
-        return self.agent_model.language_model._no_split_modules
+        return sorted({name for model in self.models.values() for name in model.language_model._no_split_modules})
 
     @property
     def has_unreached_parameters(self) -> bool:

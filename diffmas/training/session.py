@@ -38,7 +38,7 @@ from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import content, describe, read_description, write_description
 from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE, all_adapter_folders
-from diffmas.runs.models import check_sources
+from diffmas.runs.models import check_sources, sources
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.support.distributed import (
@@ -176,12 +176,15 @@ def _check_arguments(
 ) -> None:
     """What can be said of the arguments before anything is loaded; settles sharding and precision in them."""
     check_sources(system_args, topology)
+    quantized = [
+        kind for source in sources(system_args, topology).values() if (kind := source["quantization"]) != "none"
+    ]
     if len(topology.model_names) > 1:
         _check_for_several_models(system_args, topology, args)
     if args.output_dir is not None:
         check_output(args.output_dir, "output_dir")
-    if settle_sharding(args) and system_args.quantization != "none":
-        raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
+    if settle_sharding(args) and quantized:
+        raise ValueError(f"quantization is {quantized[0]!r} with FSDP; allowed: none, or data parallel")
     if _adapting(system_args, args) and (sharding := asked_sharding(args)):
         raise ValueError(
             f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
@@ -201,7 +204,6 @@ def _check_for_several_models(system_args: SystemArguments, topology: Topology, 
         "auto_batch": args.auto_batch,
         "checkpointing": system_args.checkpointing == "auto" and "auto",
         "profile": args.profile,
-        "fsdp": args.fsdp,
     }
     for name, value in asked.items():
         if value:
