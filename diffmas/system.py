@@ -330,13 +330,10 @@ class MultiAgentSystem(nn.Module):
 
     def of_models(self, topology: Topology, **options) -> MultiAgentSystem:
         """Another system on the same models, of those agents; `options` as for the class."""
-        models = {name: model.model for name, model in self.models.items()}
+        models = {name: self.models[name].model for name in topology.model_names}
         tokenizers = {name: self.other_tokenizers.get(name, self.tokenizer) for name in models}
-        last = self.topology.model_of(self.topology.last), topology.model_of(topology.last)
-        renamed = [{last[1]: of[last[0]], **of} for of in (models, tokenizers)]
-        given = [{name: of[name] for name in topology.model_names} for of in renamed]
         return MultiAgentSystem(
-            given[0], topology, tokenizer=given[1], latent_steps=self.latent_steps, backend=self.agent_model.backend,
+            models, topology, tokenizer=tokenizers, latent_steps=self.latent_steps, backend=self.agent_model.backend,
             **asdict(self.bridge_options) | options,
         )  # fmt: skip
 

@@ -386,8 +386,12 @@ TOPOLOGIES = {
 
 
 def alone(topology: Topology) -> Topology:
-    """The one agent that a team is compared with; of a topology of one agent, that agent itself."""
-    return topology if len(topology.agents) == 1 else TOPOLOGIES["single"]
+    """The one agent that a team is compared with, on the last one's model; of a topology of one agent, that itself."""
+    single, model = TOPOLOGIES["single"], topology.last.model
+    if len(topology.agents) == 1:
+        return topology
+    models = {name: options for name, options in topology.models.items() if name == model}
+    return replace(single, agents=(replace(single.last, model=model),), models=models)
 
 
 def load_topology(

@@ -31,6 +31,7 @@ from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.runs.description import read_description
 from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, all_adapter_folders
+from diffmas.runs.models import sources
 from diffmas.runs.weights import load_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.lock import locked
@@ -87,7 +88,8 @@ class Settings:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model, before it is loaded."""
-        return load_tokenizer(self.system.model_name_or_path, self.system.gguf_file)
+        source = sources(self.system, self.topology)[self.topology.model_names[0]]
+        return load_tokenizer(source["model_name_or_path"], source["gguf_file"])
 
     def topology_of(self, method: Method) -> Topology:
         """The topology of a method.

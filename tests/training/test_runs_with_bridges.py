@@ -10,8 +10,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from diffmas import ablate, show, train
 from diffmas import eval as evaluate
-from diffmas import show, train
 from diffmas.embedded.tokenizer import LLAMA, build_tokenizer
 from diffmas.loading import load_run
 from diffmas.models.pretrained import load_base
@@ -161,3 +161,23 @@ def test_one_base_under_two_names_is_loaded_once(flags, pair, base, other, tmp_p
     assert "every agent names a model of topology 'pair'; allowed: none" in capsys.readouterr().err
     assert train.main(flags(topology=pair(), model=other, output_dir=tmp_path / "c", **given)) == 2
     assert "models default and small are one" in capsys.readouterr().err
+
+
+def test_methods_that_apply_to_several_models(flags, pair, tmp_path, capsys):
+    given = [f for f in flags(topology=pair(), output_dir=None, **QUICK | dict(max_steps=1)) if "disable_tqdm" not in f]
+    given += [f"--run={tmp_path / 'm'}", "--controls=matched,mismatched"]
+    for name in ("stitch", "text"):
+        assert evaluate.main([*given, f"--methods=single,{name}"]) == 2
+        said = f"method {name} does not apply to relay: agents run on several models, default, small"
+        assert said in capsys.readouterr().err
+    assert evaluate.main([*given, "--methods=single,latent,diffmas"]) == 0
+    assert {(r["method"], r["control"]) for r in records(tmp_path / "m" / "items.jsonl")} == {
+        ("single", "matched"), *((m, c) for m in ("latent", "diffmas") for c in ("matched", "mismatched"))
+    }  # fmt: skip
+
+
+def test_an_ablation_of_the_hand_over(flags, tmp_path):
+    given = [f for f in flags(output_dir=None, **QUICK | dict(max_steps=1)) if "disable_tqdm" not in f]
+    assert ablate.main([*given, f"--run={tmp_path / 'a'}", "--handover=latent,bridge", "--disable_tqdm"]) == 0
+    kept = {p.parent.parent.name: p for p in (tmp_path / "a").rglob(f"seed-0/{ADAPTER_FILE}")}
+    assert len(kept) == 2 and sum((p.parent / BRIDGES_FILE).is_file() for p in kept.values()) == 1
