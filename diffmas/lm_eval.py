@@ -201,7 +201,9 @@ class HarnessModel(LM):
         """Packed prompts of all agents: role prompts for those before the last, `last` for the last one."""
         items = [self._item(request) for request in requests]
         rows = [
-            self.prompts.with_options(agent.chat_template_kwargs).encode(agent.role, items, self.tokenizer)
+            self.prompts.with_options(agent.chat_template_kwargs).encode(
+                agent.role, items, self.system.tokenizer_of(agent)
+            )
             for agent in self.system.topology.agents[:-1]
         ]
         packed = [pack(r) for r in (*rows, last)]

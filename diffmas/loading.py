@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.room import check_adapter
 from diffmas.agents.topology import Topology
 from diffmas.models.adapters import put_on
 from diffmas.models.lora import more_than_linear
-from diffmas.models.pretrained import load_base
 from diffmas.runs.description import known, read_description
+from diffmas.runs.models import load_bases
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
@@ -25,25 +26,27 @@ from diffmas.tasks import TaskArguments
 def build_system(
     args: SystemArguments, topology: Topology | None = None, *, copies: int = 1
 ) -> tuple[MultiAgentSystem, PreTrainedTokenizerBase]:
-    """A fresh system: base model, new LoRA adapter, topology (default: the one `args` name).
+    """A fresh system: base models, new LoRA adapters, topology (default: the one `args` name).
 
     `copies` of the adapter's weights have to fit: a training keeps gradients and the optimizer's moments beside them.
     """
     topology = topology or args.load_topology()
     if args.lora_r < 1:
         raise ValueError(f"lora_r is {args.lora_r}; allowed: integers ≥ 1")
-    with announced(f"loading {args.model_name_or_path or 'the embedded base'}"):
-        model, tokenizer = load_base(
-            args.model_name_or_path,
-            gguf_file=args.gguf_file,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            random_weights=args.random_weights,
-        )
-    names = topology.adapter_names
-    check_adapter(model, args.lora_r, args.lora_target_modules, copies * len(names))
+    models, tokenizers = load_bases(args, topology)
+    for name, model in models.items():
+        adapters = topology.adapters_on(name)
+        check_adapter(model, args.lora_r, args.lora_target_modules, copies * len(adapters))
+        with quiet_loading():
+            models[name] = put_on(model, _lora(args, model), adapters, topology.adapter_paths)
+    with announced("setting up the system"):
+        system = MultiAgentSystem.of(models, topology, args, tokenizer=tokenizers)
+    return system, tokenizers[topology.model_names[0]]
+
+
+def _lora(args: SystemArguments, model: nn.Module) -> LoraConfig:
     targets = args.lora_target_modules
-    lora = LoraConfig(
+    return LoraConfig(
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         use_rslora=args.use_rslora,
@@ -52,10 +55,6 @@ def build_system(
         task_type="CAUSAL_LM",
         lora_dropout=0.0,
     )
-    with quiet_loading():
-        adapted = put_on(model, lora, names, topology.adapter_paths)
-    with announced("setting up the system"):
-        return MultiAgentSystem.of(adapted, topology, args, tokenizer=tokenizer), tokenizer
 
 
 @dataclass

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from diffmas.agents.bridges import BridgeOptions, make_bridges
 from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
@@ -22,20 +24,19 @@ from diffmas.agents.positions import check_positions
 from diffmas.agents.sink import find_sink
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.thinking import budget
-from diffmas.agents.topology import AUTO, Topology, load_topology
+from diffmas.agents.topology import AUTO, Agent, Topology, load_topology
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation import Completion, Decoding, Event, engine
-from diffmas.models.adapters import DEFAULT, choose_trained, load_adapter, put_on
+from diffmas.models.adapters import DEFAULT, choose_trained, put_on
 from diffmas.models.agent_model import AgentModel, Lengths
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.models.loss import plain_loss
-from diffmas.models.pretrained import load_base
 from diffmas.prompts import Prompts
-from diffmas.runs.description import describe, fetched, known, read_description, write_description
-from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE, adapter_folder
+from diffmas.runs.description import describe, fetched, known, read_description, settings_of, write_description
+from diffmas.runs.files import ADAPTER_FILE, PROMPTS_FILE
+from diffmas.runs.models import load_bases, load_models
 from diffmas.runs.settings import SystemArguments
-from diffmas.runs.weights import load_alignment, save_weights
-from diffmas.support.failures import reading
+from diffmas.runs.weights import load_adapted, load_others, save_weights
 from diffmas.support.progress import announced
 from diffmas.support.quiet import quiet_loading
 from diffmas.tasks import TaskArguments, as_asked, as_kept, load_task
@@ -57,7 +58,7 @@ class TrajectoryOutput(ModelOutput):
 
 
 class MultiAgentSystem(nn.Module):
-    """Agents on one shared language model, connected by a topology (DiffMAS, arXiv 2604.21794).
+    """Agents on one shared language model, or on several, connected by a topology (DiffMAS, arXiv 2604.21794).
 
     Every agent reads its prompt, then takes latent steps: its last hidden state, aligned and rescaled, is its next
     input. Receivers attend to the keys and values their senders wrote, and the loss on the last agent's answer
@@ -65,11 +66,14 @@ class MultiAgentSystem(nn.Module):
 
     Args:
         model: a transformers causal language model, possibly inside PEFT, that all agents share; or its name or folder.
+            Where agents run on several, a mapping of these by the topology's names for them ("default": of agents that
+            name none); those that are left out are loaded as the topology describes them.
         topology: who hands over to whom, and what; or the name of a built-in one, or the path of a YAML file.
-        tokenizer: default: the one beside `model`, where that is a name. Only text needs it.
+        tokenizer: default: the one beside `model`, where that is a name. Only text needs it. Of several models, a
+            mapping.
         prompts: of the agents' roles; or the name of a built-in family, or the path of a YAML file. Agents whose prompt
             is in the topology need none here.
-        peft_config: of an adapter to put on `model`.
+        peft_config: of an adapter to put on every model.
         decoding: how text is answered, where nothing else is asked for; default: :class:`Decoding`'s own, and
             up to 32,768 tokens where the chat template says that the model thinks.
         latent_steps: m ≥ 0, for every agent but the last.
@@ -85,6 +89,8 @@ class MultiAgentSystem(nn.Module):
         backend: "auto", or the operators' backend to insist on.
         loss: how the loss is taken where no logits are asked for: "auto", "chunked", "liger", "cce" or "plain", as in
             :class:`~diffmas.models.loss.AnswerLoss`.
+        bridge: what hidden states that are handed over go through, "linear" or "mlp"; `bridge_initial`: what it starts
+            at, "tokens" or "random"; as in :class:`~diffmas.agents.bridges.BridgeOptions`.
 
     Raises:
         ValueError: an argument outside its range, named.
@@ -95,10 +101,10 @@ class MultiAgentSystem(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module | str,
+        model: nn.Module | str | Mapping[str, nn.Module | str],
         topology: Topology | str,
         *,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: PreTrainedTokenizerBase | Mapping[str, PreTrainedTokenizerBase] | None = None,
         prompts: Prompts | str | Path | None = None,
         peft_config: PeftConfig | None = None,
         decoding: Decoding | None = None,
@@ -115,48 +121,66 @@ class MultiAgentSystem(nn.Module):
         checkpointing: str = "none",
         backend: str = "auto",
         loss: str = "auto",
+        bridge: str = "linear",
+        bridge_initial: str = "tokens",
     ):
         super().__init__()
-        if isinstance(model, str):
-            model, beside = load_base(model)
-            tokenizer = tokenizer or beside
+        self.bridge_options = BridgeOptions(bridge, bridge_initial)
         topology = load_topology(topology) if isinstance(topology, str) else topology
         prompts = Prompts.load(prompts) if isinstance(prompts, (str, Path)) else prompts
         self.prompts = (prompts or Prompts({})).with_roles(topology.prompts)
-        self.tokenizer = tokenizer
-        self.decoding = decoding or Decoding(max_new_tokens=budget(self.prompts, topology, tokenizer))
+        models, tokenizers = load_models(topology, model, tokenizer)
+        last, *others = topology.model_names
+        self.tokenizer = tokenizers.pop(last, None)
+        #: Of the models that the last agent does not run on, by name.
+        self.other_tokenizers = tokenizers
+        self.decoding = decoding or Decoding(max_new_tokens=budget(self.prompts, topology, self.tokenizer))
         if peft_config is not None:
-            if hasattr(model, "peft_config"):
-                raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
-            with quiet_loading():
-                model = put_on(model, peft_config, topology.adapter_names, topology.adapter_paths)
-        self.agent_model = AgentModel(
-            model,
-            alignment=AlignmentOptions(
-                alignment,
-                alignment_initial,
-                alignment_temperature,
-                alignment_temperature_learned,
-                alignment_top_k,
-                latent_grad_clip,
-            ),
-            checkpointing=checkpointing,
-            backend=backend,
-            loss=loss,
+            for name, base in models.items():
+                if hasattr(base, "peft_config"):
+                    raise ValueError("peft_config is given, and the model is in PEFT already; allowed: one of the two")
+                with quiet_loading():
+                    models[name] = put_on(base, peft_config, topology.adapters_on(name), topology.adapter_paths)
+        self.alignment_options = AlignmentOptions(
+            alignment,
+            alignment_initial,
+            alignment_temperature,
+            alignment_temperature_learned,
+            alignment_top_k,
+            latent_grad_clip,
         )
-        if self.agent_model.recurrent and latent_backward != "exact":
+        build = partial(AgentModel, checkpointing=checkpointing, backend=backend, loss=loss)
+        # On a model that nobody thinks on, nothing would train the alignment.
+        aligned = dict.fromkeys(topology.model_names, self.alignment_options.untrained)
+        aligned |= dict.fromkeys(topology.thinking_models, self.alignment_options)
+        #: What the last agent runs on, and the other models there are.
+        self.agent_model = build(models[last], alignment=aligned[last])
+        self.other_models = nn.ModuleList(build(models[name], alignment=aligned[name]) for name in others)
+        recurrent = next((m.recurrent for m in (self.agent_model, *self.other_models) if m.recurrent), "")
+        if recurrent and latent_backward != "exact":
             raise ValueError(
-                f"latent_backward is {latent_backward!r}, and the model has recurrent layers "
-                f"({self.agent_model.recurrent}), which cannot go back over latent steps; allowed: exact"
+                f"latent_backward is {latent_backward!r}, and the model has recurrent layers ({recurrent}), which "
+                "cannot go back over latent steps; allowed: exact"
             )
         if topology.handover_sink == AUTO:
-            if tokenizer is None:
+            if others:
+                raise ValueError(
+                    f"handover_sink is {AUTO!r}, and agents run on models {topology.model_names}; allowed: a number"
+                )
+            if self.tokenizer is None:
                 raise ValueError(
                     f"handover_sink is {AUTO!r} without a tokenizer; allowed: tokenizer=…, which it is found with, or "
                     "a number"
                 )
-            topology = replace(topology, handover_sink=find_sink(self.agent_model, tokenizer))
+            topology = replace(topology, handover_sink=find_sink(self.agent_model, self.tokenizer))
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
+        if captured is not None and topology.bridge_edges:
+            raise ValueError(
+                f"cuda_graphs is {cuda_graphs!r}, and agents hand over hidden states (handover 'bridge'), which "
+                "replayed rollouts keep to themselves; allowed: off"
+            )
+        agent_models = dict(zip(topology.model_names, (self.agent_model, *self.other_models), strict=True))
+        self.bridges = make_bridges(topology, agent_models, {last: self.tokenizer, **tokenizers}, self.bridge_options)
         self.trajectory = Trajectory(
             self.agent_model,
             topology,
@@ -164,20 +188,25 @@ class MultiAgentSystem(nn.Module):
             detach_trace,
             latent_rollout=captured or latent_rollout(latent_backward),
             allocate=captured.allocate if captured else KVTrace.allocate,
+            bridges=self.bridges,
+            others={name: agent_models[name] for name in others},
         )
         self.choose_trained()
-        self._options = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
+        self.options: dict[str, Any] = {"latent_backward": latent_backward, "cuda_graphs": cuda_graphs, "loss": loss}
         #: Of the run it was read from (`system.json`).
         self.description: dict[str, Any] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, topology: Topology, settings: SystemArguments, **options) -> MultiAgentSystem:
+    def of(
+        cls, model: nn.Module | Mapping[str, nn.Module], topology: Topology, settings: SystemArguments, **options
+    ) -> MultiAgentSystem:
         """A system on `model` with the settings of a run; `options` as for the class."""
         return cls(
             model,
             topology,
             latent_steps=settings.latent_steps,
             **asdict(AlignmentOptions.of(settings)),
+            **asdict(BridgeOptions.of(settings)),
             detach_trace=settings.detach_trace,
             latent_backward=settings.latent_backward,
             # What auto finds is set before training starts.
@@ -215,32 +244,18 @@ class MultiAgentSystem(nn.Module):
         topology = Topology.from_dict(description["topology"])
         if model_name_or_path is not None:
             settings = replace(settings, model_name_or_path=model_name_or_path, gguf_file=gguf_file)
-        base = settings.model_name_or_path
-        with announced(f"loading {base or 'the embedded base'}"):
-            model, tokenizer = load_base(
-                base,
-                gguf_file=settings.gguf_file,
-                dtype=settings.dtype,
-                quantization=settings.quantization,
-                random_weights=settings.random_weights,
-            )
-        with reading(f"the adapter of run {folder}"), quiet_loading():
-            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-            for name in topology.adapter_names[1:]:
-                place = adapter_folder(folder, name)
-                adapted.add_adapter(name, PeftConfig.from_pretrained(str(place)))
-                load_adapter(adapted, name, place)
+        bases, tokenizers = load_bases(settings, topology)
+        adapted = load_adapted(bases, folder, topology)
         if (folder / PROMPTS_FILE).is_file():
             prompts = Prompts.load(folder / PROMPTS_FILE)
         else:
             prompts = Prompts({}) if task.task == IN_PYTHON else load_task(task).prompts
         with announced("setting up the system"):
             system = cls.of(
-                adapted, topology, settings, tokenizer=tokenizer, prompts=as_asked(prompts, task),
+                adapted, topology, settings, tokenizer=tokenizers, prompts=as_asked(prompts, task),
                 decoding=Decoding(**description["decoding"]),
             )  # fmt: skip
-        if system.agent_model.alignment.options.trains:
-            load_alignment(system, folder)
+        load_others(system, folder)
         system.description = description
         return system.eval()
 
@@ -249,9 +264,9 @@ class MultiAgentSystem(nn.Module):
 
         PEFT's `set_adapter`, and leaving its `disable_adapter`, let only those train that are active: after them, this.
         """
-        names = self.topology.adapter_names
         if self.topology.names_adapters:
-            choose_trained(self.agent_model.model, names, self.topology.trained_adapters)
+            for name, model in self.models.items():
+                choose_trained(model.model, self.topology.adapters_on(name), self.topology.trained_on(name))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write what :meth:`from_pretrained` reads: adapter, learned alignment, prompts, topology, a model card.
@@ -261,18 +276,20 @@ class MultiAgentSystem(nn.Module):
         """
         self.check_adapter()
         task = known(TaskArguments, self.description["task"]) if self.description else TaskArguments(task=IN_PYTHON)
-        now = describe(self, self._settings(), as_kept(task, self.prompts), asdict(self.decoding))
+        now = describe(self, settings_of(self), as_kept(task, self.prompts), asdict(self.decoding))
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_description(folder, {**self.description, **now}, self.prompts)
         save_weights(self, folder)
 
     def check_adapter(self) -> None:
         """Raise `ValueError` where training would leave nothing that can be saved: no adapter, or others."""
-        found, names = list(getattr(self.agent_model.model, "peft_config", ())), list(self.topology.adapter_names)
-        if sorted(found) != sorted(names):
-            what = f"adapters {found}" if found else "no adapter"
-            allowed = "one, called 'default'" if names == [DEFAULT] else f"{names}, which its agents run with"
-            raise ValueError(f"the system has {what}; allowed: {allowed} (peft_config=…)")
+        for name, model in self.models.items():
+            found, names = list(getattr(model.model, "peft_config", ())), list(self.topology.adapters_on(name))
+            if sorted(found) != sorted(names):
+                what = f"adapters {found}" if found else "no adapter"
+                where = f" on model {name}" if self.other_models else ""
+                allowed = "one, called 'default'" if names == [DEFAULT] else f"{names}, which its agents run with"
+                raise ValueError(f"the system has {what}{where}; allowed: {allowed} (peft_config=…)")
 
     def check_trains(self) -> None:
         """Raise `ValueError` where a training would leave all weights as they are."""
@@ -280,7 +297,8 @@ class MultiAgentSystem(nn.Module):
             raise ValueError("no weight trains; allowed: an adapter that does")
         topology = self.topology
         cut = self.trajectory.detach_trace and len(topology.agents) > 1 and topology.names_adapters
-        if cut and topology.adapter_of(topology.last) not in topology.trained_adapters:
+        trained = topology.trained_on(topology.model_of(topology.last))
+        if cut and not topology.bridged(topology.last) and topology.adapter_of(topology.last) not in trained:
             raise ValueError(
                 f"detach_trace is True, and agent {topology.last.name}, the only one that the gradient reaches, has no "
                 "adapter that trains; allowed: False, or one that does"
@@ -297,37 +315,27 @@ class MultiAgentSystem(nn.Module):
             HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True)
             return str(HfApi(token=token).upload_folder(repo_id=repo_id, folder_path=folder))
 
-    def _settings(self) -> SystemArguments:
-        """What a run would have had to be given."""
-        model, trajectory, lora = self.agent_model, self.trajectory, self.agent_model.model.peft_config["default"]
-        modules = lora.target_modules or ()
-        if not isinstance(modules, str):
-            modules = ",".join(sorted({name.rpartition(".")[2] for name in modules}))
-        config = model.language_model.config
-        source, gguf_file = getattr(config, "gguf_source", (config._name_or_path or None, None))
-        given = SystemArguments(
-            model_name_or_path=source,
-            gguf_file=gguf_file,
-            dtype=str(model.language_model.dtype).removeprefix("torch."),
-            topology=trajectory.topology.name,
-            lora_r=getattr(lora, "r", 0),
-            lora_alpha=getattr(lora, "lora_alpha", 0),
-            use_rslora=getattr(lora, "use_rslora", False),
-            lora_target_modules=modules,
-            **self._options,
-        )
-        return replace(
-            known(SystemArguments, self.description["system"]) if self.description else given,
-            latent_steps=trajectory.latent_steps,
-            **asdict(model.alignment.options),
-            detach_trace=trajectory.detach_trace,
-            checkpointing=model.checkpointing.mode,
-            backend=model.backend,
-        )
-
     @property
     def topology(self) -> Topology:
         return self.trajectory.topology
+
+    @property
+    def models(self) -> dict[str, AgentModel]:
+        """All models that agents run on, by the topology's names for them, the last agent's first."""
+        return self.trajectory.models
+
+    def tokenizer_of(self, agent: Agent) -> PreTrainedTokenizerBase | None:
+        """That of the agent's model."""
+        return self.other_tokenizers.get(self.topology.model_of(agent), self.tokenizer)
+
+    def of_models(self, topology: Topology, **options) -> MultiAgentSystem:
+        """Another system on the same models, of those agents; `options` as for the class."""
+        models = {name: self.models[name].model for name in topology.model_names}
+        tokenizers = {name: self.other_tokenizers.get(name, self.tokenizer) for name in models}
+        return MultiAgentSystem(
+            models, topology, tokenizer=tokenizers, latent_steps=self.latent_steps, backend=self.agent_model.backend,
+            **asdict(self.bridge_options) | options,
+        )  # fmt: skip
 
     @property
     def latent_steps(self) -> int:
@@ -336,18 +344,22 @@ class MultiAgentSystem(nn.Module):
     @property
     def _no_split_modules(self) -> list[str]:
         """What accelerate shards one by one: transformers' layers."""
-        return self.agent_model.language_model._no_split_modules
+        return sorted({name for model in self.models.values() for name in model.language_model._no_split_modules})
 
     @property
     def has_unreached_parameters(self) -> bool:
-        """Whether an alignment that is trained, or an adapter of agents before the last, takes no part in the gradient.
+        """Whether something before the last agent that is trained, an alignment, adapter or bridge, gets no gradient.
 
         Without latent steps, of an agent's last layer only the keys and values go on.
         """
-        reached = len(self.topology.agents) > 1 and self.latent_steps > 0 and not self.trajectory.detach_trace
-        before = {self.topology.adapter_of(agent) for agent in self.topology.agents[:-1]}
-        apart = before & set(self.topology.trained_adapters) - {self.topology.adapter_of(self.topology.last)}
-        return (self.agent_model.alignment.options.trains or bool(apart)) and not reached
+        topology, cut = self.topology, self.trajectory.detach_trace
+        if cut and any(receiver != topology.last.name for _, receiver in topology.bridge_edges):
+            return True
+        reached = len(topology.agents) > 1 and self.latent_steps > 0 and not cut
+        kept = {(model, name) for model in topology.model_names for name in topology.trained_on(model)}
+        *before, last = ((topology.model_of(agent), topology.adapter_of(agent)) for agent in topology.agents)
+        apart = set(before) & kept - {last}
+        return (self.alignment_options.trains or bool(apart)) and not reached
 
     def forward(
         self,
@@ -400,7 +412,7 @@ class MultiAgentSystem(nn.Module):
         """
         if self.tokenizer is None:
             raise ValueError("the system has no tokenizer; allowed: tokenizer=…, which text needs")
-        return Collator(self.topology, self.prompts, self.tokenizer)
+        return Collator(self.topology, self.prompts, self.tokenizer, self.other_tokenizers)
 
     def answer(
         self,

@@ -292,7 +292,7 @@ class CapturedRollouts:
         """How many rollouts have been recorded."""
         return sum(found is not None for found in self._recordings.values())
 
-    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
+    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> list[Tensor] | None:
         parameters = [p for p in model.parameters() if p.requires_grad]
         differentiable = hidden.requires_grad or trace.order.token.requires_grad or parameters
         recording = torch.is_grad_enabled() and bool(differentiable)
@@ -302,10 +302,12 @@ class CapturedRollouts:
         starts = trace.lengths
         skipped = trace.skip(steps)
         if not recording:
-            return recorded.forward(hidden, starts)
+            recorded.forward(hidden, starts)
+            return None
         place = _Place(recorded, trace.gradients, skipped, trace.lengths, max(trace.host_lengths))
         token = _Replay.apply(trace.order.token, hidden, place, starts, *parameters)
         trace.order.advance(token, trace.host_lengths)
+        return None
 
     def _find(
         self,

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.thinking import closing, own_options
-from diffmas.agents.topology import Topology
+from diffmas.agents.topology import Agent, Topology
 from diffmas.prompts import Prompts
 from diffmas.prompts.chat_template import end_of_turn
 from diffmas.prompts.control_tokens import encode_texts
@@ -24,16 +24,35 @@ class Collator:
     the tokenizer's end-of-sequence token; one that it spells is text. Where the last agent's prompt ends in a reasoning
     block, an answer is the item's `reasoning` (nothing where it has none), the tag that closes the block, and `answer`.
 
+    Args:
+        tokenizer: of the last agent, and of all that run on its model. `others`: of the other models, by name.
+
     Raises:
-        ValueError: an agent's role without a prompt, or a tokenizer without an end-of-sequence token.
+        ValueError: an agent's role without a prompt, or a tokenizer without an end-of-sequence token; a model without
+            a tokenizer.
     """
 
-    def __init__(self, topology: Topology, prompts: Prompts, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        topology: Topology,
+        prompts: Prompts,
+        tokenizer: PreTrainedTokenizerBase,
+        others: Mapping[str, PreTrainedTokenizerBase] | None = None,
+    ):
         if tokenizer.eos_token_id is None:
             raise ValueError("tokenizer has no end-of-sequence token; allowed: one with eos_token set")
         for agent in topology.agents:
             prompts.fields(agent.role)
         self.topology, self.prompts, self.tokenizer = topology, prompts, tokenizer
+        self._others = others or {}
+        if missing := [name for name in topology.model_names[1:] if self._others.get(name) is None]:
+            raise ValueError(
+                f"no tokenizer is given for models {missing}; allowed: one for each model, which text needs"
+            )
+
+    def tokenizer_of(self, agent: Agent) -> PreTrainedTokenizerBase:
+        """That of the agent's model."""
+        return self._others.get(self.topology.model_of(agent), self.tokenizer)
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.encode_prompts(items)
@@ -54,7 +73,7 @@ class Collator:
         for agent in self.topology.agents:
             with filling_template(agent.role):
                 prompts = self.prompts.with_options(agent.chat_template_kwargs)
-                packed.append(pack(prompts.encode(agent.role, items, self.tokenizer)))
+                packed.append(pack(prompts.encode(agent.role, items, self.tokenizer_of(agent))))
         return {"prompt_ids": [ids for ids, _ in packed], "prompt_lengths": [lengths for _, lengths in packed]}
 
 

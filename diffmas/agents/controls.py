@@ -1,69 +1,82 @@
-"""Trace controls: what the last agent answers when the trace it attends to carries no message of its own row."""
+"""Trace controls: what the last agent answers when what it was handed carries no message of its own row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from diffmas_ops import KVTrace
+from diffmas.agents.trajectory import HandedOver
 
-Control = Callable[[KVTrace, Sequence[int]], KVTrace]
+Control = Callable[[HandedOver, Sequence[int]], HandedOver]
 
 
 def behind(columns: int, control: Control) -> Control:
     """`control` of what stands behind the first `columns`: those, a sink, stay every row's own."""
 
-    def controlled(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-        own = [buffer[:, :, :, :columns].clone() for buffer in trace.storage.buffers()]
-        trace = control(trace, seeds)
-        for buffer, sink in zip(trace.storage.buffers(), own, strict=True):
+    def controlled(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
+        own = [buffer[:, :, :, :columns].clone() for buffer in handed.trace.storage.buffers()]
+        handed = control(handed, seeds)
+        for buffer, sink in zip(handed.trace.storage.buffers(), own, strict=True):
             buffer[:, :, :, :columns] = sink
-        return trace
+        return handed
 
     return controlled if columns else control
 
 
-def matched(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """The row's own trace."""
-    return trace
+def matched(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
+    """What the row's own agents handed over."""
+    return handed
 
 
-def mismatched(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """The trace of another row of the batch: the next one that is not the same as its own, where there is one."""
+def mismatched(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
+    """What was handed to another row of the batch: the next one where it is not the same, if there is one."""
+    trace = handed.trace
     if trace.batch < 2:
         raise ValueError(f"batch is {trace.batch}; allowed: ≥ 2, a mismatched trace needs another row")
-    return trace.select_rows([_other(trace, row) for row in range(trace.batch)])
+    rows = [_other(handed, row) for row in range(trace.batch)]
+    return HandedOver(trace.select_rows(rows), [x[rows] for x in handed.states])
 
 
-def _other(trace: KVTrace, row: int) -> int:
-    behind = [(row + step) % trace.batch for step in range(1, trace.batch)]
-    return next((other for other in behind if not _same(trace, row, other)), behind[0])
+def _other(handed: HandedOver, row: int) -> int:
+    batch = handed.trace.batch
+    behind = [(row + step) % batch for step in range(1, batch)]
+    return next((other for other in behind if not _same(handed, row, other)), behind[0])
 
 
-def _same(trace: KVTrace, row: int, other: int) -> bool:
+def _same(handed: HandedOver, row: int, other: int) -> bool:
+    trace = handed.trace
     length = trace.host_lengths[row]
-    if length != trace.host_lengths[other] or not all(torch.equal(x[row], x[other]) for x in trace.states):
+    if length != trace.host_lengths[other]:
+        return False
+    if not all(torch.equal(x[row], x[other]) for x in (*trace.states, *handed.states)):
         return False
     return all(torch.equal(x[:, row, :, :length], x[:, other, :, :length]) for x in trace.storage.buffers())
 
 
-def zero(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """Keys, values and what recurrent layers remember, of zero."""
-    for buffer in (*trace.storage.buffers(), *trace.states):
+def zero(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
+    """Keys, values, hidden states and what recurrent layers remember, of zero."""
+    for buffer in (*handed.trace.storage.buffers(), *handed.trace.states):
         buffer.zero_()
-    return trace
+    return HandedOver(handed.trace, [torch.zeros_like(x) for x in handed.states])
 
 
-def noise(trace: KVTrace, seeds: Sequence[int]) -> KVTrace:
-    """Gaussian keys, values and recurrent states with the norms of the row's own; a row's depend on its seed alone."""
-    for row, (seed, length) in enumerate(zip(seeds, trace.host_lengths, strict=True)):
+def noise(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
+    """Gaussian ones with the norms of the row's own; a row's depend on its seed alone."""
+    handed = HandedOver(handed.trace, [x.clone() for x in handed.states])
+    for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
-        columns = [buffer[:, row, :, :length] for buffer in trace.storage.buffers()]
-        for written in (*columns, *(state[row] for state in trace.states)):
+        for written in _of_row(handed, row):
             written.copy_(_like_norm(written, generator))
-    return trace
+    return handed
+
+
+def _of_row(handed: HandedOver, row: int) -> Iterator[Tensor]:
+    trace = handed.trace
+    length = trace.host_lengths[row]
+    yield from (buffer[:, row, :, :length] for buffer in trace.storage.buffers())
+    yield from (state[row] for state in (*trace.states, *handed.states))
 
 
 def _like_norm(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -148,7 +148,8 @@ class Call:
     """A read of every row's prompt, or all latent steps of an agent.
 
     Attributes:
-        phase: one of :data:`PHASES`. trace: index of the trace it writes.
+        phase: one of :data:`PHASES`; what comes over a bridge is read as a prompt is.
+        trace: index of the trace it writes.
         rows: per row, the columns there are before it, and those that it writes.
         steps: how often weights are read for them.
     """
@@ -176,11 +177,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan:
-    """A trajectory's calls in order, and the columns allocated for every trace (all rows together)."""
+    """A trajectory's calls in order, and the columns allocated for every trace (all rows together).
+
+    `models`: of every trace, the name of the model that writes it.
+    """
 
     calls: tuple[Call, ...]
     columns: tuple[int, ...]
     answer_tokens: int
+    models: tuple[str, ...]
 
     @classmethod
     def of(
@@ -195,28 +200,38 @@ class Plan:
         """`prompts`: per agent of `topology`, the rows' prompt lengths; `answers`: the rows' answer lengths."""
         calls: list[Call] = []
         lengths: list[list[int]] = []
+        models: list[str] = []
         home: dict[str, int] = {}
-        written = {a.name: [n + latent_steps for n in p] for a, p in zip(topology.agents, prompts, strict=True)}
+        bridged = {a.name: latent_steps * len(topology.bridged(a)) for a in topology.agents}
+        written = {
+            a.name: [bridged[a.name] + n + latent_steps for n in p]
+            for a, p in zip(topology.agents, prompts, strict=True)
+        }
         for agent, own in zip(topology.agents, prompts, strict=True):
             if (sender := topology.continues(agent)) is not None:
                 home[agent.name] = home[sender]
             else:
                 home[agent.name] = len(lengths)
+                models.append(topology.model_of(agent))
                 full = topology.handover == "full"
-                given = [written[n] if full else [latent_steps] * len(own) for n in topology.ancestors(agent.name)]
+                given = [written[n] if full else [latent_steps] * len(own) for n in topology.attended(agent.name)]
                 sink = topology.sink_columns if given else 0
                 lengths.append([sink + sum(column) for column in zip([0] * len(own), *given, strict=True)])
             last = agent is topology.last
             rows = lengths[home[agent.name]]
-            new = [n + a for n, a in zip(own, answers, strict=True)] if last else list(own)
             call = partial(Call, trace=home[agent.name], differentiated=last or not detach_trace)
+            if count := bridged[agent.name]:
+                calls.append(call("prefill", rows=tuple((before, count) for before in rows), steps=1))
+                rows = [before + count for before in rows]
+            new = [n + a for n, a in zip(own, answers, strict=True)] if last else list(own)
             calls.append(call("answer" if last else "prefill", rows=tuple(zip(rows, new, strict=True)), steps=1))
             rows = [before + n for before, n in zip(rows, new, strict=True)]
             if not last and (m := latent_steps):
                 calls.append(call("latent", rows=tuple((before, m) for before in rows), steps=m))
                 rows = [before + m for before in rows]
             lengths[home[agent.name]] = rows
-        return cls(tuple(calls), tuple(len(row) * max(row) for row in lengths), sum(answers))
+        columns = tuple(len(row) * max(row) for row in lengths)
+        return cls(tuple(calls), columns, sum(answers), tuple(models))
 
     def work(self, shape: Shape, checkpointing: str = "none") -> dict[str, Work]:
         """By phase; "<phase> backward" includes what checkpointing runs again."""

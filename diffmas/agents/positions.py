@@ -30,15 +30,25 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return limit if limit is None or not original or not factor else max(limit, int(original * factor))
 
 
-def row_positions(trajectory: Trajectory, prompts: Sequence[int], answer: int) -> int:
-    """Positions that a row with these prompt lengths, by agent, and this answer takes in its longest trace."""
-    return max(Plan.of(trajectory.topology, trajectory.latent_steps, [[n] for n in prompts], [answer]).columns)
+def row_positions(trajectory: Trajectory, prompts: Sequence[int], answer: int, model: str | None = None) -> int:
+    """Positions that a row with these prompt lengths, by agent, and this answer takes in its longest trace.
+
+    `model`: of that model's traces, by the topology's name for it; None: of all.
+    """
+    plan = Plan.of(trajectory.topology, trajectory.latent_steps, [[n] for n in prompts], [answer])
+    return max(columns for columns, name in zip(plan.columns, plan.models, strict=True) if model in (name, None))
 
 
-def longest_row(trajectory: Trajectory, prompt_lengths: Sequence[Lengths], answers: Lengths) -> int:
-    """The most positions that one of the rows takes."""
+def longest_row(trajectory: Trajectory, prompt_lengths: Sequence[Lengths], answers: Lengths, model: str) -> int:
+    """The most positions that one of the rows takes in a trace of `model`."""
     rows = zip(zip(*prompt_lengths, strict=True), answers, strict=True)
-    return max((row_positions(trajectory, prompts, answer) for prompts, answer in set(rows)), default=0)
+    return max((row_positions(trajectory, prompts, answer, model) for prompts, answer in set(rows)), default=0)
+
+
+def check_rows(trajectory: Trajectory, prompt_lengths: Sequence[Lengths], answers: Lengths, what: str) -> None:
+    """:func:`check_positions` of the rows, for all models."""
+    for name, model in trajectory.models.items():
+        check_positions(model.language_model, longest_row(trajectory, prompt_lengths, answers, name), what)
 
 
 def check_positions(model: PreTrainedModel, positions: int, what: str) -> None:

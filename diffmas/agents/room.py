@@ -101,11 +101,13 @@ def check_decoding(
         )
     at_once = decoding.max_rows if all_rows else math.ceil(decoding.max_rows / decoding.samples)
     prompts = [list(lengths[:at_once]) for lengths in prompt_lengths]
-    column, state = column_bytes(trajectory.model), trajectory.model.state_bytes
+    columns = {name: column_bytes(model) for name, model in trajectory.models.items()}
+    state = sum(model.state_bytes for model in trajectory.models.values())
 
     def needed(rows: Sequence[Lengths], steps: int) -> int:
         count = len(rows[0])
-        return column * sum(Plan.of(trajectory.topology, steps, rows, [1] * count).columns) + state * count
+        plan = Plan.of(trajectory.topology, steps, rows, [1] * count)
+        return sum(columns[name] * n for name, n in zip(plan.models, plan.columns, strict=True)) + state * count
 
     if (bytes_ := needed(prompts, trajectory.latent_steps)) > (free := available_bytes(trajectory.model.device)):
         longest = max(range(len(prompts[0])), key=lambda row: sum(lengths[row] for lengths in prompts))

@@ -14,6 +14,7 @@ the paths of k or more hops from a latent step to a later one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,18 +46,19 @@ class Sweeps:
 
     All sweeps but the last are rehearsals: they give `Mᵀ λⱼ₋₁ + b` and touch nothing else. The last one is the ordinary
     backward of the call, from `λₖ₋₁` at the aligned hidden states: it takes the gradients of parameters and of older
-    columns once, and leaves the gradient λₖ of e₁ with h₀.
+    columns once, and leaves the gradient λₖ of e₁ with h₀. What reaches the hidden states themselves, where somebody is
+    handed them, is part of b.
     """
 
     sweeps: int
 
-    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> None:
+    def __call__(self, model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> Sequence[Tensor]:
         first = model.alignment(hidden)
         if steps == 1 or not (torch.is_grad_enabled() and first.requires_grad):
             return step_by_step(model, steps, trace, hidden)
         begin = trace.host_lengths
         with torch.no_grad():
-            rest = take_steps(model, steps, trace, hidden)[1:]
+            rest = take_steps(model, steps, trace, hidden)[0][1:]
         trace.rewind(begin)
         call = trace.open(steps)
         # Packed row by row, a row's steps in order.
@@ -66,31 +68,41 @@ class Sweeps:
         aligned = model.alignment(outputs[:, :-1].reshape(-1, width)).view(*outputs[:, :-1].shape)
         rehearsals = min(self.sweeps, steps) - 1
         token = trace.order.token
-        trace.order.token = _Solve.apply(token, aligned, _Rehearsals(rehearsals, call, token, inputs, aligned))
+        solve = _Rehearsals(rehearsals, call, token, inputs, outputs, aligned)
+        trace.order.token, states = _Solve.apply(token, outputs, aligned, solve)
+        return states.unbind(1)
 
 
 @dataclass(frozen=True)
 class _Rehearsals:
-    """Sweeps over the graph from `order` and `aligned`, what a call of several tokens left, back to its `inputs`.
+    """Sweeps over the graph from `order`, `outputs` and `aligned`, what a call of several tokens left, to its `inputs`.
 
-    `inputs [batch, m, hidden]` are e₁ … e_m, `aligned [batch, m - 1, hidden]` are align(h₁) … align(h_m₋₁).
+    `inputs [batch, m, hidden]` are e₁ … e_m, `outputs`, alike, h₁ … h_m, and `aligned [batch, m - 1, hidden]` are
+    align(h₁) … align(h_m₋₁).
     """
 
     number: int
     call: Call
     order: Tensor
     inputs: Tensor
+    outputs: Tensor
     aligned: Tensor
 
-    def run(self) -> Tensor | None:
-        """λ at e₂ … e_m, which is the gradient of `aligned`; None (zero) without a rehearsal."""
+    def run(self, handed: Tensor | None) -> Tensor | None:
+        """λ at e₂ … e_m, which is the gradient of `aligned`; None (zero) without a rehearsal.
+
+        `handed`: the gradient that reaches `outputs` from whoever was handed them.
+        """
         # From the order token, autograd reaches the attention of every layer and with it b.
-        roots, cotangents, solution = [self.order], [torch.zeros_like(self.order)], None
+        pairs, solution = [(self.order, torch.zeros_like(self.order))], None
+        if handed is not None:
+            pairs.append((self.outputs, handed))
         with self.call.rehearse():
             for _ in range(self.number):
-                (gradient,) = torch.autograd.grad(roots, self.inputs, cotangents, retain_graph=True)
+                more = [] if solution is None else [(self.aligned, solution)]
+                reached, arriving = zip(*pairs, *more, strict=True)
+                (gradient,) = torch.autograd.grad(reached, self.inputs, arriving, retain_graph=True)
                 solution = gradient[:, 1:]
-                roots, cotangents = [self.order, self.aligned], [cotangents[0], solution]
         return solution
 
 
@@ -98,11 +110,12 @@ class _Solve(torch.autograd.Function):
     """Stands behind the parallel call in the order of calls: when its turn comes, b is complete."""
 
     @staticmethod
-    def forward(ctx, order, aligned, rehearsals):
+    def forward(ctx, order, outputs, aligned, rehearsals):
         ctx.rehearsals = rehearsals
-        return order.new_empty(0)
+        ctx.set_materialize_grads(False)
+        return order.new_empty(0), outputs.view_as(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, _):
-        return None, ctx.rehearsals.run(), None
+    def backward(ctx, _, handed):
+        return None, handed, ctx.rehearsals.run(handed), None

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from diffmas.agents.topology_file import TopologyError, adapter_options, agent_entries, model_options
 from diffmas.models.adapters import DEFAULT, NONE
-from diffmas.prompts import template_fields
-from diffmas.prompts.chat_template import parse_kwargs
 from diffmas.support.yaml_file import read_yaml
 
-HANDOVERS = ("full", "latent")
+#: What goes from an agent to one that receives from it: its trace, the latent part of it, or its hidden states.
+HANDOVERS = ("full", "latent", "bridge")
+BRIDGE = "bridge"
 #: A sink whose size the model is asked for.
 AUTO = "auto"
 #: Whose adapters agents have: one of all, or one a role.
 ADAPTERS = ("shared", "per_role")
-#: What the YAML form says of an agent, and of an adapter.
-_KEYS = ("name", "role", "prompt", "fields", "receives", "chat_template_kwargs", "adapter")
-_ADAPTER_KEYS = ("path", "train")
-_TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "adapters", "adapter_options", "agents")
 #: What says something else than the name of a role's adapter.
 _SAID = (DEFAULT, NONE)
-
-
-class TopologyError(ValueError):
-    """A topology that is no DAG with one last agent."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +27,13 @@ class Agent:
     """One agent of a team.
 
     Args:
-        senders: whose traces it receives.
+        senders: whom it receives from.
         role: which prompt it gets; default: its name.
         prompt: its own prompt, as :class:`~diffmas.prompts.Prompts` holds it for a role; default: that of its role.
         chat_template_kwargs: what its chat template is told beside, or instead of, what every agent's is.
         adapter: the name of the adapter it runs with; "none": without any; default: what the topology says.
+        bridges: those of its senders whose hidden states it reads, whatever the topology's hand-over is.
+        model: the name of the model it runs on; default: the one that the whole system is given.
     """
 
     name: str
@@ -47,6 +42,8 @@ class Agent:
     prompt: Mapping[str, str] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     adapter: str = ""
+    bridges: tuple[str, ...] = ()
+    model: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "role", self.role or self.name)
@@ -60,12 +57,14 @@ class Topology:
         name: shown in reports.
         agents: in any order; senders refer to names.
         handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
-            "latent" (latent steps only).
+            "latent" (latent steps only); or "bridge": it reads the hidden states of its senders' latent steps.
+            Default: "full", and bridges between agents of different models.
         adapters: "shared", one adapter of all agents that name none; "per_role", one of each role. The last agent's is
             called "default" either way.
         adapter_options: by adapter, `path` of a folder that it starts from, and whether it trains (`train`).
         handover_sink: how many columns go in front of latent steps that are handed over: the first ones of the first
             agent before a receiver, where a model's attention rests; "auto": as many as the model is found to rest on.
+        models: by name, what :func:`~diffmas.models.pretrained.load_base` takes; agents refer to them.
 
     Raises:
         TopologyError: no agent, a name twice, an unknown or repeated sender, a cycle, more than one last agent,
@@ -74,14 +73,16 @@ class Topology:
 
     name: str
     agents: tuple[Agent, ...]
-    handover: str = "full"
+    handover: str = ""
     handover_sink: int | str = 0
     adapters: str = "shared"
     adapter_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
+    _attended: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.handover not in HANDOVERS:
+        if self.handover not in ("", *HANDOVERS):
             raise TopologyError(f"handover is {self.handover!r}; allowed: {', '.join(HANDOVERS)}")
         if (sink := self.handover_sink) != AUTO and (type(sink) is not int or sink < 0):
             raise TopologyError(f"handover_sink is {sink!r}; allowed: integers ≥ 0, or {AUTO}")
@@ -91,12 +92,43 @@ class Topology:
         if len(last := [a.name for a in ordered if a.name not in received]) != 1:
             raise TopologyError(f"agents nobody receives from are {last}; allowed: exactly one, the last agent")
         object.__setattr__(self, "agents", tuple(ordered))
+        self._check_models()
         self._check_adapters()
-        ancestors: dict[str, tuple[str, ...]] = {}
-        for agent in ordered:
-            known = {a for s in agent.senders for a in (*ancestors[s], s)}
-            ancestors[agent.name] = tuple(a.name for a in ordered if a.name in known)
-        object.__setattr__(self, "_ancestors", ancestors)
+        if not self.handover:
+            self._choose_handover()
+        object.__setattr__(self, "_ancestors", self._reaching(lambda agent: agent.senders))
+        object.__setattr__(self, "_attended", self._reaching(self.sharing))
+
+    def _reaching(self, senders: Callable[[Agent], tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        """By agent, all from whom a way leads to it along its `senders`, in topological order."""
+        found: dict[str, tuple[str, ...]] = {}
+        for agent in self.agents:
+            known = {name for sender in senders(agent) for name in (*found[sender], sender)}
+            found[agent.name] = tuple(other.name for other in self.agents if other.name in known)
+        return found
+
+    def _choose_handover(self) -> None:
+        """Traces within a model, bridges between models."""
+        models = {agent.name: self.model_of(agent) for agent in self.agents}
+        agents = []
+        for agent in self.agents:
+            crossing = [s for s in agent.senders if s in agent.bridges or models[s] != models[agent.name]]
+            agents.append(replace(agent, bridges=tuple(crossing)))
+        object.__setattr__(self, "agents", tuple(agents))
+        object.__setattr__(self, "handover", "full")
+
+    def _check_models(self) -> None:
+        for agent in self.agents:
+            if agent.model and agent.model not in self.models:
+                allowed = ", ".join(self.models) or "none, the topology names no models"
+                raise TopologyError(f"model of agent {agent.name} is {agent.model!r}; allowed: {allowed}")
+        for name in self.models:
+            if not name.isidentifier() or name == DEFAULT:
+                raise TopologyError(f"models has {name!r}; allowed: letters, digits and _, and not {DEFAULT}")
+            if name in self.adapter_names:
+                raise TopologyError(f"models has {name!r}, which an adapter is called; allowed: another name")
+        if unused := [name for name in self.models if name not in self.model_names]:
+            raise TopologyError(f"models has {unused}, which no agent runs on; allowed: {', '.join(self.model_names)}")
 
     def _check_adapters(self) -> None:
         if self.adapters not in ADAPTERS:
@@ -119,9 +151,11 @@ class Topology:
             )
 
     def with_agents(self, agents: Iterable[Agent], name: str = "") -> Topology:
-        """The same of other agents: of adapters that none of them runs with, nothing is said."""
+        """The same of other agents: of models and adapters that none of them runs with, nothing is said."""
         agents = tuple(agents)
-        bare = replace(self, name=name or self.name, agents=agents, adapter_options={})
+        used = {agent.model for agent in agents}
+        models = {name: options for name, options in self.models.items() if name in used}
+        bare = replace(self, name=name or self.name, agents=agents, adapter_options={}, models=models)
         options = {n: o for n, o in self.adapter_options.items() if n in bare.adapter_names}
         return replace(bare, adapter_options=options)
 
@@ -137,10 +171,31 @@ class Topology:
         """Whether any agent has one that is said; otherwise all run with whatever is active on their model."""
         return self.adapters != "shared" or bool(self.adapter_options) or any(a.adapter for a in self.agents)
 
+    def model_of(self, agent: Agent) -> str:
+        """The name of the model that `agent` runs on."""
+        return agent.model or DEFAULT
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """All models that there are, the last agent's first."""
+        return tuple(dict.fromkeys(self.model_of(agent) for agent in (self.last, *self.agents)))
+
+    @property
+    def thinking_models(self) -> tuple[str, ...]:
+        """Those on which an agent takes latent steps; of a single agent, the one it runs on."""
+        return tuple(dict.fromkeys(self.model_of(agent) for agent in self.agents[:-1] or self.agents))
+
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """All adapters that there are, the default one first: a run keeps that in any case."""
-        used = dict.fromkeys(self.adapter_of(agent) for agent in self.agents)
+        """All adapters that there are, the default one first."""
+        return self._adapter_names(self.agents)
+
+    def adapters_on(self, model: str) -> tuple[str, ...]:
+        """Those of one model, the default one first: a run keeps that in any case."""
+        return self._adapter_names([agent for agent in self.agents if self.model_of(agent) == model])
+
+    def _adapter_names(self, agents: Iterable[Agent]) -> tuple[str, ...]:
+        used = dict.fromkeys(self.adapter_of(agent) for agent in agents)
         return (DEFAULT, *(name for name in used if name not in (NONE, DEFAULT)))
 
     @property
@@ -148,36 +203,53 @@ class Topology:
         """The folders that adapters start from, by name."""
         return {name: options["path"] for name, options in self.adapter_options.items() if options.get("path")}
 
-    @property
-    def trained_adapters(self) -> tuple[str, ...]:
-        """Those that an agent runs with and that are not frozen."""
-        used = {self.adapter_of(agent) for agent in self.agents}
-        return tuple(n for n in self.adapter_names if n in used and self.adapter_options.get(n, {}).get("train", True))
+    def trained_on(self, model: str) -> tuple[str, ...]:
+        """The adapters of one model that an agent runs with and that are not frozen."""
+        used = {self.adapter_of(agent) for agent in self.agents if self.model_of(agent) == model}
+        options = self.adapter_options
+        return tuple(n for n in self.adapters_on(model) if n in used and options.get(n, {}).get("train", True))
 
     @property
     def last(self) -> Agent:
         return self.agents[-1]
 
     def ancestors(self, name: str) -> tuple[str, ...]:
-        """All agents whose writing reaches agent `name`, in topological order."""
+        """All agents whose work reaches agent `name`, in whatever way, in topological order."""
         return self._ancestors[name]
+
+    def attended(self, name: str) -> tuple[str, ...]:
+        """All agents whose columns agent `name` attends to before its own, in topological order."""
+        return self._attended[name]
+
+    def bridged(self, agent: Agent) -> tuple[str, ...]:
+        """Those of an agent's senders whose hidden states it reads."""
+        return agent.senders if self.handover == BRIDGE else tuple(s for s in agent.senders if s in agent.bridges)
+
+    def sharing(self, agent: Agent) -> tuple[str, ...]:
+        """Those of an agent's senders whose traces it attends to."""
+        return tuple(sender for sender in agent.senders if sender not in self.bridged(agent))
+
+    @property
+    def bridge_edges(self) -> tuple[tuple[str, str], ...]:
+        """Sender and receiver of every hand-over of hidden states, in the receivers' order."""
+        return tuple((sender, agent.name) for agent in self.agents for sender in self.bridged(agent))
 
     def continues(self, agent: Agent) -> str | None:
         """The sender whose trace `agent` goes on writing in place, or None where it needs a trace of its own."""
-        if self.handover != "full" or len(agent.senders) != 1:
+        senders = self.sharing(agent)
+        if self.handover != "full" or len(senders) != 1:
             return None
-        sender = agent.senders[0]
-        receivers = [a for a in self.agents if sender in a.senders]
-        return sender if len(receivers) == 1 else None
+        receivers = [a for a in self.agents if senders[0] in self.sharing(a)]
+        return senders[0] if len(receivers) == 1 else None
 
     @property
     def sink_columns(self) -> int:
-        """Columns in front of what every receiver attends to that are its sink; 0 where prompts are handed over.
+        """Columns in front of what every receiver attends to that are its sink; 0 but for latent hand-overs.
 
         Raises:
             TopologyError: how many is still to be found.
         """
-        if self.handover == "full":
+        if self.handover != "latent":
             return 0
         if isinstance(self.handover_sink, str):
             raise TopologyError(f"handover_sink is {self.handover_sink!r}; allowed: the number that a system finds")
@@ -186,13 +258,8 @@ class Topology:
     @property
     def leading(self) -> tuple[str, ...]:
         """The agents whose first columns are somebody's sink."""
-        first = {self.ancestors(agent.name)[0] for agent in self.agents if agent.senders}
+        first = {names[0] for agent in self.agents if (names := self.attended(agent.name))}
         return tuple(agent.name for agent in self.agents if agent.name in first)
-
-    @property
-    def moves(self) -> bool:
-        """Whether an agent attends to columns elsewhere than where their writer stood."""
-        return any(a.senders and (self.handover != "full" or len(a.senders) > 1) for a in self.agents)
 
     @property
     def prompts(self) -> dict[str, Mapping[str, str]]:
@@ -206,11 +273,19 @@ class Topology:
             | ({} if a.prompt is None else {"prompt": dict(a.prompt)})
             | ({"chat_template_kwargs": dict(a.chat_template_kwargs)} if a.chat_template_kwargs else {})
             | ({"adapter": a.adapter} if a.adapter else {})
+            | ({"bridges": list(a.bridges)} if a.bridges else {})
+            | ({"model": a.model} if a.model else {})
             for a in self.agents
         ]
-        whole = {"name": self.name, "handover": self.handover, "handover_sink": self.handover_sink, "agents": agents}
+        whole: dict[str, Any] = {
+            "name": self.name,
+            "handover": self.handover,
+            "handover_sink": self.handover_sink,
+            "agents": agents,
+        }
         options = {name: dict(options) for name, options in self.adapter_options.items()}
-        return whole | {"adapters": self.adapters, "adapter_options": options}
+        whole |= {"adapters": self.adapters, "adapter_options": options}
+        return whole | ({"models": {n: dict(o) for n, o in self.models.items()}} if self.models else {})
 
     @classmethod
     def from_dict(
@@ -222,79 +297,29 @@ class Topology:
     ) -> Topology:
         """From the YAML form.
 
-        `{name, handover, handover_sink, adapters, agents: [{name, receives, role or prompt or fields, adapter}]}`.
+        `{name, handover, handover_sink, models, adapters, agents: [{name, receives, role or prompt or fields, adapter,
+        model}]}`. `bridges` beside `receives` names those among them whose hidden states the agent reads.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
         `chat_template_kwargs`, a mapping. `adapters` is "shared", "per_role", or a mapping of adapters that agents name
-        to `{path, train}`.
+        to `{path, train}`. `models` is a mapping of models that agents name to `{model_name_or_path, gguf_file, dtype,
+        quantization, random_weights}`; those that are the same in all of these are one model.
         """
-        if not isinstance(data, Mapping) or not isinstance(data.get("agents"), list):
-            raise TopologyError(f"agents is missing; allowed: a list of {{{', '.join(_KEYS)}}}")
-        _check_keys("the topology", data, _TOPOLOGY_KEYS)
-        agents = []
-        for entry in data["agents"]:
-            if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
-                raise TopologyError(f"agent is {entry!r}; allowed: {{{', '.join(_KEYS)}}} with a string name")
-            _check_keys(f"agent {entry['name']}", entry, _KEYS)
-            receives, role = entry.get("receives") or [], entry.get("role") or ""
-            if not isinstance(receives, list) or not all(isinstance(sender, str) for sender in receives):
-                raise TopologyError(f"receives of agent {entry['name']} is {receives!r}; allowed: a list of names")
-            if not isinstance(role, str):
-                raise TopologyError(f"role of agent {entry['name']} is {role!r}; allowed: the name of a role")
-            if not isinstance(adapter := entry.get("adapter") or "", str):
-                raise TopologyError(f"adapter of agent {entry['name']} is {adapter!r}; allowed: a name, or {NONE}")
-            agents.append(Agent(entry["name"], tuple(receives), role, _prompt(entry), _options(entry), adapter))
+        models = model_options(data.get("models") or {}) if isinstance(data, Mapping) else {}
+        agents = tuple(Agent(**entry) for entry in agent_entries(data, models))
         if not isinstance(name := data.get("name", "custom"), str):
             raise TopologyError(f"name is {name!r}; allowed: a string")
         sink = data.get("handover_sink", 0) if handover_sink is None else handover_sink
         kept, options = data.get("adapters", "shared"), data.get("adapter_options") or {}
         if isinstance(kept, Mapping):
             kept, options = "shared", kept
-        options = _adapter_options(options)
-        return cls(name, tuple(agents), handover or data.get("handover", "full"), sink, adapters or kept, options)
-
-
-def _adapter_options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, options in given.items():
-        if not isinstance(options := options or {}, Mapping):
-            raise TopologyError(f"adapter {name} is {options!r}; allowed: {{{', '.join(_ADAPTER_KEYS)}}}")
-        _check_keys(f"adapter {name}", options, _ADAPTER_KEYS)
-        if not isinstance(options.get("train", True), bool):
-            raise TopologyError(f"train of adapter {name} is {options['train']!r}; allowed: true or false")
-        if not isinstance(options.get("path", ""), str):
-            raise TopologyError(f"path of adapter {name} is {options['path']!r}; allowed: a folder")
-        found[name] = dict(options)
-    return found
-
-
-def _prompt(entry: Mapping[str, Any]) -> dict[str, str] | None:
-    prompt, fields, name = entry.get("prompt"), entry.get("fields"), entry["name"]
-    if fields is not None and not (isinstance(fields, list) and fields and all(isinstance(f, str) for f in fields)):
-        raise TopologyError(f"fields of agent {name} is {fields!r}; allowed: a list of names of an item's fields")
-    if prompt is None:
-        return None if fields is None else {"user": "\n".join(f"{{{field}}}" for field in fields)}
-    prompt = {"user": prompt} if isinstance(prompt, str) else prompt
-    try:
-        named = template_fields(prompt, f"prompt of agent {name}")
-    except ValueError as error:
-        raise TopologyError(str(error)) from None
-    if fields is not None and (unseen := [field for field in named if field not in fields]):
-        raise TopologyError(f"prompt of agent {name} names {unseen}, which it does not see; allowed: {fields}")
-    return dict(prompt)
-
-
-def _options(entry: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return parse_kwargs(entry.get("chat_template_kwargs"), f"chat_template_kwargs of agent {entry['name']}")
-    except ValueError as error:
-        raise TopologyError(str(error)) from None
-
-
-def _check_keys(what: str, entry: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    if unknown := [key for key in entry if key not in allowed]:
-        raise TopologyError(f"{what} has unknown keys {unknown}; allowed: {', '.join(allowed)}")
+        options = adapter_options(options)
+        named = dict.fromkeys(agent.model for agent in agents if agent.model)
+        merged = [n for n in models if n not in named and models[n] in [models.get(name) for name in named]]
+        models = {name: options for name, options in models.items() if name not in merged}
+        said = handover or data.get("handover") or ""
+        return cls(name, agents, said, sink, adapters or kept, options, models)
 
 
 def _check_names(agents: tuple[Agent, ...]) -> None:
@@ -308,6 +333,9 @@ def _check_names(agents: tuple[Agent, ...]) -> None:
             raise TopologyError(f"agent {agent.name} receives from unknown {unknown}; allowed: {', '.join(names)}")
         if len(set(agent.senders)) < len(agent.senders):
             raise TopologyError(f"agent {agent.name} receives from the same agent twice: {list(agent.senders)}")
+        if unknown := [s for s in agent.bridges if s not in agent.senders]:
+            allowed = ", ".join(agent.senders) or "none, it receives from nobody"
+            raise TopologyError(f"bridges of agent {agent.name} has {unknown}; allowed: {allowed}")
 
 
 def _sort(agents: tuple[Agent, ...]) -> list[Agent]:
@@ -344,6 +372,12 @@ TOPOLOGIES = {
         (Agent("planner"), Agent("critic"), Agent("refiner"), Agent("solver", ("planner", "critic", "refiner"))),
     ),
     "relay": Topology("relay", _chain("sender", "solver"), "latent"),
+    # A sender of another model than the solver's, which is the one that is given.
+    "two_models": Topology(
+        "two_models",
+        (Agent("sender", model="other"), Agent("solver", ("sender",))),
+        models={"other": {"model_name_or_path": "embedded-llama"}},
+    ),
     "senders": Topology(
         "senders", (Agent("sender"), Agent("second_sender"), Agent("solver", ("sender", "second_sender")))
     ),
@@ -352,8 +386,12 @@ TOPOLOGIES = {
 
 
 def alone(topology: Topology) -> Topology:
-    """The one agent that a team is compared with; of a topology of one agent, that agent itself."""
-    return topology if len(topology.agents) == 1 else TOPOLOGIES["single"]
+    """The one agent that a team is compared with, on the last one's model; of a topology of one agent, that itself."""
+    single, model = TOPOLOGIES["single"], topology.last.model
+    if len(topology.agents) == 1:
+        return topology
+    models = {name: options for name, options in topology.models.items() if name == model}
+    return replace(single, agents=(replace(single.last, model=model),), models=models)
 
 
 def load_topology(

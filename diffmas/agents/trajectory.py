@@ -1,21 +1,23 @@
 """The trajectory of DiffMAS (arXiv 2604.21794): agents read, think in latent steps, and hand their traces over.
 
 Every agent reads its prompt behind what its senders handed over, then takes m latent steps: its last hidden state,
-aligned and rescaled, is its next input. The last agent takes none: it answers. Nothing here knows how latent steps are
-executed (:data:`~diffmas.agents.latent_rollouts.LatentRollout`), how answers are decoded, or what is reported.
+aligned and rescaled, is its next input. The last agent takes none: it answers. Senders hand over their traces, or over
+a bridge their hidden states, which the receiver reads. Nothing here knows how latent steps are executed
+(:data:`~diffmas.agents.latent_rollouts.LatentRollout`), how answers are decoded, or what is reported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import index
 
 import torch
 from torch import Tensor
 
+from diffmas.agents.bridges import Bridges
 from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
 from diffmas.models.adapters import WithAdapter
@@ -31,11 +33,21 @@ class AgentState:
     """The trace an agent writes, and where in it each agent's segment stands.
 
     `segments[name]`: per row, the columns `begin … prompt_end` of the prompt part and `prompt_end … end` of the
-    latent part.
+    latent part; what was read over bridges is the beginning of the former.
+    `states[name]`: the hidden states of an agent's latent steps `[batch, m, hidden]`, where it hands them over.
     """
 
     trace: KVTrace
     segments: dict[str, tuple[list[int], list[int], list[int]]]
+    states: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class HandedOver:
+    """What an agent gets of its senders: their columns in its trace, and of each bridge states `[batch, m, hidden]`."""
+
+    trace: KVTrace
+    states: list[Tensor]
 
 
 @dataclass
@@ -43,16 +55,19 @@ class Trajectory:
     """Who reads what, behind whose trace.
 
     Args:
-        model: what the agents run on.
+        model: what the agents run on; where they run on several, what the last one does.
         topology: who hands over to whom, and what.
         latent_steps: m ≥ 0, for every agent but the last.
         detach_trace: cut the gradient at every hand-over; only the last agent's own forward is differentiated.
         latent_rollout: how latent steps are executed.
         allocate: makes traces, as :meth:`KVTrace.allocate` does.
+        bridges: by sender and receiver, of every hand-over of hidden states.
+        others: the other models, by the names that the topology has for them.
 
     Raises:
-        ValueError: `latent_steps` below 0, or a sink whose size is still to be found.
-        UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all.
+        ValueError: `latent_steps` below 0, or 0 with bridges; a sink whose size is still to be found.
+        UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all, or
+            that hands the trace of one model over to another.
     """
 
     model: AgentModel
@@ -61,40 +76,68 @@ class Trajectory:
     detach_trace: bool = False
     latent_rollout: LatentRollout = step_by_step
     allocate: Callable[..., KVTrace] = KVTrace.allocate
+    bridges: Bridges | None = None
+    others: Mapping[str, AgentModel] = field(default_factory=dict)
     #: The first tokens of agents whose columns are handed over as a sink; None once they were seen to differ.
     _sinks: dict[str, Tensor] | None = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self):
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
+        if self.topology.bridge_edges and self.latent_steps == 0:
+            raise ValueError(
+                f"latent_steps is 0, and topology {self.topology.name!r} hands over the hidden states of latent steps; "
+                "allowed: integers ≥ 1"
+            )
         self._sink = self.topology.sink_columns
         # One adapter of all agents that name none is whichever is active.
         named = self.topology.agents if self.topology.names_adapters else ()
-        self._models = {agent.name: self.model.with_adapter(self.topology.adapter_of(agent)) for agent in named}
-        if (why := self.model.immovable) is not None and self.topology.moves:
-            raise UnsupportedModelError(
-                f"model {type(self.model.language_model).__name__}: its keys cannot be moved, in {why}; topology "
-                f"{self.topology.name!r} with handover {self.topology.handover!r} moves them; allowed: handover 'full' "
-                "and at most one sender an agent"
-            )
-        if self.model.recurrent:
-            self._check_recurrent()
+        self._models = {agent.name: self._base(agent).with_adapter(self.topology.adapter_of(agent)) for agent in named}
+        for agent in self.topology.agents:
+            self._check_received(agent)
 
-    def _check_recurrent(self) -> None:
-        """Raise where the states of recurrent layers would have to be anything but continued."""
-        merging = [agent.name for agent in self.topology.agents[1:] if self.topology.continues(agent) is None]
-        if not merging:
+    def _base(self, agent: Agent) -> AgentModel:
+        """What the agent runs on, whatever its adapter."""
+        return self.others.get(self.topology.model_of(agent), self.model)
+
+    @property
+    def models(self) -> dict[str, AgentModel]:
+        """All models that agents run on, by the topology's names for them, the last agent's first."""
+        return {name: self.others.get(name, self.model) for name in self.topology.model_names}
+
+    def _check_received(self, agent: Agent) -> None:
+        """Raise where the agent's model cannot attend to what its senders hand over."""
+        topology, model, senders = self.topology, self._base(agent), self.topology.sharing(agent)
+        for sender in (other for other in topology.agents if other.name in senders):
+            if (own := topology.model_of(agent)) != (other := topology.model_of(sender)):
+                sizes = f"{self._base(sender).outline} there, {model.outline} here"
+                raise UnsupportedModelError(
+                    f"handover is {topology.handover!r} from agent {sender.name} to agent {agent.name}, and keys and "
+                    f"values of model {other} mean nothing to model {own} ({sizes}); allowed: bridge"
+                )
+        if not senders or topology.continues(agent) is not None:
             return
-        latent = self.topology.handover == "latent"
-        task = "leave out the prompts (handover 'latent')" if latent else f"merge those agent {merging[-1]} receives"
-        raise UnsupportedModelError(
-            f"model {type(self.model.language_model).__name__} has recurrent layers ({self.model.recurrent}): their "
-            f"state can only be continued; topology {self.topology.name!r} would have to {task}; allowed: a chain of "
-            "agents with handover 'full'"
-        )
+        kind, team = type(model.language_model).__name__, f"topology {topology.name!r}"
+        if model.recurrent:
+            task = f"merge those agent {agent.name} receives"
+            if topology.handover == "latent":
+                task = "leave out the prompts (handover 'latent')"
+            raise UnsupportedModelError(
+                f"model {kind} has recurrent layers ({model.recurrent}): their state can only be continued; {team} "
+                f"would have to {task}; allowed: a chain of agents with handover 'full'"
+            )
+        if model.immovable is not None and (topology.handover == "latent" or len(senders) > 1):
+            raise UnsupportedModelError(
+                f"model {kind}: its keys cannot be moved, in {model.immovable}; {team} with handover "
+                f"{topology.handover!r} moves them; allowed: handover 'full' and at most one sender an agent"
+            )
 
     def communicate(
-        self, prompt_ids: Sequence[Tensor], prompt_lengths: Sequence[Lengths], reserve: Lengths | None = None
+        self,
+        prompt_ids: Sequence[Tensor],
+        prompt_lengths: Sequence[Lengths],
+        reserve: Lengths | None = None,
+        control: Callable[[HandedOver], HandedOver] | None = None,
     ) -> AgentState:
         """Run every agent but the last; what the last one attends to, before its own prompt.
 
@@ -102,6 +145,7 @@ class Trajectory:
             prompt_ids: per agent in the order of the topology, int64 `[tokens]`, the rows' prompts packed.
             prompt_lengths: per agent, the rows' prompt lengths, each ≥ 1.
             reserve: columns a row to leave room for behind the last prompt; None lets the trace grow.
+            control: what the last agent gets instead of what it was handed.
 
         Raises:
             ValueError: prompts that do not fit the agents, or each other, named.
@@ -115,27 +159,54 @@ class Trajectory:
         for agent, ids in zip(agents[:-1], prompt_ids[:-1], strict=True):
             with torch.no_grad() if self.detach_trace else contextlib.nullcontext():
                 state = self._receive(agent, states, lengths, reserve)
-                self._write(agent, state, ids, lengths[agent.name])
+                self._write(agent, state, ids, lengths[agent.name], states)
             states[agent.name] = state
         received = self._receive(agents[-1], states, lengths, reserve)
+        handed = HandedOver(received.trace, self._handed_to(agents[-1], states))
+        if control is not None:
+            handed = control(handed)
+            received.trace = handed.trace
         if self.detach_trace:
             received.trace.detach_()
+        self._cross(agents[-1], received.trace, handed.states)
         return received
 
     def model_of(self, agent: Agent) -> AgentModel | WithAdapter:
-        """The model, with calls that run with the agent's adapter."""
-        return self._models.get(agent.name, self.model)
+        """What the agent runs on, with calls that run with its adapter."""
+        return self._models.get(agent.name) or self._base(agent)
 
-    def _write(self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths) -> None:
-        """The agent reads its prompt and thinks: both are behind what its trace held."""
-        trace = state.trace
+    def _write(
+        self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths, others: dict[str, AgentState]
+    ) -> None:
+        """The agent reads what came over bridges and its prompt, and thinks: all behind what its trace held."""
+        trace, written = state.trace, None
         begin = trace.host_lengths
         model = self.model_of(agent)
+        self._cross(agent, trace, self._handed_to(agent, others))
         hidden = model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
         prompt_end = trace.host_lengths
         if self.latent_steps:
-            self.latent_rollout(model, self.latent_steps, trace, hidden)
+            written = self.latent_rollout(model, self.latent_steps, trace, hidden)
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
+        if any(agent.name == sender for sender, _ in self.topology.bridge_edges):
+            state.states[agent.name] = torch.stack(list(written), 1)
+
+    def _handed_to(self, agent: Agent, states: dict[str, AgentState]) -> list[Tensor]:
+        """Over bridges, sender by sender: `[batch, m, hidden]`."""
+        return [states[sender].states[sender] for sender in self.topology.bridged(agent)]
+
+    def _cross(self, agent: Agent, trace: KVTrace, handed: Sequence[Tensor]) -> None:
+        """The agent reads what was `handed` to it over bridges, the senders' states one after the other."""
+        if not handed:
+            return
+        bridges = (self.bridges[sender, agent.name] for sender in self.topology.bridged(agent))
+        read = [bridge(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for bridge, x in zip(bridges, handed, strict=True)]
+        inputs = torch.cat(read, 1)
+        rows, count, _ = inputs.shape
+        # Only its keys and values go on.
+        outputs = [(count - 1, count)] * rows
+        model = self.model_of(agent)
+        model.read(trace, [count] * rows, inputs_embeds=inputs.flatten(0, 1), outputs=outputs, latent=False)
 
     def _receive(
         self, agent: Agent, states: dict[str, AgentState], lengths: dict[str, Lengths], reserve: Lengths | None
@@ -145,8 +216,8 @@ class Trajectory:
             return states[sender]
         segments, located = [], {}
         length = [0] * len(lengths[agent.name])
-        for name in self.topology.ancestors(agent.name):
-            holder = next(states[s] for s in agent.senders if name in states[s].segments)
+        for name in self.topology.attended(agent.name):
+            holder = next(states[s] for s in self.topology.sharing(agent) if name in states[s].segments)
             if self._sink and not segments:
                 # Every trace begins with a sink: its writer's own first tokens, or the one that was received.
                 segments.append(Segment(holder.trace, length, [self._sink] * len(length)))
@@ -158,11 +229,12 @@ class Trajectory:
             located[name] = tuple([x + by for x, by in zip(xs, moved, strict=True)] for xs in (begin, prompt_end, end))
             length = located[name][2]
         capacity = max(x + more for x, more in zip(length, self._room(agent, lengths, reserve), strict=True))
-        options = dict(capacity=capacity, grow=reserve is None, backend=self.model.backend)
+        model = self._base(agent)
+        options = dict(capacity=capacity, grow=reserve is None, backend=model.backend)
         if segments:
-            trace = kv_concat(segments, rotary=self.model.rotaries, allocate=self.allocate, **options)
+            trace = kv_concat(segments, rotary=model.rotaries, allocate=self.allocate, **options)
         else:
-            trace = self.allocate(batch=len(length), **self.model.trace_sizes, **options)
+            trace = self.allocate(batch=len(length), **model.trace_sizes, **options)
         return AgentState(trace, located)
 
     def _compare_sinks(self, prompt_ids: Sequence[Tensor], lengths: dict[str, Lengths]) -> None:
@@ -181,7 +253,8 @@ class Trajectory:
 
     def _room(self, agent: Agent, lengths: dict[str, Lengths], reserve: Lengths | None) -> list[int]:
         """Columns a row that `agent`, and those who go on writing its trace, will add."""
-        own = list(lengths[agent.name])
+        bridged = self.latent_steps * len(self.topology.bridged(agent))
+        own = [bridged + n for n in lengths[agent.name]]
         if agent is self.topology.last:
             return own if reserve is None else [n + more for n, more in zip(own, reserve, strict=True)]
         own = [n + self.latent_steps for n in own]

@@ -22,7 +22,7 @@ class AblateArguments:
     agents: str | None = field(default=None, metadata={"help": "Agents kept: the first ones and the last, e.g. 1,2,4."})
     lora_r: str | None = field(default=None, metadata={"help": "Ranks of the adapter."})
     detach_trace: str | None = field(default=None, metadata={"help": "false,true."})
-    handover: str | None = field(default=None, metadata={"help": "full,latent."})
+    handover: str | None = field(default=None, metadata={"help": "full,latent,bridge."})
     handover_sink: str | None = field(default=None, metadata={"help": "0,1,auto."})
     adapters: str | None = field(default=None, metadata={"help": "shared,per_role."})
     alignment: str | None = field(default=None, metadata={"help": "identity,ridge,learned,soft."})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from diffmas.agents.topology import Topology
+from diffmas.agents.topology import Agent, Topology
 from diffmas.command_line import integers
 from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
 from diffmas.models.alignment import ALIGNMENTS
@@ -66,12 +66,19 @@ def first_agents(topology: Topology, count: int) -> Topology:
         raise ValueError(f"agents is {count}; allowed: 1 to {len(topology.agents)}, the agents of {topology.name}")
     kept = [*topology.agents[: count - 1], topology.last]
     names = {agent.name for agent in kept}
-    senders = {agent.name: agent.senders for agent in topology.agents}
+    all_agents = {agent.name: agent for agent in topology.agents}
 
-    def reach(name: str) -> list[str]:
-        return [name] if name in names else [kept for sender in senders[name] for kept in reach(sender)]
+    def reach(agent: Agent) -> dict[str, bool]:
+        """Kept agents that it receives from in the end, and whether over a bridge on the way."""
+        found: dict[str, bool] = {}
+        for sender in agent.senders:
+            over = sender in topology.bridged(agent)
+            behind = {sender: False} if sender in names else reach(all_agents[sender])
+            found |= {name: over or crossed or found.get(name, False) for name, crossed in behind.items()}
+        return found
 
-    agents = [
-        replace(agent, senders=tuple(dict.fromkeys(s for name in agent.senders for s in reach(name)))) for agent in kept
-    ]
+    agents = []
+    for agent in kept:
+        found = reach(agent)
+        agents.append(replace(agent, senders=tuple(found), bridges=tuple(n for n, over in found.items() if over)))
     return topology.with_agents(agents)

@@ -32,7 +32,8 @@ from diffmas.models.pretrained import load_tokenizer
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line
 from diffmas.runs.description import read_description
-from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, adapter_folder
+from diffmas.runs.files import ADAPTER_FILE, SUMMARY_FILE, SYSTEM_FILE, all_adapter_folders
+from diffmas.runs.models import sources
 from diffmas.runs.weights import load_weights
 from diffmas.serving.options import OWN
 from diffmas.support.atomic import write_atomically
@@ -92,7 +93,8 @@ class Settings:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model, before it is loaded."""
-        return load_tokenizer(self.system.model_name_or_path, self.system.gguf_file)
+        source = sources(self.system, self.topology)[self.topology.model_names[0]]
+        return load_tokenizer(source["model_name_or_path"], source["gguf_file"])
 
     def topology_of(self, method: Method) -> Topology:
         """The topology of a method.
@@ -386,8 +388,8 @@ def _file_name(name: str) -> str:
 
 def _digest(run: str | Path) -> str:
     """Of all adapters of a run."""
-    names = Topology.from_dict(read_description(run)["topology"]).adapter_names
-    kept = (adapter_folder(run, name) / ADAPTER_FILE for name in names)
+    folders = all_adapter_folders(run, Topology.from_dict(read_description(run)["topology"]))
+    kept = (folder / ADAPTER_FILE for folder in folders)
     return hashlib.sha256(b"".join(path.read_bytes() for path in kept)).hexdigest()
 
 

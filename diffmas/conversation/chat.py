@@ -15,9 +15,10 @@ from diffmas.conversation.settings import ChatArguments
 from diffmas.evaluation.inspection import Inspection, inspect
 from diffmas.generation import Decoding
 from diffmas.loading import load_run
-from diffmas.models.pretrained import load_base
 from diffmas.prompts import Prompts
 from diffmas.prompts.shortened import cut_line, cut_summary
+from diffmas.runs.models import load_bases
+from diffmas.runs.settings import SystemArguments
 from diffmas.support.text_file import check_characters
 from diffmas.system import MultiAgentSystem
 from diffmas.tasks import TaskArguments, as_asked, load_task
@@ -34,7 +35,8 @@ class Chat:
         self, system: MultiAgentSystem, tokenizer: PreTrainedTokenizerBase, prompts: Prompts, decoding: Decoding
     ):
         self.system, self.tokenizer, self.decoding = system, tokenizer, decoding
-        self._prompts, self._collator = prompts, Collator(system.topology, prompts, tokenizer)
+        self._prompts = prompts
+        self._collator = Collator(system.topology, prompts, tokenizer, system.other_tokenizers)
         self.fields = list(dict.fromkeys(f for a in system.topology.agents for f in prompts.fields(a.role)))
 
     def answer(self, item: dict[str, str]) -> Iterator[str]:
@@ -69,9 +71,11 @@ def load(args: ChatArguments) -> Chat:
         prompts = as_asked(Prompts.load(args.prompts), run.task) if args.prompts else system.prompts
     else:
         topology = load_topology(args.topology or ("sequential" if args.model_name_or_path else "relay"))
-        model, tokenizer = load_base(args.model_name_or_path, gguf_file=args.gguf_file)
+        given = SystemArguments(args.model_name_or_path, args.gguf_file)
+        models, tokenizers = load_bases(given, topology)
+        tokenizer = tokenizers[topology.model_names[0]]
         steps = 10 if args.latent_steps is None else args.latent_steps
-        system = MultiAgentSystem(model, topology, latent_steps=steps, alignment="ridge")
+        system = MultiAgentSystem(models, topology, tokenizer=tokenizers, latent_steps=steps, alignment="ridge")
         # What the embedded base knows, where it has prompts for all of these agents.
         relay = load_task(TaskArguments()).prompts if args.model_name_or_path is None else Prompts({})
         own = all(relay.has(agent.role) for agent in topology.agents)

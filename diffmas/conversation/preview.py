@@ -17,6 +17,7 @@ from diffmas.models.pretrained import load_tokenizer
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import known, read_description
+from diffmas.runs.models import sources
 from diffmas.runs.settings import SystemArguments
 from diffmas.tasks import Item, TaskArguments, load_task
 
@@ -60,9 +61,13 @@ def show(args: ShowArguments, flags: Sequence[str], prog: str) -> int:
     if not 0 <= args.index < len(items):
         allowed = f"0 to {len(items) - 1}, the {args.split} items of {task.name}"
         raise ValueError(f"index is {args.index}; allowed: {allowed}")
-    tokenizer = load_tokenizer(system.model_name_or_path, system.gguf_file)
+    tokenizers = {
+        name: load_tokenizer(source["model_name_or_path"], source["gguf_file"])
+        for name, source in sources(system, topology).items()
+    }
+    tokenizer = tokenizers[topology.model_names[0]]
     print_date(tokenizer, prompts.date)
-    collator = Collator(topology, prompts, tokenizer)
+    collator = Collator(topology, prompts, tokenizer, tokenizers)
     console = Console(highlight=False, soft_wrap=True)
     for line in preview(collator, items[args.index], system.latent_steps):
         console.print(line)
@@ -82,9 +87,10 @@ def preview(collator: Collator, item: Item, latent_steps: int) -> Iterator[Text]
     for agent, ids in zip(topology.agents, batch["prompt_ids"], strict=True):
         roles = ", ".join(message["role"] for message in collator.prompts.messages(agent.role, item))
         yield Text()
-        yield _heading(f"{agent.name} reads", ids.tolist(), tokenizer, f"role {agent.role}; messages: {roles}")
+        own = collator.tokenizer_of(agent)
+        yield _heading(f"{agent.name} reads", ids.tolist(), own, f"role {agent.role}; messages: {roles}")
         yield Text(_received(topology, agent, latent_steps), "dim")
-        yield tokens_shown(ids.tolist(), tokenizer)
+        yield tokens_shown(ids.tolist(), own)
     yield Text()
     taught = batch["answer_ids"].tolist()
     yield _heading(f"{topology.last.name} is taught", taught, tokenizer)
@@ -116,15 +122,17 @@ def _heading(what: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, 
 
 
 def _received(topology: Topology, agent: Agent, latent_steps: int) -> str:
-    senders = topology.ancestors(agent.name)
-    if not senders:
-        return "behind nothing"
-    prompt = "prompt and " if topology.handover == "full" else ""
-    steps = f"{prompt}{latent_steps} latent steps of {', '.join(senders)}"
-    if topology.handover == "full" or not (sink := topology.handover_sink):
-        return f"behind {steps}"
-    count = "as many of the first tokens as the model rests on" if sink == AUTO else f"the first {sink} tokens"
-    return f"behind {count} of {senders[0]}, then {steps}"
+    senders, bridged = topology.attended(agent.name), topology.bridged(agent)
+    behind = []
+    if senders:
+        full = topology.handover == "full"
+        if not full and (sink := topology.handover_sink):
+            count = "as many of the first tokens as the model rests on" if sink == AUTO else f"the first {sink} tokens"
+            behind.append(f"{count} of {senders[0]}")
+        behind.append(f"{'prompt and ' if full else ''}{latent_steps} latent steps of {', '.join(senders)}")
+    if bridged:
+        behind.append(f"{latent_steps} hidden states each of {', '.join(bridged)}")
+    return f"behind {', then '.join(behind) or 'nothing'}"
 
 
 def _control(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
 from diffmas.conversation.chat import Chat, load
 from diffmas.conversation.settings import ChatArguments
 from diffmas.evaluation.inspection import Inspection
 from diffmas.support.launch import check_alone
 from diffmas.support.text_file import check_characters
+from diffmas.system import MultiAgentSystem
 
 
 def talk(args: ChatArguments) -> int:
@@ -99,7 +99,7 @@ def _show(chat: Chat, item: dict[str, str], console: Console, args: ChatArgument
         found = chat.inspect()
         console.print(_parts_table(found))
         if found.steps:
-            console.print(_steps_table(found, chat.tokenizer))
+            console.print(_steps_table(found, chat.system))
 
 
 def _parts_table(found: Inspection) -> Table:
@@ -115,7 +115,9 @@ def _parts_table(found: Inspection) -> Table:
     return table
 
 
-def _steps_table(found: Inspection, tokenizer: PreTrainedTokenizerBase) -> Table:
+def _steps_table(found: Inspection, system: MultiAgentSystem) -> Table:
+    """In the words of the model that thought them."""
+    tokenizers = {agent.name: system.tokenizer_of(agent) for agent in system.topology.agents}
     table = Table(title="Latent steps as tokens", title_justify="left")
     table.add_column("agent")
     table.add_column("step", justify="right")
@@ -123,7 +125,7 @@ def _steps_table(found: Inspection, tokenizer: PreTrainedTokenizerBase) -> Table
     table.add_column("nearest embeddings (cosine)")
     for step in found.steps:
         said, nearest = (
-            escape(" ".join(f"{tokenizer.decode([token])!r} {value:{style}}" for token, value in pairs))
+            escape(" ".join(f"{tokenizers[step.agent].decode([token])!r} {value:{style}}" for token, value in pairs))
             for pairs, style in ((step.said, ".0%"), (step.nearest, ".2f"))
         )
         table.add_row(escape(step.agent) if step.step == 1 else "", str(step.step), said, nearest)

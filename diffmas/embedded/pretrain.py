@@ -1,4 +1,4 @@
-"""Pre-train the embedded base: ``python -m diffmas.embedded.pretrain --output DIR``.
+"""Pre-train an embedded base: ``python -m diffmas.embedded.pretrain --architecture qwen3 --output DIR``.
 
 The corpus is text in the chat format, drawn on the fly: evidence in the user's turn, then either values spelled out in
 any order, or a question answered at once; further questions follow alone. Spelling out (`` B 12``) asks for a value
@@ -10,14 +10,22 @@ import argparse
 import math
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from diffmas.embedded.tokenizer import ASSISTANT, END, NUMBERS, USER, build_tokenizer
+from diffmas.embedded.tokenizer import LLAMA, NUMBERS, QWEN3, Dialect, build_tokenizer
 from diffmas.prompts import Prompts
 from diffmas.support.valid_json import to_json
 from diffmas.tasks import relay
@@ -25,14 +33,22 @@ from diffmas.tasks import relay
 PROMPTS = Prompts.load(Path(relay.__file__).with_suffix(".yaml"))
 VALUES = 16
 QUESTIONS = 8
+#: Bases by their architecture: tokenizer, classes, and sizes in which they differ.
+BASES: dict[str, tuple[Dialect, type, type[PreTrainedModel], dict]] = {
+    "qwen3": (QWEN3, Qwen3Config, Qwen3ForCausalLM, {}),
+    "llama": (
+        LLAMA, LlamaConfig, LlamaForCausalLM,
+        {"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 144, "tie_word_embeddings": False},
+    ),
+}  # fmt: skip
 
 
-def turn(role: str, row: dict[str, str], answer: str) -> str:
+def turn(role: str, row: dict[str, str], answer: str, dialect: Dialect) -> str:
     """A question and its answer as the chat template writes them."""
-    return f"{USER}{PROMPTS.messages(role, row)[-1]['content']}{ASSISTANT}{answer}{END}"
+    return f"{dialect.user}{PROMPTS.messages(role, row)[-1]['content']}{dialect.assistant}{answer}{dialect.end}"
 
 
-def conversation(rng: random.Random) -> str:
+def conversation(rng: random.Random, dialect: Dialect = QWEN3) -> str:
     """Evidence over 2 … 16 slots in any order, and all that is asked about it."""
     slots = rng.sample(relay.SLOTS, rng.randint(2, len(relay.SLOTS)))
     if rng.random() < 0.5:
@@ -40,16 +56,16 @@ def conversation(rng: random.Random) -> str:
     row = relay.make_row(rng, slots, VALUES)
     pairs = [pair.groups() for pair in relay.PAIR.finditer(row["evidence"])]
     if rng.random() < 0.5:
-        text = turn("single", row, row["answer"])
+        text = turn("single", row, row["answer"], dialect)
     else:
-        text = turn("sender", row, "".join(f" {slot} {value}" for slot, value in rng.choices(pairs, k=12)))
+        text = turn("sender", row, "".join(f" {slot} {value}" for slot, value in rng.choices(pairs, k=12)), dialect)
     for _ in range(QUESTIONS):
         slot, value = rng.choice(pairs)
-        text += turn("solver", {"question": relay.question(slot)}, value)
+        text += turn("solver", {"question": relay.question(slot)}, value, dialect)
     return text
 
 
-def make_model(tokenizer: PreTrainedTokenizerBase, **overrides) -> Qwen3ForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerBase, architecture: str = "qwen3", **overrides) -> PreTrainedModel:
     """An untrained base, float32."""
     shape = {
         "hidden_size": 64,
@@ -59,22 +75,30 @@ def make_model(tokenizer: PreTrainedTokenizerBase, **overrides) -> Qwen3ForCausa
         "head_dim": 64,
         "intermediate_size": 192,
         "initializer_range": 0.05,
+        "tie_word_embeddings": True,
     }
-    return Qwen3ForCausalLM(
-        Qwen3Config(
+    _, configuration, kind, sizes = BASES[architecture]
+    return kind(
+        configuration(
             vocab_size=len(tokenizer),
-            tie_word_embeddings=True,
             max_position_embeddings=4096,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **shape | overrides,
+            **shape | sizes | overrides,
         )
     )
 
 
 def pretrain(
-    model, tokenizer, steps: int, batch: int, learning_rate: float, rng: random.Random, draw=conversation
+    model,
+    tokenizer,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    rng: random.Random,
+    draw=conversation,
+    dialect: Dialect = QWEN3,
 ) -> dict[str, float]:
     """Train in place on the assistant's tokens of texts that `draw(rng)` gives.
 
@@ -84,7 +108,7 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / 30, math.sin(math.pi / 2 * min(1.0, 3 * (1 - step / steps))))
     )
-    assistant, end = tokenizer.convert_tokens_to_ids([ASSISTANT, END])
+    assistant, end = tokenizer.convert_tokens_to_ids([dialect.assistant, dialect.end])
     answers = torch.tensor(tokenizer.convert_tokens_to_ids(list(NUMBERS)))
     state = {"loss": 0.0, "accuracy": 0.0}
     with Progress() as progress:
@@ -116,6 +140,7 @@ def pretrain(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write model and tokenizer to")
+    parser.add_argument("--architecture", choices=BASES, default="qwen3", help="which of the bases")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
@@ -125,14 +150,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     began = time.perf_counter()
-    tokenizer = build_tokenizer()
-    model = make_model(tokenizer)
-    state = pretrain(model, tokenizer, args.steps, args.batch, args.learning_rate, random.Random(args.seed))
+    dialect = BASES[args.architecture][0]
+    tokenizer = build_tokenizer(dialect)
+    model = make_model(tokenizer, args.architecture)
+    draw = partial(conversation, dialect=dialect)
+    state = pretrain(
+        model, tokenizer, args.steps, args.batch, args.learning_rate, random.Random(args.seed), draw, dialect
+    )
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output, save_jinja_files=False)
     made = {
-        "command": f"python -m diffmas.embedded.pretrain --output {args.output.name} --steps {args.steps} --batch "
-        f"{args.batch} --learning-rate {args.learning_rate} --seed {args.seed} --threads {args.threads}",
+        "command": f"python -m diffmas.embedded.pretrain --architecture {args.architecture} "
+        f"--output {args.output.name} --steps {args.steps} --batch {args.batch} "
+        f"--learning-rate {args.learning_rate} --seed {args.seed} --threads {args.threads}",
         "parameters": model.num_parameters(),
         **{name: round(value, 4) for name, value in state.items()},
         "seconds": round(time.perf_counter() - began),

@@ -39,8 +39,9 @@ def progress_bar(show: bool) -> Progress | Lines:
 @contextlib.contextmanager
 def evaluating(system: MultiAgentSystem, *, adapter: bool) -> Iterator[None]:
     """In evaluation mode and without gradients; without the adapter too where `adapter` is False."""
-    without = contextlib.nullcontext() if adapter else without_adapters(system.agent_model.model)
-    with evaluation_mode(system), torch.no_grad(), without:
+    with evaluation_mode(system), torch.no_grad(), contextlib.ExitStack() as without:
+        for model in () if adapter else system.models.values():
+            without.enter_context(without_adapters(model.model))
         yield
 
 

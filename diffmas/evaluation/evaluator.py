@@ -114,13 +114,13 @@ class Evaluator:
             system = self.system
             if variant in MODES:
                 one = switched(alone(system.topology), self.tokenizer, variant == "single_thinking")
-                system = _on_same_model(system, topology=one)
+                system = system.of_models(one)
             elif variant == "single":
-                system = _on_same_model(system, topology=alone(system.topology))
+                system = system.of_models(alone(system.topology))
             elif variant in TEXT:
-                system = _on_same_model(system, topology=last_alone(system.topology))
+                system = system.of_models(last_alone(system.topology))
             elif variant == "training_free":
-                system = _on_same_model(system, **asdict(system.agent_model.alignment.options.untrained))
+                system = system.of_models(system.topology, **asdict(system.alignment_options.untrained))
             method, control = (TRAINED, variant) if variant in CONTROLS else (variant, "matched")
             parts = (system, self.task, self.tokenizer)
             channel = TraceChannel(*parts)
@@ -197,13 +197,3 @@ def evaluate_deferred(
             found[variant].append(record)
     accuracies = {variant: sum(r.correct for r in records) / len(records) for variant, records in found.items()}
     return accuracies, [record for records in found.values() for record in records]
-
-
-def _on_same_model(system: MultiAgentSystem, topology=None, **alignment) -> MultiAgentSystem:
-    return MultiAgentSystem(
-        system.agent_model.model,
-        topology or system.topology,
-        latent_steps=system.latent_steps,
-        backend=system.agent_model.backend,
-        **alignment,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffmas.agents.latent_rollouts import step_by_step
-from diffmas.agents.trajectory import Trajectory
-from diffmas.models.agent_model import Lengths, evaluating
+from diffmas.models.agent_model import AgentModel, Lengths, evaluating
 from diffmas.models.attention_masses import AttentionMasses
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace
@@ -24,7 +23,8 @@ class Part:
 
     Attributes:
         agent: empty for the sinks of a model.
-        kind: "prompt", "latent steps", "answer", or "sink": columns handed over for attention to rest on, or, of no
+        kind: "prompt" (with what was read over bridges before it), "latent steps", "answer", "hidden states": what the
+            last agent read over a bridge; or "sink": columns handed over for attention to rest on, or, of no
             agent and no column, the attention sinks of a model that has some.
         mass: attention probability on them, averaged over layers, heads and the answer's tokens; all parts sum to 1.
         layers: the same of each attention layer.
@@ -85,21 +85,33 @@ def inspect(
         raise ValueError(f"prompt_lengths has {len(prompt_lengths[-1])} rows; allowed: 1")
     model = system.agent_model
     ids = [agent.to(model.device) for agent in prompt_ids]
-    # Whatever else takes latent steps may not call the model once for each.
-    trajectory = replace(system.trajectory, latent_rollout=step_by_step, allocate=KVTrace.allocate)
-    states: list[Tensor] = []
-    with evaluating(model), model.observed(lambda call, latent: lambda hidden: states.append(hidden[-1])):
+    thought: list[tuple[AgentModel, Tensor]] = []
+
+    def watched(model: AgentModel, steps: int, trace: KVTrace, hidden: Tensor) -> Sequence[Tensor]:
+        states = step_by_step(model, steps, trace, hidden)
+        # The last state is no step's input.
+        thought.append((model, torch.cat([hidden, *states[:-1]])))
+        return states
+
+    # Whatever else takes latent steps may keep its states to itself.
+    trajectory = replace(system.trajectory, latent_rollout=watched, allocate=KVTrace.allocate)
+    with evaluating(system):
         received = trajectory.communicate(ids, prompt_lengths)
-    steps = _latent_steps(trajectory, states, top)
+    writers = [agent.name for agent in system.topology.agents[:-1]]
+    # Without latent steps, nobody thought.
+    steps = [step for name, of in zip(writers, thought, strict=bool(thought)) for step in _latent_steps(name, *of, top)]
 
     answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
     own_ids = torch.cat((ids[-1], answer))
-    senders, at = system.topology.ancestors(system.topology.last.name), system.topology.sink_columns
+    senders, at = system.topology.attended(system.topology.last.name), system.topology.sink_columns
     parts = [(senders[0], "sink", 0, at)] if at and senders else []
     for name in senders:
         _, (prompt_end,), (end,) = received.segments[name]
         parts += [(name, "prompt", at, prompt_end), (name, "latent steps", prompt_end, end)]
         at = end
+    for name in system.topology.bridged(system.topology.last):
+        parts.append((name, "hidden states", at, at + system.latent_steps))
+        at += system.latent_steps
     own = system.topology.last.name, at + prompt_lengths[-1][0]
     parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(own_ids))]
     call = received.trace.open([len(own_ids)])
@@ -119,20 +131,14 @@ def _part(agent: str, kind: str, columns: int, layers: Tensor) -> Part:
     return Part(agent, kind, columns, float(layers.mean()), tuple(layers.tolist()))
 
 
-def _latent_steps(trajectory: Trajectory, states: list[Tensor], top: int) -> list[LatentStep]:
-    """`states`: the hidden state `[hidden]` at the last token of every call, in order."""
-    model, m = trajectory.model, trajectory.latent_steps
+def _latent_steps(agent: str, model: AgentModel, sources: Tensor, top: int) -> Iterator[LatentStep]:
+    """`sources [m, hidden]`: the hidden states that an agent's latent steps were made of."""
     weight = cast(Tensor, model.language_model.get_input_embeddings().weight)
     embedding = F.normalize(weight.float(), dim=-1)
-    steps = []
-    for i, agent in enumerate(trajectory.topology.agents[:-1]):
-        # The state after the prompt, then one after every step; the last one is nobody's input.
-        sources = torch.stack(states[i * (m + 1) : (i + 1) * (m + 1)])[:m]
-        said = model.head(sources).float().softmax(-1).topk(top)
-        nearest = (F.normalize(model.alignment(sources).float(), dim=-1) @ embedding.T).topk(top) if m else said
-        for t in range(m):
-            steps.append(LatentStep(agent.name, t + 1, *(_pairs(found, t) for found in (said, nearest))))
-    return steps
+    said = model.head(sources).float().softmax(-1).topk(top)
+    nearest = (F.normalize(model.alignment(sources).float(), dim=-1) @ embedding.T).topk(top)
+    for t in range(len(sources)):
+        yield LatentStep(agent, t + 1, *(_pairs(found, t) for found in (said, nearest)))
 
 
 def _pairs(found: torch.return_types.topk, row: int) -> tuple[tuple[int, float], ...]:

@@ -10,6 +10,7 @@ from diffmas.agents.thinking import own_options, switch, thinks
 from diffmas.agents.topology import Topology, alone
 from diffmas.evaluation.evaluator import LABELS, TEXT
 from diffmas.evaluation.methods.base import Method
+from diffmas.evaluation.methods.stitch import STITCH, STITCH_TRAINED
 from diffmas.evaluation.methods.text import TextChannel
 from diffmas.prompts import Prompts
 from diffmas.tasks import Item, Task
@@ -54,6 +55,8 @@ def variants_left_out(task: Task, topology: Topology) -> dict[str, str]:
         reasons |= dict.fromkeys(TEXT, "an agent alone receives no text")
     elif not several(task.eval):
         reasons["mismatched"] = ONE_ITEM
+    if len(topology.model_names) > 1:
+        reasons |= dict.fromkeys(TEXT, f"agents run on several models, {', '.join(topology.model_names)}")
     roles = roles_of(alone(topology))
     if (reason := _no_prompt(task.prompts, roles)) is not None:
         return reasons | {"single": reason}
@@ -89,6 +92,8 @@ def method_left_out(method: Method, task: Task, topology: Topology) -> str | Non
     talks = method.channel is TextChannel
     if len(topology.agents) == 1 and (talks or len(method.controls) > 1):
         return f"topology {topology.name} has one agent, whom nobody hands anything"
+    if len(topology.model_names) > 1 and (talks or method in (STITCH, STITCH_TRAINED)):
+        return f"agents run on several models, {', '.join(topology.model_names)}"
     return _no_prompt(task.prompts, method_roles(method, topology))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.agents.controls import Control
@@ -223,7 +223,7 @@ def generate(trajectory: Trajectory, *args, **kwargs) -> list[list[Completion]]:
     """All answers, `[row][sample]`; arguments as for :class:`Engine`."""
     engine = Engine(trajectory, *args, **kwargs)
     finished: dict[tuple[int, int], Completion] = {}
-    with evaluating(trajectory.model):
+    with evaluating(nn.ModuleList(trajectory.models.values())):
         for answers in engine.run():
             for answer in answers:
                 if answer.finish is not None:
@@ -235,7 +235,7 @@ def generate(trajectory: Trajectory, *args, **kwargs) -> list[list[Completion]]:
 def stream(trajectory: Trajectory, *args, **kwargs) -> Iterator[Event]:
     """Tokens as they come; arguments as for :class:`Engine`. The model is in evaluation mode until it is exhausted."""
     engine = Engine(trajectory, *args, streaming=True, **kwargs)
-    with evaluating(trajectory.model):
+    with evaluating(nn.ModuleList(trajectory.models.values())):
         for answers in engine.run():
             for answer in answers:
                 completion, piece = None, answer.piece

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from operator import index
 
 from torch import Tensor
 
 from diffmas.agents.controls import Control, behind
-from diffmas.agents.positions import check_positions, longest_row
+from diffmas.agents.positions import check_rows
 from diffmas.agents.room import check_decoding
 from diffmas.agents.trajectory import Trajectory
 from diffmas.generation.decoding import Decoding
@@ -45,9 +46,7 @@ def checked_seeds(
     if len(found) != rows or min(found) < 0:
         raise ValueError(f"seeds is {found}; allowed: {rows} integers ≥ 0, one per row")
     check_decoding(trajectory, prompt_lengths, decoding, all_rows=control is not None)
-    longest = longest_row(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows)
-    last = trajectory.model_of(trajectory.topology.last)
-    check_positions(last.language_model, longest, "an answer of max_new_tokens")
+    check_rows(trajectory, prompt_lengths, [decoding.max_new_tokens] * rows, "an answer of max_new_tokens")
     return found
 
 
@@ -65,7 +64,8 @@ def received(
         prompt_ids, prompt_lengths, reserve: as :meth:`~diffmas.agents.trajectory.Trajectory.communicate` takes them.
         seeds: one a row, of the control.
     """
-    trace = trajectory.communicate(prompt_ids, prompt_lengths, reserve).trace
-    if control is None:
-        return trace
-    return behind(trajectory.topology.sink_columns, control)(trace, seeds)
+    changed = None
+    if control is not None:
+        acting = behind(trajectory.topology.sink_columns, control)
+        changed = partial(acting, seeds=seeds)
+    return trajectory.communicate(prompt_ids, prompt_lengths, reserve, changed).trace

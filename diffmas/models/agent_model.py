@@ -91,7 +91,7 @@ class AgentModel(nn.Module):
         self._silenced, self._warned = silence(base), False
         self._routers = sampling_routers(base)
         self._head = head_of(base)
-        vectors, factor = input_vectors(base)
+        vectors, self._factor = input_vectors(base)
         self.recurrent = continue_states(base)
         fuse_lora(base)
         fuse_norms(base)
@@ -101,13 +101,11 @@ class AgentModel(nn.Module):
         if alignment.alignment == "soft":
             self.alignment = SoftAlignment(base, self.head, vectors, alignment, backend=backend)
         else:
-            # Found from what the model began with: a run that is loaded finds the same.
-            embedding, linear = (initial(part) for part in (input_embedding(base), self.head.linear))
-            weight, out = embedding.weight, linear.weight
-            began = initial_vectors(base, vectors, factor)
+            began, out = self.embeddings()
+            weight = initial(input_embedding(base)).weight
             tied = weight.data_ptr() == out.data_ptr() and proportional(began, weight)
             self.alignment = Alignment(began, out, alignment, tied=tied, backend=backend)
-        check_agreement(self, made, alone, factor)
+        check_agreement(self, made, alone, self._factor)
 
     def train(self, mode: bool = True) -> AgentModel:
         """As for any module; training says once what dropout of the model it goes without."""
@@ -141,9 +139,25 @@ class AgentModel(nn.Module):
             self._head = replace(self._head, linear=linear)
         return self._head
 
+    def embeddings(self) -> tuple[Tensor, Tensor]:
+        """Every token as the model's input, and its row of the head: `[vocab, hidden]` both.
+
+        As the model began, before any adapter trained a copy: a run that is loaded finds the same.
+        """
+        base = self.language_model
+        vectors, factor = input_vectors(base)
+        return initial_vectors(base, vectors, factor).detach(), initial(self.head.linear).weight.detach()
+
     @property
     def device(self) -> torch.device:
         return self.language_model.device
+
+    @property
+    def outline(self) -> str:
+        """The sizes of its trace, for people."""
+        sizes = dict.fromkeys((g.num_kv_heads, g.head_dim) for g in self.layers.values())
+        heads = " or ".join(f"{heads} × {dim}" for heads, dim in sizes)
+        return f"{len(self.layers)} attention layers of {heads}"
 
     @property
     def rotaries(self) -> list[Rotary | None]:
@@ -187,16 +201,18 @@ class AgentModel(nn.Module):
         input_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         outputs: Sequence[tuple[int, int]] | None = None,
+        latent: bool | None = None,
     ) -> Tensor:
         """One call: hidden states after the final norm, `[tokens, hidden]`, of packed new tokens of every row.
 
         `lengths`: of the rows' new tokens, or a call that was opened on `trace` for them.
         `outputs`: per row, the range of its new tokens whose hidden states are returned; None: all.
+        `latent`: whether these are latent steps; None: they are, where they come as embeddings.
         """
         if isinstance(lengths, Call) and outputs is not None:
             raise ValueError(f"outputs is {outputs} beside an open call; allowed: None, a call brings its own")
         call = lengths if isinstance(lengths, Call) else trace.open(lengths, outputs)
-        hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        hidden = self.run(call, input_ids=input_ids, inputs_embeds=inputs_embeds, latent=latent)
         if self.recurrent and self._sharded:
             raise UnsupportedModelError(
                 f"the model has recurrent layers ({self.recurrent}) and is sharded (FSDP); this is not supported"
@@ -205,7 +221,14 @@ class AgentModel(nn.Module):
             trace.order.token = reach(trace.order.token, hidden)
         return hidden
 
-    def run(self, call: Call, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        call: Call,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        latent: bool | None = None,
+    ) -> Tensor:
         """Like :meth:`read`, of a call that is open already."""
         self._check_lengths(call)
         if (attends := self.language_model.config._attn_implementation) != NAME:
@@ -222,8 +245,9 @@ class AgentModel(nn.Module):
         for router in self._routers:
             # Whoever set the model to training, around this one or not.
             router.training = False
-        latent = inputs_embeds is not None
-        inputs = {"inputs_embeds": inputs_embeds[None]} if latent else {"input_ids": input_ids[None]}
+        embedded = inputs_embeds is not None
+        inputs = {"inputs_embeds": inputs_embeds[None]} if embedded else {"input_ids": input_ids[None]}
+        latent = embedded if latent is None else latent
         watching = [observer(call, latent) for observer in self.observers]
         with self.checkpointing.for_call(latent=latent), self._adapter_of(call):
             output = decoder_of(self.language_model)(

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from diffmas.embedded import EMBEDDED_PATH
+from diffmas.embedded import embedded_path
 from diffmas.models.gguf import dequantised, gguf_of
 from diffmas.models.source import check_source
 from diffmas.models.wrapper import load_unwrapped, needs_unwrapping, text_config
@@ -37,7 +37,8 @@ def load_base(
     """The base model and its tokenizer; of a model for more than text, its text decoder.
 
     Args:
-        name_or_path: of a folder, a GGUF file or the hub, or "smollm2"; None: the embedded base.
+        name_or_path: of a folder, a GGUF file or the hub, "smollm2", or the name of an embedded base; None: the first
+            of these.
         gguf_file: name of the GGUF file in the folder or repository that holds the model.
         dtype: of its weights, one of :data:`DTYPES`; "auto": the checkpoint's, of a GGUF file float32.
         quantization: of its linear layers, one of :data:`QUANTIZATIONS`.
@@ -52,7 +53,7 @@ def load_base(
     if quantization not in QUANTIZATIONS:
         raise ValueError(f"quantization is {quantization!r}; allowed: {', '.join(QUANTIZATIONS)}")
     check_source(name_or_path, gguf_file)
-    source = name_or_path or EMBEDDED_PATH
+    source = embedded_path(name_or_path) or name_or_path
     kind = None if dtype == "auto" else cast(torch.dtype, getattr(torch, dtype))
     with reading(f"model {name_or_path or 'embedded base'}"):
         if (found := gguf_of(name_or_path, gguf_file)) is not None:
@@ -75,7 +76,7 @@ def load_base(
 def load_tokenizer(name_or_path: str | None = None, gguf_file: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model alone; see :func:`load_base`."""
     check_source(name_or_path, gguf_file)
-    source = name_or_path or EMBEDDED_PATH
+    source = embedded_path(name_or_path) or name_or_path
     with reading(f"model {name_or_path or 'embedded base'}"):
         if (found := gguf_of(name_or_path, gguf_file)) is not None:
             source = dequantised(*found, torch.float32)

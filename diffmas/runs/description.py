@@ -11,9 +11,11 @@ import yaml
 from huggingface_hub import snapshot_download
 
 from diffmas.agents.topology import TOPOLOGIES
+from diffmas.models.adapters import DEFAULT
 from diffmas.models.source import check_source
 from diffmas.prompts import Prompts
 from diffmas.runs.files import PROMPTS_FILE, SYSTEM_FILE, TOPOLOGY_FILE
+from diffmas.runs.models import described
 from diffmas.runs.settings import SystemArguments
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import reading
@@ -42,10 +44,43 @@ def describe(
                 topology=_anchored(args.topology),
             )
         ),
-        "topology": system.topology.to_dict(),
+        "topology": _anchored_models(described(system).to_dict()),
         "task": asdict(anchored(task)),
         "decoding": decoding,
     }
+
+
+def settings_of(system: MultiAgentSystem) -> SystemArguments:
+    """What a run of this system would have had to be given."""
+    model, trajectory, lora = system.agent_model, system.trajectory, system.agent_model.model.peft_config["default"]
+    base = system.models.get(DEFAULT)
+    modules = lora.target_modules or ()
+    if not isinstance(modules, str):
+        modules = ",".join(sorted({name.rpartition(".")[2] for name in modules}))
+    source = gguf_file = None
+    if base is not None:
+        config = base.language_model.config
+        source, gguf_file = getattr(config, "gguf_source", (config._name_or_path or None, None))
+    given = SystemArguments(
+        model_name_or_path=source,
+        gguf_file=gguf_file,
+        dtype=str(model.language_model.dtype).removeprefix("torch."),
+        topology=trajectory.topology.name,
+        lora_r=getattr(lora, "r", 0),
+        lora_alpha=getattr(lora, "lora_alpha", 0),
+        use_rslora=getattr(lora, "use_rslora", False),
+        lora_target_modules=modules,
+        **system.options,
+    )
+    return replace(
+        known(SystemArguments, system.description["system"]) if system.description else given,
+        latent_steps=trajectory.latent_steps,
+        **asdict(system.alignment_options),
+        **asdict(system.bridge_options),
+        detach_trace=trajectory.detach_trace,
+        checkpointing=model.checkpointing.mode,
+        backend=model.backend,
+    )
 
 
 def anchored(task: TaskArguments) -> TaskArguments:
@@ -53,6 +88,12 @@ def anchored(task: TaskArguments) -> TaskArguments:
     source = _anchored(task.task) if task.task.endswith(JSONL) else task.task
     files: dict[str, Any] = {name: _anchored(getattr(task, name)) for name in ("data_dir", "eval_file", "prompts")}
     return replace(task, task=source, **files)
+
+
+def _anchored_models(topology: dict[str, Any]) -> dict[str, Any]:
+    for options in topology.get("models", {}).values():
+        options |= {"model_name_or_path": _anchored(options.get("model_name_or_path"))}
+    return topology
 
 
 def _anchored(path: str | None) -> str | None:

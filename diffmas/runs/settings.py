@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.bridges import BRIDGES
+from diffmas.agents.topology import TOPOLOGIES, Topology, load_topology
 from diffmas.models.loss import LOSSES
 from diffmas.models.pretrained import DTYPES, QUANTIZATIONS
 
@@ -32,10 +33,14 @@ class SystemArguments:
     )
     topology: str = field(
         default="sequential",
-        metadata={"help": "sequential, hierarchical, stitch, relay, senders, single, or the path of a .yaml file."},
+        metadata={"help": f"{', '.join(TOPOLOGIES)}, or the path of a .yaml file."},
     )
     handover: str | None = field(
-        default=None, metadata={"help": "What receivers attend to: full or latent; default: the topology's own."}
+        default=None,
+        metadata={
+            "help": "What receivers attend to: full or latent; or bridge: they read hidden states of latent steps; "
+            "default: the topology's own."
+        },
     )
     handover_sink: str | None = field(
         default=None,
@@ -69,6 +74,16 @@ class SystemArguments:
         metadata={
             "help": "Most that a row's gradient may grow, relative to what it is of, on its way back from a latent "
             "step's input to the hidden state before; 0: any growth; default: 1 for a soft alignment, 0 for others."
+        },
+    )
+    bridge: str = field(
+        default="linear",
+        metadata={"help": f"What hidden states that are handed over go through: {', '.join(BRIDGES)}."},
+    )
+    bridge_initial: str = field(
+        default="tokens",
+        metadata={
+            "help": "What a bridge starts at: tokens (least squares over tokens that both models have) or random."
         },
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})

@@ -15,10 +15,17 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from diffmas.agents.topology import Topology
-from diffmas.models.adapters import DEFAULT
 from diffmas.models.alignment import AlignmentOptions
 from diffmas.runs.description import known, read_description
-from diffmas.runs.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, ALIGNMENT_FILE, SYSTEM_FILE, adapter_folder
+from diffmas.runs.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    ALIGNMENT_FILE,
+    BRIDGES_FILE,
+    SYSTEM_FILE,
+    all_adapter_folders,
+    model_folder,
+)
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import reading
 from diffmas.support.text_file import read_text
@@ -52,14 +59,10 @@ def damage(checkpoint: str | Path) -> str | None:
         return f"{STATE_FILE} is missing"
     except (OSError, ValueError, KeyError, TypeError):
         return f"{STATE_FILE} is damaged"
-    adapters = [adapter_folder(checkpoint, name) for name in _adapters(checkpoint.resolve().parent)]
-    for path in (folder / name for folder in adapters for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)):
+    for path in _weights(checkpoint):
         if not path.is_file():
             return f"{path.relative_to(checkpoint)} is missing"
-    if _learns_alignment(checkpoint.resolve().parent) and not (checkpoint / ALIGNMENT_FILE).is_file():
-        return f"{ALIGNMENT_FILE} is missing"
-    for path in (*(folder / ADAPTER_FILE for folder in adapters), checkpoint / ALIGNMENT_FILE):
-        if path.is_file() and not _is_safetensors(path):
+        if path.suffix == ".safetensors" and not _is_safetensors(path):
             return f"{path.relative_to(checkpoint)} is damaged"
     for name in (OPTIMIZER_FILE, SCHEDULER_FILE):
         if not (checkpoint / name).is_file():
@@ -170,19 +173,20 @@ def clear_staging(run: str | Path) -> None:
     shutil.rmtree(Path(run, STAGING), ignore_errors=True)
 
 
-def _adapters(run: Path) -> tuple[str, ...]:
-    """The names of a run's adapters; the default one where its description cannot be read."""
+def _weights(checkpoint: Path) -> list[Path]:
+    """The files in which a checkpoint keeps weights; those of one adapter where its run's description is unreadable."""
+    files = [checkpoint / ADAPTER_FILE, checkpoint / ADAPTER_CONFIG_FILE]
     try:
-        return Topology.from_dict(json.loads(read_text(run / SYSTEM_FILE, "run"))["topology"]).adapter_names
+        description = json.loads(read_text(checkpoint.resolve().parent / SYSTEM_FILE, "run"))
+        topology = Topology.from_dict(description["topology"])
+        learns = known(AlignmentOptions, description["system"]).trains
     except (OSError, ValueError, KeyError, TypeError):
-        return (DEFAULT,)
-
-
-def _learns_alignment(run: Path) -> bool:
-    try:
-        return known(AlignmentOptions, json.loads(read_text(run / SYSTEM_FILE, "run"))["system"]).trains
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return files
+    folders = all_adapter_folders(checkpoint, topology)
+    files = [folder / name for folder in folders for name in (ADAPTER_FILE, ADAPTER_CONFIG_FILE)]
+    if learns:
+        files += [model_folder(checkpoint, topology, name) / ALIGNMENT_FILE for name in topology.thinking_models]
+    return [*files, checkpoint / BRIDGES_FILE] if topology.bridge_edges else files
 
 
 def _is_safetensors(path: Path) -> bool:

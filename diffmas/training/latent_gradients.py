@@ -19,7 +19,8 @@ class LatentGradients(TrainerCallback):
     """
 
     def __init__(self, system: MultiAgentSystem):
-        self._alignment, self._steps = system.agent_model.alignment, system.latent_steps
+        self._alignments = [model.alignment for model in system.models.values()]
+        self._steps = system.latent_steps
         self._agents = len(system.topology.agents) - 1
         self._seen = self._steps and self._agents and system.trajectory.latent_rollout is step_by_step
         self._calls = 0
@@ -27,11 +28,12 @@ class LatentGradients(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self._seen and not args.fp16:
-            self._handle = self._alignment.register_forward_hook(self._watch)
+            self._handles = [alignment.register_forward_hook(self._watch) for alignment in self._alignments]
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._seen and not args.fp16:
-            self._handle.remove()
+            for handle in self._handles:
+                handle.remove()
 
     def _watch(self, alignment, arguments, aligned: Tensor) -> None:
         if not (torch.is_grad_enabled() and aligned.requires_grad):

@@ -60,7 +60,7 @@ class MemoryModel:
     """Peak memory of a trajectory's forward and backward, beyond weights and optimizer state, in bytes.
 
     Attributes:
-        column, accumulator: of a trace's column and of its gradient, over all layers.
+        column, accumulator: of a trace's column and of its gradient, over all layers; of several models, the least.
         read, latent: what a token that is read, or a latent step of one row, leaves for the backward.
         call: what every call leaves besides, whatever its tokens.
         row, filled: what recurrent layers leave besides, of every row that reads and of every token, where rows are
@@ -138,10 +138,11 @@ def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> Me
     """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
     model = system.agent_model.language_model
     shape, dtype = Shape.of(system.agent_model, autocast), autocast or model.dtype
+    shapes = [shape, *(Shape.of(other, autocast) for other in system.other_models)]
     capped = system.agent_model.head.cap is not None
     return MemoryModel(
-        column=shape.column * shape.item,
-        accumulator=shape.column * shape.accumulator,
+        column=min(s.column * s.item for s in shapes),
+        accumulator=min(s.column * s.accumulator for s in shapes),
         logit=token_bytes(shape.vocab, dtype, capped),
         logit_chunk=chunk_tokens(shape.vocab, dtype, capped),
         state=system.agent_model.state_bytes,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffmas.agents.collator import Collator
-from diffmas.agents.positions import check_positions, longest_row, position_limit, row_positions
+from diffmas.agents.positions import check_positions, check_rows, longest_row, position_limit, row_positions
 from diffmas.agents.room import available_bytes, check_decoding, column_bytes, gb
 from diffmas.generation import Decoding
 from diffmas.generation.received import batches
@@ -84,7 +84,7 @@ def check_training_memory(
     prompts, answer = lengths.longest(rows)
     if peak(bare, prompts, answer) > free:
         _refuse(system, bare, prompts, answer, free, args, lengths)
-    if _COUNTED_SHARE * peak(bare, prompts, answer) > free and not args.fsdp:
+    if _COUNTED_SHARE * peak(bare, prompts, answer) > free and not args.fsdp and not system.other_models:
         fitted = calibrate(system, autocast)
         if peak(fitted, prompts, answer) > _TOLERANCE * free:
             _refuse(system, fitted, prompts, answer, free, args, lengths)
@@ -92,28 +92,29 @@ def check_training_memory(
 
 def check_training_positions(system: MultiAgentSystem, lengths: ItemLengths, bound: Sequence[int]) -> None:
     """Warn, or refuse, where the longest training row has more positions than the model was made for."""
-    limit = position_limit(system.agent_model.language_model)
-    if limit is None or row_positions(system.trajectory, bound[:-1], bound[-1]) <= limit:
-        return
-    *prompts, answers = zip(*lengths.rows, strict=True)
-    longest = longest_row(system.trajectory, prompts, answers)
-    check_positions(system.agent_model.language_model, longest, "the longest training item")
+    for name, model in system.models.items():
+        limit = position_limit(model.language_model)
+        if limit is not None and row_positions(system.trajectory, bound[:-1], bound[-1], name) > limit:
+            *prompts, answers = zip(*lengths.rows, strict=True)
+            longest = longest_row(system.trajectory, prompts, answers, name)
+            check_positions(model.language_model, longest, "the longest training item")
 
 
 def check_evaluation(system: MultiAgentSystem, collator: Collator, items, decoding: Decoding, batch_size: int) -> None:
     """Refuse an evaluation that cannot fit, and warn of positions, before the training it would follow."""
     *prompts, _ = length_bound(collator, items, answers=False)
-    model, trajectory = system.agent_model, system.trajectory
-    limit, longest = position_limit(model.language_model), row_positions(trajectory, prompts, decoding.max_new_tokens)
-    least = column_bytes(model) * row_positions(trajectory, prompts, 1) * len(prompts) + model.state_bytes
-    least *= decoding.max_rows
-    if least <= available_bytes(model.device) and (limit is None or longest <= limit):
+    trajectory, fits = system.trajectory, True
+    for name, model in system.models.items():
+        limit = position_limit(model.language_model)
+        longest = row_positions(trajectory, prompts, decoding.max_new_tokens, name)
+        least = column_bytes(model) * row_positions(trajectory, prompts, 1, name) * len(prompts) + model.state_bytes
+        fits &= least * decoding.max_rows <= available_bytes(model.device) and (limit is None or longest <= limit)
+    if fits:
         return
     for indices in batches(len(items), batch_size):
         lengths = collator.encode_prompts([items[i] for i in indices])["prompt_lengths"]
         check_decoding(trajectory, lengths, decoding, all_rows=False)
-        longest = longest_row(trajectory, lengths, [decoding.max_new_tokens] * len(indices))
-        check_positions(model.language_model, longest, "an answer of max_new_tokens")
+        check_rows(trajectory, lengths, [decoding.max_new_tokens] * len(indices), "an answer of max_new_tokens")
 
 
 def _refuse(system, model: MemoryModel, prompts, answers, free: float, args, lengths: ItemLengths | None = None):

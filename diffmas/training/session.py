@@ -34,11 +34,11 @@ from diffmas.evaluation.report import (
 from diffmas.generation import Decoding
 from diffmas.loading import build_system
 from diffmas.models.liger import check_liger, fuse_liger
-from diffmas.models.source import check_source
 from diffmas.prompts.dates import print_date, today
 from diffmas.prompts.shortened import cut_line, cut_summary
 from diffmas.runs.description import content, describe, read_description, write_description
-from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE, adapter_folder
+from diffmas.runs.files import ADAPTER_FILE, SYSTEM_FILE, all_adapter_folders
+from diffmas.runs.models import check_sources, sources
 from diffmas.runs.settings import SystemArguments
 from diffmas.runs.weights import save_weights
 from diffmas.support.distributed import (
@@ -90,23 +90,27 @@ def train(
     args: TrainArguments,
     *,
     topology: Topology | None = None,
-    collator: MakeCollator = lambda system, task, tokenizer: Collator(system.topology, task.prompts, tokenizer),
+    collator: MakeCollator = lambda system, task, tokenizer: Collator(
+        system.topology, task.prompts, tokenizer, system.other_tokenizers
+    ),
 ) -> int:
     """Train as `main` does; `topology` instead of the one `system_args` name, `collator` to make training batches."""
     started = time.perf_counter()
-    _check_arguments(system_args, decoding_args, args)
     topology = topology or system_args.load_topology()
+    _check_arguments(system_args, topology, decoding_args, args)
     task, task_args, left_out = _load_task(task_args, topology, args)
     set_seed(args.seed)
     system, tokenizer = build_system(system_args, topology, copies=adapter_copies(args))
     if decoding_args.max_new_tokens is None:
         decoding_args = replace(decoding_args, max_new_tokens=budget(task.prompts, topology, tokenizer))
     decoding = Decoding(**asdict(decoding_args), seed=args.seed)
-    check_base(system.agent_model.language_model.dtype)
+    for model in system.models.values():
+        check_base(model.language_model.dtype)
     if process() == 0:
         print_date(tokenizer, task_args.date)
     if args.use_liger_kernel:
-        fuse_liger(system.agent_model.model, args.device, _liger_parts(args))
+        for model in system.models.values():
+            fuse_liger(model.model, args.device, _liger_parts(args))
         # Done: the Trainer would look for a transformers model and find a system.
         args.use_liger_kernel = False
     description = describe(system, system_args, task_args, asdict(decoding_args))
@@ -167,13 +171,20 @@ def _liger_parts(args: TrainArguments) -> Mapping[str, bool] | None:
     return cast("Mapping[str, bool] | None", args.liger_kernel_config)
 
 
-def _check_arguments(system_args: SystemArguments, decoding_args: DecodingArguments, args: TrainArguments) -> None:
+def _check_arguments(
+    system_args: SystemArguments, topology: Topology, decoding_args: DecodingArguments, args: TrainArguments
+) -> None:
     """What can be said of the arguments before anything is loaded; settles sharding and precision in them."""
-    check_source(system_args.model_name_or_path, system_args.gguf_file)
+    check_sources(system_args, topology)
+    quantized = [
+        kind for source in sources(system_args, topology).values() if (kind := source["quantization"]) != "none"
+    ]
+    if len(topology.model_names) > 1:
+        _check_for_several_models(system_args, topology, args)
     if args.output_dir is not None:
         check_output(args.output_dir, "output_dir")
-    if settle_sharding(args) and system_args.quantization != "none":
-        raise ValueError(f"quantization is {system_args.quantization!r} with FSDP; allowed: none, or data parallel")
+    if settle_sharding(args) and quantized:
+        raise ValueError(f"quantization is {quantized[0]!r} with FSDP; allowed: none, or data parallel")
     if _adapting(system_args, args) and (sharding := asked_sharding(args)):
         raise ValueError(
             f"auto_batch is {args.auto_batch}, checkpointing {system_args.checkpointing!r} with {sharding}; allowed: "
@@ -185,6 +196,21 @@ def _check_arguments(system_args: SystemArguments, decoding_args: DecodingArgume
     if args.use_liger_kernel:
         check_liger(args.device, _liger_parts(args))
     Decoding(**{name: value for name, value in asdict(decoding_args).items() if value is not None})
+
+
+def _check_for_several_models(system_args: SystemArguments, topology: Topology, args: TrainArguments) -> None:
+    """Raise `ValueError` for what is not there yet for agents of different models."""
+    asked = {
+        "auto_batch": args.auto_batch,
+        "checkpointing": system_args.checkpointing == "auto" and "auto",
+        "profile": args.profile,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ValueError(
+                f"{name} is {value!r}, and agents run on several models ({', '.join(topology.model_names)}), for which "
+                "it is not supported; allowed: without it"
+            )
 
 
 def _load_task(
@@ -225,7 +251,7 @@ def _check_size(
     args: TrainArguments,
 ) -> None:
     """Whether the longest row fits into memory and into the model's positions, in training and in evaluation."""
-    own_prompts = Collator(system.topology, task.prompts, tokenizer)
+    own_prompts = Collator(system.topology, task.prompts, tokenizer, system.other_tokenizers)
     own_lengths = lengths if type(collate) in (Collator, TraceChannel) else ItemLengths(task.train, own_prompts)
     bound = length_bound(own_prompts, task.train)
     check_training_memory(system, args, 1 if args.auto_batch else args.per_device_train_batch_size, own_lengths, bound)
@@ -345,9 +371,9 @@ def _open_folder(
         print("no step is left to train: the run's training settings stay as they were")
         description |= trained_with(checkpoint, before)
     elif finished.is_file():
-        names = Topology.from_dict(description["topology"]).adapter_names
-        # The default one last: without it, the run is not finished.
-        for path in (adapter_folder(output_dir, name) / ADAPTER_FILE for name in reversed(names)):
+        folders = all_adapter_folders(output_dir, Topology.from_dict(description["topology"]))
+        # The run's own last: without it, the run is not finished.
+        for path in (folder / ADAPTER_FILE for folder in reversed(folders)):
             if path.is_file():
                 path.rename(old := path.with_suffix(".old.safetensors"))
                 print(f"{path} is kept as {old.name}")

@@ -13,6 +13,7 @@ from diffmas import train
 from diffmas.agents.controls import behind, mismatched, noise, zero
 from diffmas.agents.sink import find_sink
 from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.trajectory import HandedOver
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.evaluation.inspection import inspect
 from diffmas.generation import Decoding
@@ -58,7 +59,8 @@ def test_with_prompts_handed_over_it_is_there_already():
 def test_controls_act_behind_it(control):
     system = build()
     prompts = prompts_of(system)
-    own, changed = received(system, prompts), behind(SINK, control)(received(system, prompts), [1, 2, 3])
+    own = received(system, prompts)
+    changed = behind(SINK, control)(HandedOver(received(system, prompts), []), [1, 2, 3]).trace
     for before, after in ((own.keys, changed.keys), (own.values, changed.values)):
         assert torch.equal(before[:, :, :, :SINK], after[:, :, :, :SINK])
         message, other = (x[:, :, :, SINK : SINK + M] for x in (before, after))
@@ -77,9 +79,9 @@ def test_a_decoded_answer_under_control_rests_on_its_own_sink():
     system = MultiAgentSystem(model, load_topology("relay", "latent", SINK), latent_steps=M)
     ids, lengths = zip(*(packed(rows) for rows in prompts_of(system).values()), strict=True)
 
-    def control(trace, seeds):
-        seen.append(trace.keys[:, :, :, :SINK].clone())
-        return zero(trace, seeds)
+    def control(handed, seeds):
+        seen.append(handed.trace.keys[:, :, :, :SINK].clone())
+        return zero(handed, seeds)
 
     read = system.agent_model.read
 

@@ -5,7 +5,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffmas.agents.topology import HANDOVERS, TOPOLOGIES, Agent, Topology, TopologyError, load_topology
+from diffmas.agents.topology import HANDOVERS, TOPOLOGIES, Agent, Topology, TopologyError, alone, load_topology
 
 
 def of(handover="full", **senders):
@@ -113,3 +113,70 @@ def test_file_errors(tmp_path):
     (broken := tmp_path / "broken.yaml").write_text("agents: [")
     with pytest.raises(ValueError, match="broken.yaml is not valid YAML"):
         load_topology(str(broken))
+
+
+def test_bridges_and_traces_are_told_apart():
+    agents = (
+        Agent("a"),
+        Agent("b", ("a",)),
+        Agent("c", ("b", "a"), bridges=("a",)),
+        Agent("d", ("c",), bridges=("c",)),
+    )
+    topology = Topology("mixed", agents)
+    a, b, c, d = topology.agents
+    assert [topology.bridged(agent) for agent in (a, b, c, d)] == [(), (), ("a",), ("c",)]
+    assert [topology.sharing(agent) for agent in (a, b, c, d)] == [(), ("a",), ("b",), ()]
+    # Who is read over a bridge brings along nobody's columns.
+    assert (
+        topology.attended("c") == ("a", "b")
+        and topology.attended("d") == ()
+        and topology.ancestors("d") == tuple("abc")
+    )
+    assert [topology.continues(agent) for agent in (a, b, c, d)] == [None, "a", "b", None]
+    assert topology.bridge_edges == (("a", "c"), ("c", "d"))
+    assert Topology.from_dict(topology.to_dict()) == topology
+    everywhere = Topology.from_dict(topology.to_dict(), "bridge")
+    assert everywhere.bridge_edges == (("a", "b"), ("b", "c"), ("a", "c"), ("c", "d"))
+
+
+MODELS = {"small": {"model_name_or_path": "one"}, "large": {"model_name_or_path": "two", "dtype": "bfloat16"}}
+TEAM = {
+    "models": MODELS,
+    "agents": [
+        {"name": "a", "model": "small"},
+        {"name": "b", "model": "large", "receives": ["a"]},
+        {"name": "c", "model": "large", "receives": ["b", "a"]},
+    ],
+}
+
+
+def test_between_models_the_hand_over_is_a_bridge():
+    topology = Topology.from_dict(TEAM)
+    assert topology.handover == "full" and topology.bridge_edges == (("a", "b"), ("a", "c"))
+    assert topology.model_names == ("large", "small") and topology.models == MODELS
+    assert Topology.from_dict(topology.to_dict()) == topology
+    # One that is said is what it is, between models too.
+    assert Topology.from_dict(TEAM, "latent").bridge_edges == ()
+    # Made alike, they are one, and so is their trace.
+    alike = Topology.from_dict(TEAM | {"models": {"small": MODELS["large"], "large": dict(MODELS["large"])}})
+    assert len(alike.models) == 1 and alike.bridge_edges == () and alike.attended("c") == ("a", "b")
+    one = alone(topology)
+    assert one.last.model == "large" and list(one.models) == ["large"] and one.last.role == "single"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": ["small"]}, r"models is \['small'\]; allowed: a mapping by name"),
+        ({"models": {"small": 3, "large": {}}}, r"model small is 3; allowed: \{model_name_or_path, "),
+        ({"models": MODELS | {"default": {}}}, "models has 'default'; allowed: letters, digits and _, and not default"),
+        ({"models": MODELS | {"too": {}}}, r"models has \['too'\], which no agent runs on; allowed: large, small"),
+        ({"models": {"small": {"dtype": 16}, "large": {}}}, "dtype of model small is 16; allowed: str"),
+        ({"models": {"small": {}}}, "model of agent b is 'large'; allowed: small"),
+        ({"agents": [{"name": "a", "model": 3}]}, "model of agent a is 3; allowed: the name of a model"),
+        ({"adapters": {"small": {}}}, r"adapters has \['small'\], which no agent runs with"),
+    ],
+)  # fmt: skip
+def test_bad_models(change, said):
+    with pytest.raises(TopologyError, match=said):
+        Topology.from_dict(TEAM | change)

@@ -109,7 +109,8 @@ def test_the_card_of_an_adapter(flags, base, tmp_path):
 
 def test_the_card_of_an_embedded_and_of_a_hub_base():
     system, _ = build_system(SystemArguments(topology="relay"))
-    assert "the base embedded in DiffMAS" in card(system, {}) and "from_pretrained(EMBEDDED_PATH)" in card(system, {})
+    assert "the base `embedded` that DiffMAS brings" in card(system, {})
+    assert 'from_pretrained(EMBEDDED["embedded"])' in card(system, {})
     text = card(system, {"system": {"model_name_or_path": "Qwen/Qwen3-4B"}, "task": {"prompts": "/home/me/two.yaml"}})
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen3-4B"
     assert 'from_pretrained("Qwen/Qwen3-4B")' in text and "/home/me" not in text and "| prompts | two.yaml |" in text

@@ -151,7 +151,7 @@ def test_per_role_and_what_trains():
     assert Topology.from_dict(topology.to_dict()) == topology
     options = {"one": {"train": False}}
     frozen = Topology.from_dict(topology_of("sequential", "full").to_dict() | {"adapters": options})
-    assert frozen.trained_adapters == ("default", "two") and Topology.from_dict(frozen.to_dict()) == frozen
+    assert frozen.trained_on("default") == ("default", "two") and Topology.from_dict(frozen.to_dict()) == frozen
     system = MultiAgentSystem(causal_lm("qwen3"), frozen, peft_config=LoraConfig(**LORA), latent_steps=1)
     trained = {n.split(".")[-2] for n, p in system.named_parameters() if p.requires_grad}
     assert trained == {"default", "two"}

@@ -37,6 +37,10 @@ CASES = {
         dict(latent_steps=2, alignment="soft", alignment_temperature_learned=True, latent_grad_clip=0.9),
     ),
     "adapters": (CHAIN, dict(latent_steps=2, checkpointing="all")),
+    "bridges": (FORK, dict(latent_steps=2, alignment="learned", checkpointing="all", bridge="mlp")),
+    # An agent in the middle runs on another model.
+    "models": (CHAIN, dict(latent_steps=2, alignment="learned", checkpointing="all", bridge_initial="random")),
+    "detached bridges": (CHAIN, dict(latent_steps=2, detach_trace=True)),
     "no steps": (CHAIN, dict(latent_steps=0, alignment="learned")),
     "detached": (FORK, dict(latent_steps=2, alignment="learned", detach_trace=True)),
     # Layers with windows, sinks and experts.
@@ -70,8 +74,18 @@ def gradients_of_a_step(case: str, folder: Path, *, sharded: bool = False) -> di
     # transformers' norms are not exact in float64 and the tests' are not fused; embeddings are tied.
     model = windows() if case == "windows" else causal_lm("qwen3", tied=True)
     adapters = "per_role" if case == "adapters" else "shared"
-    topology = Topology(case, tuple(Agent(*item) for item in agents.items()), "full", adapters=adapters)
+    other = "other" if case == "models" else ""
+    topology = Topology(
+        case,
+        tuple(Agent(*item, model=other if item[0] == "b" else "") for item in agents.items()),
+        {"models": ""}.get(case, "bridge" if "bridges" in case else "full"),
+        adapters=adapters,
+        models={other: {}} if other else {},
+    )
     model = with_lora(model, embeddings=False, adapters=topology.adapter_names[1:])
+    if other:
+        narrow = causal_lm("llama", tied=True, hidden_size=24, num_attention_heads=3, num_key_value_heads=1)
+        model = {"default": model, other: with_lora(narrow, embeddings=False)}
     prompts, answers = ragged(list(agents), ROWS)
     rows = [{"prompts": {n: p[i] for n, p in prompts.items()}, "answer": a} for i, a in enumerate(answers)]
     names = ("prompt_ids", "prompt_lengths", "answer_ids", "answer_lengths")

@@ -39,7 +39,7 @@ class TraceChannel(Collator):
     """Earlier agents' work is in the trace: the system reads every agent's prompt, and nothing else is to be done."""
 
     def __init__(self, system: MultiAgentSystem, task: Task, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(system.topology, task.prompts, tokenizer)
+        super().__init__(system.topology, task.prompts, tokenizer, system.other_tokenizers)
         self.system = system
 
     def kept_in(self, folder: Path) -> TraceChannel:

@@ -9,8 +9,8 @@ from diffmas.evaluation.methods.base import ALL_CONTROLS, Method
 def stitched(topology: Topology) -> Topology:
     """The same agents and hand-over, with every sender before the last agent taken away."""
     *others, last = topology.agents
-    agents = [replace(agent, senders=()) for agent in others]
-    last = replace(last, senders=tuple(agent.name for agent in others))
+    agents = [replace(agent, senders=(), bridges=()) for agent in others]
+    last = replace(last, senders=tuple(agent.name for agent in others), bridges=())
     return topology.with_agents((*agents, last), "stitch")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from diffmas.agents.collator import pack
-from diffmas.agents.topology import Agent, Topology
+from diffmas.agents.topology import Agent, Topology, alone
 from diffmas.evaluation.methods.base import Method, Reading, TraceChannel
 from diffmas.evaluation.methods.text_cache import TextCache, base_fingerprint, fingerprint
 from diffmas.models.adapters import without_adapters
@@ -29,7 +29,7 @@ TEXTS_FILE = "texts.sqlite"
 
 def last_alone(topology: Topology) -> Topology:
     """The last agent, under its own role."""
-    return Topology("text", (replace(topology.last, senders=()),))
+    return Topology("text", (replace(topology.last, senders=(), bridges=()),), models=alone(topology).models)
 
 
 class TextChannel(TraceChannel):
