@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from operator import index
 
 from torch import Tensor
 
-from diffmas.agents.controls import Control, behind
+from diffmas.agents.controls import Control, HandedOver, behind
 from diffmas.agents.positions import check_rows
 from diffmas.agents.room import check_decoding
 from diffmas.agents.trajectory import Trajectory
@@ -64,8 +63,9 @@ def received(
         prompt_ids, prompt_lengths, reserve: as :meth:`~diffmas.agents.trajectory.Trajectory.communicate` takes them.
         seeds: one a row, of the control.
     """
-    changed = None
-    if control is not None:
-        acting = behind(trajectory.topology.sink_columns, control)
-        changed = partial(acting, seeds=seeds)
+    acting = control and behind(trajectory.topology.sink_columns, control)
+
+    def changed(handed: HandedOver) -> HandedOver:
+        return acting(handed, seeds) if acting else handed
+
     return trajectory.communicate(prompt_ids, prompt_lengths, reserve, changed).trace
