@@ -36,6 +36,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "identity": ("the same, rescaled hidden states (`--alignment identity`)", {"alignment": "identity"}),
     "sink": ("the same, with the sink (`--handover_sink auto`)", {"handover_sink": "auto"}),
     "restate": ("the same, a sender that is told to repeat", {"topology": "benchmarks/channel.yaml"}),
+    "per role": (
+        "an adapter per role, a sender that is told to repeat, 24 latent steps",
+        {"adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24},
+    ),
     "rsLoRA": ("the same, rank 32 with `--use_rslora`", {"lora_r": 32, "use_rslora": True}),
     "LoRA+": ("the same, `--loraplus_lr_ratio 8`", {"loraplus_lr_ratio": 8.0, "learning_rate": 2e-4}),
     "full": ("the same, full hand-over", {"handover": "full"}),
@@ -142,14 +146,17 @@ def plot(by_cell: dict[tuple[str, str], list[Summary]], kept: Path) -> None:
     colors = plt.cm.tab20.colors
     places = list(by_cell)[::-1]
     for row, (task, arm) in enumerate(places):
-        color = colors[list(ARMS).index(arm) % len(colors)]
+        color = colors[row % len(colors)]
+        label = f"{arm}, {task}"
         for path in sorted((kept / arm.replace(" ", "_") / task).glob(f"seed-*/{METRICS_FILE}")):
             losses = [(e["step"], e["loss"]) for e in read_metrics(path) if "loss" in e]
-            left.plot(*zip(*losses, strict=True), color=color, alpha=0.8, lw=1)
+            left.plot(*zip(*losses, strict=True), color=color, alpha=0.8, lw=1, label=label)
+            label = ""
         for own, other in zip(percent(by_cell[task, arm]), percent(by_cell[task, arm], "mismatched"), strict=False):
             right.plot(own, row, "o", color=color, mfc="none")
             right.plot(other, row, "x", color="#57606a", ms=5)
     left.set(xlabel="training step", ylabel="loss, nats a token", yscale="log")
+    left.legend(frameon=False)
     right.set(xlabel="held-out accuracy, % (o own trace, x another row's)", xlim=(-3, 103))
     right.set_yticks(range(len(places)), [f"{arm}, {task}" for task, arm in places])
     figure.savefig(kept / "channel.png", dpi=140)
