@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmas.agents.controls import Control
 from diffmas.generation.decoding import Decoding
@@ -81,7 +81,7 @@ def store_rows(
         started = time.perf_counter()
         ids = [torch.cat([agent[i] for i in indices]) for agent in rows]
         lengths = [[len(agent[i]) for i in indices] for agent in rows]
-        with torch.no_grad(), evaluating(trajectory.model):
+        with torch.no_grad(), evaluating(nn.ModuleList(trajectory.models.values())):
             trace = received(trajectory, ids, lengths, [seeds[i] for i in indices], control)
             stored = [None if n == 0 else store.put(trace, row, model) for row, n in enumerate(trace.host_lengths)]
             seconds = time.perf_counter() - started

@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 
 from diffmas import ablate, chat, train
 from diffmas import eval as evaluate
-from diffmas import system as runs
 from diffmas.agents.topology import load_topology
 from diffmas.command_line import parse_training
 from diffmas.comparison.comparison import Comparison
@@ -314,7 +313,7 @@ def test_ctrl_c_elsewhere(run, tmp_path, capsys, monkeypatch):
         (ablate, [f"--run={tmp_path / 'new'}", "--latent_steps=0,1"]),
     ):
         assert module.main(flags) == 130 and capsys.readouterr().err.endswith("interrupted\n")
-    monkeypatch.setattr(runs.PeftModel, "from_pretrained", interrupted)
+    monkeypatch.setattr(weights.PeftModel, "from_pretrained", interrupted)
     for module in (evaluate, chat):
         assert module.main([f"--run={run}"]) == 130 and capsys.readouterr().err.endswith("interrupted\n")
 

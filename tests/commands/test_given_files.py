@@ -9,6 +9,8 @@ from diffmas import eval as evaluate
 from diffmas.command_line import parse_training
 from diffmas.system import MultiAgentSystem
 
+#: What a file says of an agent.
+AGENT = "{name, role, prompt, fields, receives, bridges, chat_template_kwargs, model, adapter}"
 PROMPTS = [
     ("roles: [", "is not valid YAML"),
     ("when: 2024-99-99", "is not valid YAML: month must be in 1..12"),
@@ -30,14 +32,17 @@ TOPOLOGIES = [
     ("agents: {", "is not valid YAML"),
     (
         "- a",
-        "agents is missing; allowed: a list of {name, role, prompt, fields, receives, chat_template_kwargs, adapter}",
+        f"agents is missing; allowed: a list of {AGENT}",
     ),
     ("agents: []", "agents is empty"),
     (
         "{1: x, b: y, agents: []}",
-        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, adapters, adapter_options",
+        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, models, adapters, adapter_opt",
     ),
-    ("agents: [a]", "agent is 'a'; allowed: {name, role, prompt, fields, receives, chat_template_kwargs, adapter}"),
+    (
+        "agents: [a]",
+        f"agent is 'a'; allowed: {AGENT}",
+    ),
     ("agents: [{name: a, 2: b}]", "agent a has unknown keys [2]; allowed: name, role, prompt, fields, receives"),
     ("agents: [{name: a, role: [b]}]", "role of agent a is ['b']; allowed: the name of a role"),
     ("agents: [{name: a, receives: [[b]]}]", "receives of agent a is [['b']]; allowed: a list of names"),

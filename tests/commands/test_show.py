@@ -66,7 +66,7 @@ def test_the_command_shows_what_a_training_reads(flags, team_flags, tmp_path, ca
     assert show.main(["--task=relay", "--index", "3"]) == 0
     out, item = capsys.readouterr().out, load_task(TaskArguments()).train[3]
     assert f"question: {item['question']}" in out and f"{item['answer']}|⟦<|end|>⟧" in out
-    assert "behind 4 latent steps of sender" in out
+    assert "behind 8 latent steps of sender" in out
     given = [*team_flags(latent_steps=2), "--system_prompt=Look at {question}.", "--split=eval"]
     assert show.main([*given, "--index=1"]) == 0
     out, item = capsys.readouterr().out, load_task(TaskArguments()).eval[1]

@@ -126,6 +126,7 @@ class Told:
             [],
             [],
         )
+        self.tokenizer_of = system.tokenizer_of
         self.training, self.eval, self.train = False, lambda: None, lambda mode=True: None
 
     def generate(self, ids, lengths, tokenizer, decoding, seeds):

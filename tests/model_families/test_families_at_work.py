@@ -12,6 +12,7 @@ from benchmarks.models.comparison import EXACT, QUICK, REFUSED, check, ragged
 from diffmas import chat, train
 from diffmas.agents.controls import noise
 from diffmas.agents.topology import load_topology
+from diffmas.agents.trajectory import HandedOver
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
@@ -70,7 +71,7 @@ def test_noise_for_layers_of_their_own_sizes(family):
     for row in range(4):
         assert received(system, [row])[1] == [together[row]]
     before = [x.clone() for x in trace.storage.buffers()]
-    noise(trace, range(4))
+    noise(HandedOver(trace, []), range(4))
     sizes = {g.slot: g for g in system.agent_model.layers.values()}
     for drawn, own in zip(trace.storage.buffers(), before, strict=True):
         assert torch.allclose(*(x[..., :2, :].norm(dim=-1) for x in (drawn, own)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from compare import assert_same, error, gradients
-from oracle import Soft, batch, entering
+from oracle import DEFAULT_LIMIT, Soft, batch, entering
 from peft import LoraConfig, get_peft_model
 from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 
@@ -89,7 +89,7 @@ def test_equals_the_models_own_forward(family, alignment, wide):
     twin = clone(model)
     loss, logits = batch(
         twin, DAG, prompts, answers, handover="full", latent_steps=2, weight=weight,
-        soft=Soft() if alignment == "soft" else None,
+        soft=Soft(limit=DEFAULT_LIMIT) if alignment == "soft" else None,
     )  # fmt: skip
     loss.backward()
     system = system_of(model, alignment=alignment)

@@ -432,7 +432,19 @@ def test_expected_embedding(vocab, depth, width, rows, biased, softcap, dtype):
     keys[vocab // 3] *= 3
     temperature = torch.tensor([0.7], dtype=accumulation_dtype(dtype))
     given = (hidden, keys, values, bias, temperature)
-    compare(native.expected_embedding, expected.expected_embedding, (*given, 0.4, softcap), FORWARD)
+
+    def beside_its_products(forward):
+        """A logit is a sum that may cancel: the logarithm of their sum is measured beside what they are sums of."""
+
+        def run(hidden, keys, *rest):
+            out, lse = forward(hidden, keys, *rest)
+            products = hidden.abs().to(lse.dtype) @ keys.abs().to(lse.dtype).T
+            return out, torch.cat((lse, products.amax(1)))
+
+        return run
+
+    functions = (native.expected_embedding, expected.expected_embedding)
+    compare(*map(beside_its_products, functions), (*given, 0.4, softcap), FORWARD)
     out, lse = expected.expected_embedding(*given, 0.4, softcap)
 
     def beside_its_terms(backward):

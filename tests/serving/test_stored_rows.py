@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from diffmas import MultiAgentSystem
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import load_topology
+from diffmas.agents.trajectory import HandedOver
 from diffmas.generation import Decoding
 from diffmas.models.adapters import without_adapters
 from diffmas.serving.rows import store_rows
@@ -47,7 +48,7 @@ def test_traces_are_what_the_last_agent_receives(tmp_path, name, handover, contr
         parts = [packed([agent[i] for i in block]) for agent in split]
         with torch.no_grad():
             trace = system.trajectory.communicate(*map(list, zip(*parts, strict=True))).trace
-            trace = CONTROLS[control](trace, [seeds[i] for i in block])
+            trace = CONTROLS[control](HandedOver(trace, []), [seeds[i] for i in block]).trace
         for own, i in enumerate(block):
             assert rows[i].prompt == tuple(split[-1][i].tolist())
             n = trace.host_lengths[own]

@@ -234,7 +234,7 @@ def test_who_reads_what_of_a_word_problem(name, tmp_path):
 def test_presets_are_configurations_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     system, task, decoding, training = parse_training(["--config=facts", "--max_steps=3", "--output_dir=out"])
-    assert [system.model_name_or_path, system.topology, system.handover] == ["smollm2", "relay", "full"]
+    assert [system.model_name_or_path, system.topology, system.handover] == ["smollm2", "relay", "latent"]
     assert task.task.startswith("facts") and training.max_steps == 3 and decoding.temperature == 0
     # None of the settings for models that think.
     assert training.gradient_accumulation_steps == 1 and training.num_train_epochs == 3
