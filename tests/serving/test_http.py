@@ -21,7 +21,7 @@ pytest.importorskip("httpx", reason="needs the extra 'serve'")
 import httpx
 import uvicorn
 
-from diffmas import MultiAgentSystem
+from diffmas import MultiAgentSystem, train
 from diffmas.generation import Decoding
 from diffmas.models.pretrained import load_base
 from diffmas.serving.http.app import create_app
@@ -242,9 +242,12 @@ def test_what_fails_is_told(system):
         assert client.post(CHAT, json=chat("x")).status_code == 200
 
 
-def test_the_command(relay_run):
+def test_the_command(tmp_path):
     """It says where it listens, takes items of several fields, and SIGTERM ends it in order."""
-    command = [sys.executable, "-m", "diffmas.serve", f"--run={relay_run}", "--port=0", "--served_name=relay"]
+    # The base alone can answer this.
+    flags = ["--topology=single", "--max_steps=1", "--disable_final_eval=true", "--disable_tqdm=true", "--use_cpu=true"]
+    assert train.main([*flags, f"--output_dir={tmp_path}"]) == 0
+    command = [sys.executable, "-m", "diffmas.serve", f"--run={tmp_path}", "--port=0", "--served_name=relay"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()
