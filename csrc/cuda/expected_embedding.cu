@@ -32,9 +32,9 @@ VocabularyParts<T> over_parts(
   const int64_t chunks = tensor_cores ? divide_up(size, WIDE) : 1;
   a.chunk = static_cast<int>(divide_up(divide_up(size, chunks), VOCABULARY_PIECE) * VOCABULARY_PIECE);
   const int64_t most = std::min<int64_t>(divide_up(a.vocab, VOCABULARY_TOKENS), MAX_VOCABULARY_PARTS);
-  const int64_t parts = std::clamp<int64_t>(scope.multiprocessors() / (tiles * chunks), 1, most), pairs = parts * a.rows;
-  const Tensor memory =
-      new_tensor(like, {pairs * (size + 2)}, accumulation_dtype("hidden", like.scalar_type()));
+  const int64_t parts = std::clamp<int64_t>(scope.multiprocessors() / (tiles * chunks), 1, most),
+                pairs = parts * a.rows;
+  const Tensor memory = new_tensor(like, {pairs * (size + 2)}, accumulation_dtype("hidden", like.scalar_type()));
   a.sums = static_cast<Acc<T>*>(memory.data_ptr());
   a.highest = a.sums + pairs * size;
   a.total = a.highest + pairs;
@@ -48,8 +48,7 @@ VocabularyParts<T> over_parts(
     else if (tensor_cores)
       run(vocabulary_kernel<T, BACKWARD, WIDE>, sizeof(VocabularyShared<T, BACKWARD>));
   }
-  if (!tensor_cores)
-    run(vocabulary_simple_kernel<T, BACKWARD>, sizeof(SimpleVocabularyShared<Acc<T>, BACKWARD>));
+  if (!tensor_cores) run(vocabulary_simple_kernel<T, BACKWARD>, sizeof(SimpleVocabularyShared<Acc<T>, BACKWARD>));
   return {memory, static_cast<int>(parts), a.sums, a.highest, a.total};
 }
 
@@ -78,8 +77,7 @@ std::tuple<Tensor, Tensor> expected_embedding(
   const Tensor out = new_tensor(hidden, {rows, width}, hidden.scalar_type()), lse = new_tensor(hidden, {rows}, acc);
   if (rows == 0) return {out, lse};
   const LaunchScope scope(hidden);
-  const bool tensor_cores =
-      hidden.size(1) > 0 && width > 0 && suits_tensor_cores({&hidden, &keys, &values});
+  const bool tensor_cores = hidden.size(1) > 0 && width > 0 && suits_tensor_cores({&hidden, &keys, &values});
   with_storage_type("hidden", hidden.scalar_type(), [&](auto storage) {
     using T = decltype(storage);
     auto a = arguments<T, false>(hidden, keys, bias, temperature, scale, softcap);

@@ -206,8 +206,7 @@ struct TokenStream {
     for (int i = threadIdx.x; i < ROWS * VOCABULARY_PIECE / 8; i += VOCABULARY_THREADS) {
       const int r = i / (VOCABULARY_PIECE / 8), c = i % (VOCABULARY_PIECE / 8) * 8;
       const bool exists = first + r < row_end && column + c < column_end;
-      copy_async<16>(
-          tile + r * Shared::STRIDE + c, exists ? source.at(first + r) + column + c : source.data, exists);
+      copy_async<16>(tile + r * Shared::STRIDE + c, exists ? source.at(first + r) + column + c : source.data, exists);
     }
   }
 
