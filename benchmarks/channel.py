@@ -40,6 +40,13 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         "an adapter per role, a sender that is told to repeat, 24 latent steps",
         {"adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24},
     ),
+    "restated": (
+        "the same, 25 steps of restating in text before 50 of the method's",
+        {
+            "adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24, "learning_rate": 1e-3,
+            "restate_steps": 25, "max_steps": 75,
+        },
+    ),
     "rsLoRA": ("the same, rank 32 with `--use_rslora`", {"lora_r": 32, "use_rslora": True}),
     "LoRA+": ("the same, `--loraplus_lr_ratio 8`", {"loraplus_lr_ratio": 8.0, "learning_rate": 2e-4}),
     "full": ("the same, full hand-over", {"handover": "full"}),
@@ -60,7 +67,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 def training(arm: str, task: str, seed: int, steps: int, data_dir: str | None = None) -> Training:
     """One training of the study."""
-    options = SHARED | TASKS[task] | ARMS[arm][1] | {"max_steps": steps}
+    options = SHARED | {"max_steps": steps} | TASKS[task] | ARMS[arm][1]
     if task == "svamp" and data_dir is not None:
         options["data_dir"] = data_dir
     return Training(arm, task, seed, options | {"max_message_tokens": options["latent_steps"]})

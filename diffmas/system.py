@@ -20,7 +20,7 @@ from diffmas.agents.bridges import BridgeOptions, make_bridges
 from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
-from diffmas.agents.positions import check_positions
+from diffmas.agents.scoring import check_texts, predicting_states, restating_loss
 from diffmas.agents.sink import find_sink
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.thinking import budget
@@ -369,8 +369,12 @@ class MultiAgentSystem(nn.Module):
         answer_lengths: Lengths,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
+        said_ids: Sequence[Tensor] | None = None,
+        said_lengths: Sequence[Lengths] | None = None,
     ) -> TrajectoryOutput:
         """One whole trajectory: all agents read and think, the last one is scored on the gold answer.
+
+        With `said_ids`, instead: every agent before the last, alone, is scored on what it says behind its prompt.
 
         Args:
             prompt_ids: per agent in the order of `topology.agents`, int64 `[tokens]`, the rows' prompts packed.
@@ -379,25 +383,19 @@ class MultiAgentSystem(nn.Module):
             answer_lengths: the rows' answer lengths, each ≥ 1.
             num_items_in_batch: what to divide the summed loss by; default the number of answer tokens.
             return_logits: without, the loss does not need the logits of all answer tokens at once.
+            said_ids, said_lengths: per agent before the last whose adapter trains, as for answers
+                (:func:`~diffmas.agents.scoring.restating_loss`). There are no logits then, and the loss is divided by
+                the number of these tokens.
         """
         self.trajectory.check(prompt_ids, prompt_lengths)
-        rows = len(prompt_lengths[0])
-        if len(answer_lengths) != rows or min(answer_lengths) < 1 or sum(answer_lengths) != answer_ids.numel():
-            raise ValueError(
-                f"answer_lengths is {list(answer_lengths)} for {answer_ids.numel()} tokens; allowed: "
-                f"{rows} lengths ≥ 1 that sum to the number of tokens"
-            )
-        model = self.agent_model
+        if said_ids is not None:
+            loss = restating_loss(self.trajectory, prompt_ids, prompt_lengths, said_ids, said_lengths or ())
+            count = sum(ids.numel() for ids in said_ids) if num_items_in_batch is None else num_items_in_batch
+            return TrajectoryOutput(loss=loss / count)
+        check_texts("answer_lengths", answer_ids, answer_lengths, len(prompt_lengths[0]))
+        model, last = self.agent_model, self.trajectory.model_of(self.topology.last)
         trace = self.trajectory.communicate(prompt_ids, prompt_lengths, answer_lengths).trace
-        lengths = prompt_lengths[-1]
-        ids = _interleave(prompt_ids[-1], lengths, answer_ids, answer_lengths)
-        totals = [p + a for p, a in zip(lengths, answer_lengths, strict=True)]
-        longest = max(before + more for before, more in zip(trace.host_lengths, totals, strict=True))
-        check_positions(model.language_model, longest, "a training batch")
-        # The tokens that predict the answer's.
-        predicting = [(p - 1, p - 1 + a) for p, a in zip(lengths, answer_lengths, strict=True)]
-        last = self.trajectory.model_of(self.topology.last)
-        states = last.read(trace, totals, input_ids=ids, outputs=predicting)
+        states = predicting_states(last, trace, prompt_ids[-1], prompt_lengths[-1], answer_ids, answer_lengths)
         logits = model.head(states) if return_logits else None
         loss = plain_loss(logits, answer_ids) if return_logits else model.answer_loss(model.head, states, answer_ids)
         count = answer_ids.numel() if num_items_in_batch is None else num_items_in_batch
@@ -496,9 +494,3 @@ def _check_items(items: Any) -> None:
     is_sequence = isinstance(items, Sequence) and not isinstance(items, str)
     if not is_sequence or not all(isinstance(item, Mapping) for item in items):
         raise ValueError(f"items is {items!r}; allowed: a sequence of mappings, e.g. [{{'question': '…'}}]")
-
-
-def _interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: Lengths) -> Tensor:
-    """Row by row, the first packed batch's tokens and then the second's."""
-    pairs = zip(first.split(list(first_lengths)), second.split(list(second_lengths)), strict=True)
-    return torch.cat([part for pair in pairs for part in pair])

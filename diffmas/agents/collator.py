@@ -63,9 +63,20 @@ class Collator:
         """What the last agent is taught to write, the token that ends it included."""
         with filling_template(self.topology.last.role):
             between = closing(own_options(self.prompts, self.topology), self.tokenizer)
-            end = end_of_turn(self.tokenizer)
         texts = [[str(item.get("reasoning") or ""), item["answer"]] if between else [item["answer"]] for item in items]
-        return [ids if end is None else [*ids, end] for ids in encode_texts(self.tokenizer, texts, between)]
+        return self._ended(self.topology.last, texts, between)
+
+    def encode_restated(self, agent: Agent, items: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """What `agent` would write that says again what it is told: the fields of its prompt, a line each."""
+        told = self.prompts.fields(agent.role)
+        return self._ended(agent, [["\n".join(str(item[name]) for name in told)] for item in items])
+
+    def _ended(self, agent: Agent, texts: Sequence[Sequence[str]], between: str = "") -> list[list[int]]:
+        """Tokens of what the agent writes, the one that ends its turn included."""
+        tokenizer = self.tokenizer_of(agent)
+        with filling_template(agent.role):
+            end = end_of_turn(tokenizer)
+        return [ids if end is None else [*ids, end] for ids in encode_texts(tokenizer, texts, between)]
 
     def encode_prompts(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """`prompt_ids` and `prompt_lengths` alone, for generation."""

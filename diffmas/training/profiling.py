@@ -135,6 +135,8 @@ class ProfileStep(TrainerCallback):
         self.result: dict[str, Any] | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step < getattr(args, "restate_steps", 0):
+            return
         self._steps += 1
         if state.is_world_process_zero and WARM_UP < self._steps <= WARM_UP + 2:
             self._stack = contextlib.ExitStack()

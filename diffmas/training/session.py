@@ -67,6 +67,7 @@ from diffmas.training.preflight import (
     length_bound,
 )
 from diffmas.training.profiling import ProfileStep
+from diffmas.training.restating import check_restating
 from diffmas.training.resuming import check_same, checkpoint_of, given_settings, origin, run_folder
 from diffmas.training.rules import check_batches
 from diffmas.training.settings import DecodingArguments, TrainArguments
@@ -78,7 +79,7 @@ WEIGHT_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
     "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
     "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "data_seed",
-    "dataloader_drop_last", "bf16", "fp16", "loraplus_lr_ratio",
+    "dataloader_drop_last", "bf16", "fp16", "loraplus_lr_ratio", "restate_steps",
 )  # fmt: skip
 MakeCollator = Callable[[MultiAgentSystem, Task, PreTrainedTokenizerBase], Collator]
 
@@ -226,6 +227,7 @@ def _load_task(
     if len(task.train) == 0:
         raise ValueError("the training set is empty; allowed: at least one item")
     check_batches(args, len(task.train))
+    check_restating(topology, args.restate_steps, _steps(args, len(task.train)))
     check_prompts(task, roles_of(topology), training=True)
     left_out = {} if args.disable_final_eval else variants_left_out(task, topology)
     if args.max_message_tokens is None:

@@ -52,6 +52,13 @@ class TrainArguments(TrainingArguments):
             "help": "Learning rate of LoRA's B matrices over that of all else (LoRA+, arXiv 2402.12354); 1: the same."
         },
     )
+    restate_steps: int = field(
+        default=0,
+        metadata={
+            "help": "First steps of a training, in which every agent before the last learns to say in text what its "
+            "prompt tells it, instead of the method's loss."
+        },
+    )
     profile: bool = field(
         default=False, metadata={"help": "Time the second step by phase and trace the third: profile.json, trace.json."}
     )
@@ -71,6 +78,8 @@ class TrainArguments(TrainingArguments):
         check_message_tokens(self.max_message_tokens)
         if not 0 < self.loraplus_lr_ratio < math.inf:
             raise ValueError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}; allowed: above 0 and finite")
+        if self.restate_steps < 0:
+            raise ValueError(f"restate_steps is {self.restate_steps}; allowed: integers ≥ 0")
         chosen = self.output_dir
         settle(self)
         settle_processes(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from diffmas.training.checkpoints import (
     read_state,
     rotate,
 )
+from diffmas.training.restating import SAID, LogAtItsEnd, RestatingCollator, check_restating
 from diffmas.training.settings import TrainArguments
 
 #: Of an optimizer's options, those that the schedule sets, and its parameters.
@@ -135,6 +137,11 @@ class SystemTrainer(Trainer):
                 eval_dataset = Items(task.eval)
         if lengths is None and args.train_sampling_strategy == "group_by_length":
             lengths = ItemLengths(train_dataset, collate)
+        if args.restate_steps:
+            check_restating(model.topology, args.restate_steps, sys.maxsize)
+            collate = RestatingCollator(collate, collate if isinstance(collate, Collator) else model.collator)
+            # Of what only the method's loss reaches, the other one leaves no gradient.
+            args.ddp_find_unused_parameters = True
         quiet_checkpoints()
         super().__init__(
             model, args, data_collator=collate, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs
@@ -145,6 +152,7 @@ class SystemTrainer(Trainer):
         self._saving_to: str | None = None
         self.add_callback(self.finite)
         self.add_callback(StateInPlace())
+        self.add_callback(LogAtItsEnd())
         self.model_accepts_loss_kwargs = True
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -169,7 +177,7 @@ class SystemTrainer(Trainer):
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            rows = len(inputs["answer_lengths"])
+            rows = len(inputs["prompt_lengths"][0])
             raise torch.OutOfMemoryError(
                 f"a micro-batch of {rows} rows does not fit into memory; try --auto_batch, --checkpointing auto, or a "
                 f"smaller --per_device_train_batch_size. {error}"
@@ -182,7 +190,10 @@ class SystemTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(sum(sum(batch["answer_lengths"]) for batch in batches), device=device)
+        if self.args.restate_steps and self.state.global_step >= self.args.restate_steps:
+            batches = [{name: value for name, value in batch.items() if name not in SAID} for batch in batches]
+        scored = (batch.get("said_lengths", [batch["answer_lengths"]]) for batch in batches)
+        count = torch.tensor(sum(sum(lengths) for texts in scored for lengths in texts), device=device)
         if self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return batches, count
@@ -192,6 +203,11 @@ class SystemTrainer(Trainer):
         # Gradients are averaged over processes, the count is summed over them.
         loss = output.loss * (self.args.world_size if num_items_in_batch is not None else 1)
         return (loss, output) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self.state.global_step <= self.args.restate_steps:
+            logs = {("restating_loss" if name == "loss" else name): value for name, value in logs.items()}
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         items = self.eval_dataset if eval_dataset is None else eval_dataset

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_models import arguments, causal_lm, clone, ragged, with_lora
 
-import diffmas.system
+import diffmas.agents.scoring
 from diffmas.agents.topology import TOPOLOGIES
 from diffmas.system import MultiAgentSystem
 from diffmas_ops import KVTrace
@@ -95,7 +95,7 @@ def test_an_interrupted_trajectory_leaves_nothing(traces, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(diffmas.system, "_interleave", fail)
+    monkeypatch.setattr(diffmas.agents.scoring, "_interleave", fail)
     with pytest.raises(KeyboardInterrupt):
         system(*inputs)
     gc.collect()
