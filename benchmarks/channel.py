@@ -41,10 +41,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24},
     ),
     "restated": (
-        "the same, 25 steps of restating in text before 50 of the method's",
+        "the same, restating in text for the first 10 of 60 steps",
         {
             "adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24, "learning_rate": 1e-3,
-            "restate_steps": 25, "max_steps": 75,
+            "restate_steps": 10, "max_steps": 60,
         },
     ),
     "rsLoRA": ("the same, rank 32 with `--use_rslora`", {"lora_r": 32, "use_rslora": True}),

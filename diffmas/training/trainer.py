@@ -296,8 +296,12 @@ class SystemTrainer(Trainer):
         asked = [{k: v for k, v in group.items() if k not in _BY_SCHEDULE} for group in self.optimizer.param_groups]
         rates = getattr(self.lr_scheduler, "base_lrs", None)
         if state["state"]:
-            options = StateDictOptions(full_state_dict=True)
+            options = StateDictOptions(full_state_dict=True, strict=False)
             set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+                if name not in state["state"]:
+                    # It had had no gradient yet; torch gives it the state of a step without one.
+                    self.optimizer.state.pop(parameter, None)
         else:
             # Plain SGD has nothing but its learning rate, which torch cannot load without a tensor beside it.
             for group, kept in zip(self.optimizer.param_groups, state["param_groups"], strict=True):

@@ -52,7 +52,7 @@ def runs(base, tmp_path_factory):
     flags = [
         f"--{k}={v}" for k, v in dict(
             model=base, task="relay", topology="relay", latent_steps=2, alignment="learned", checkpointing="all",
-            adapters="per_role", restate_steps=1,
+            adapters="per_role", restate_steps=2,
             max_steps=4, learning_rate=1e-2, gradient_accumulation_steps=2, per_device_eval_batch_size=4,
             eval_size=9, max_new_tokens=3, temperature=1, save_steps=2, disable_tqdm=True,
         ).items()

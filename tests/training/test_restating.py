@@ -72,8 +72,9 @@ def test_what_is_said_again():
     system = MultiAgentSystem(causal_lm("qwen3"), TEAM, tokenizer=tokenizer, peft_config=LoraConfig(**LORA))
     items = [{"fact": "a b", "more": "c", "question": "d", "answer": "e"}] * 2
     batch = RestatingCollator(system.collator, system.collator)(items)
-    decoded = [tokenizer.decode(ids[: lengths[0]]).split() for ids, lengths in zip(*(batch[name] for name in SAID))]
-    assert decoded == [["a", "b", "c", tokenizer.eos_token], ["c", tokenizer.eos_token]]
+    pairs = zip(*(batch[name] for name in SAID), strict=True)
+    decoded = [tokenizer.decode(ids[: lengths[0]]) for ids, lengths in pairs]
+    assert decoded == [f"a b\nc{tokenizer.eos_token}", f"c{tokenizer.eos_token}"]
 
 
 def entries(run):
@@ -89,7 +90,7 @@ def test_a_run_restates_first(flags, tmp_path, adapters):
     # One that was stopped while it restated, or behind it, ends at the same weights.
     for step in (1, 2, 3):
         again = tmp_path / f"again-{step}"
-        given = dict(adapters=adapters, **QUICK, save_steps=1, disable_final_eval=True)
+        given = dict(adapters=adapters, **QUICK, save_steps=1, save_total_limit=9, disable_final_eval=True)
         if step == 1:
             assert train.main(flags(**given, output_dir=tmp_path / "steps")) == 0
         shutil.copytree(
