@@ -41,11 +41,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         {"adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24},
     ),
     "restated": (
-        "the same, restating in text for the first 10 of 60 steps",
-        {
-            "adapters": "per_role", "topology": "benchmarks/channel.yaml", "latent_steps": 24, "learning_rate": 1e-3,
-            "restate_steps": 10, "max_steps": 60,
-        },
+        "an adapter per role, restating in text for the first 10 of 60 steps, 24 latent steps",
+        {"adapters": "per_role", "latent_steps": 24, "learning_rate": 1e-3, "restate_steps": 10, "max_steps": 60},
     ),
     "rsLoRA": ("the same, rank 32 with `--use_rslora`", {"lora_r": 32, "use_rslora": True}),
     "LoRA+": ("the same, `--loraplus_lr_ratio 8`", {"loraplus_lr_ratio": 8.0, "learning_rate": 2e-4}),
