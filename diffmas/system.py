@@ -9,7 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi
 from peft import PeftConfig
 from torch import Tensor, nn

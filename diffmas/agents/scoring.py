@@ -65,7 +65,10 @@ def restating_loss(
     Raises:
         ValueError: texts that do not fit the agents or the prompts.
     """
-    agents, places = restating_agents(trajectory.topology), {a.name: i for i, a in enumerate(trajectory.topology.agents)}
+    agents, places = (
+        restating_agents(trajectory.topology),
+        {a.name: i for i, a in enumerate(trajectory.topology.agents)},
+    )
     if not len(said_ids) == len(said_lengths) == len(agents):
         raise ValueError(
             f"said_ids has {len(said_ids)} and said_lengths {len(said_lengths)} entries; allowed: one for each of "
@@ -80,7 +83,7 @@ def restating_loss(
         trace = KVTrace.allocate(batch=len(own), capacity=capacity, backend=model.backend, **model.trace_sizes)
         states = predicting_states(model, trace, prompt, own, ids, lengths)
         losses.append(model.answer_loss(model.head, states, ids))
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+    return torch.stack([loss.to(losses[0]) for loss in losses]).sum()
 
 
 def _interleave(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: Lengths) -> Tensor:

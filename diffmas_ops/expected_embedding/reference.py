@@ -126,4 +126,5 @@ def _block_gradients(
     grad_scores = weights * (grad @ values[at].to(grad.dtype).T - delta)
     slope = scale / temperature
     products = grad_scores * (slope if softcap is None else slope * (1 - (logits / softcap).square()))
-    return weights, (grad_scores * scores).sum(), products
+    # A token of score minus infinity has no weight; it would make 0 · ∞ of it.
+    return weights, (grad_scores * scores.clamp_min(torch.finfo(scores.dtype).min)).sum(), products

@@ -145,7 +145,8 @@ def _attend_backward(
         scores = logits * cold
         weights = tl.where(known[None, :], tl.exp2((scores - row_lse) * LOG2E), 0.0)
         slopes = weights * (towards - row_delta)
-        summed += tl.sum(slopes * scores, 1)
+        # A token of score minus infinity has no weight; it would make 0 · ∞ of it.
+        summed += tl.sum(slopes * tl.maximum(scores, -3.0e38), 1)
         slopes *= scale * cold
         if CAPPED:
             slopes *= 1.0 - (logits / softcap) * (logits / softcap)

@@ -287,18 +287,7 @@ def test_expected_embedding_of_other_gradients(grad_size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_expected_embedding_without_some_tokens(operators, dtype):
-    """A bias of minus infinity takes tokens away, and whole parts of the vocabulary."""
-    torch.manual_seed(0)
-    hidden, keys = random(3, 64, dtype=dtype), random(1500, 64, dtype=dtype)
-    bias = torch.full((1500,), -torch.inf, dtype=dtype, device=cases.DEVICE)
-    bias[700:790] = 0
-    temperature = torch.ones(1, device=cases.DEVICE)
-    given = (hidden, keys, keys, bias, temperature)
-    without = (hidden, keys[700:790], keys[700:790], None, temperature)
-    got, want = (operators.expected_embedding(*x, 0.4, None) for x in (given, without))
-    grads = [operators.expected_embedding_backward(hidden, *x, *want, 0.4, None)[0] for x in (given, without)]
-    for mine, theirs in zip((*got, grads[0]), (*want, grads[1]), strict=True):
-        torch.testing.assert_close(mine, theirs)
+    cases.check_without_some_tokens(operators, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

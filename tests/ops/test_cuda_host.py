@@ -23,6 +23,7 @@ import test_triton as suite
 import torch
 from cases import Case
 from test_cuda import (  # noqa: F401
+    VOCABULARIES,
     everything,
     sized,
     test_append_and_gather,
@@ -32,7 +33,6 @@ from test_cuda import (  # noqa: F401
     test_concat_of_many_senders,
     test_concat_of_overlapping_segments,
     test_deferred_rows,
-    test_expected_embedding,
     test_expected_embedding_of_other_gradients,
     test_expected_embedding_without_some_tokens,
     test_groups_of_heads,
@@ -49,6 +49,8 @@ from test_cuda import (  # noqa: F401
     test_token_backward_of_other_scores,
     use,
 )
+
+from diffmas_ops.dtypes import SUPPORTED
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +90,19 @@ def operators(host_library, monkeypatch):
     # Few enough that small problems are unsplit as well as split.
     monkeypatch.setenv("DIFFMAS_HOST_MULTIPROCESSORS", "12")
     return use(monkeypatch, host_library)
+
+
+#: Every size in two of the types, once with a bias and a cap: the emulation is slow.
+VOCABULARY_CASES = [
+    (*sizes, biased, softcap, SUPPORTED[(i + shift) % len(SUPPORTED)])
+    for i, sizes in enumerate(VOCABULARIES.values())
+    for shift, (biased, softcap) in enumerate([(False, None), (True, 2.5)])
+]
+
+
+@pytest.mark.parametrize("rows, vocab, depth, width, biased, softcap, dtype", VOCABULARY_CASES)
+def test_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype):
+    suite.check_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

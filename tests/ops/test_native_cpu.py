@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from cases import check_without_some_tokens
 
 from diffmas_ops import library
 from diffmas_ops import native as native_module
@@ -418,6 +419,12 @@ def test_latent_project(rows, size, weighted, dtype):
     for need_weight in (False, True):
         arguments = (grad_out, hidden, weight, out, norm, 1.7, need_weight)
         compare(native.latent_project_backward, latent.latent_project_backward, arguments, BACKWARD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operators", [native, expected], ids=["native", "reference"])
+def test_expected_embedding_without_some_tokens(operators, dtype):
+    check_without_some_tokens(operators, dtype)
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)

@@ -22,6 +22,7 @@ from cases import (
     assert_within,
     cases,
     check_delta,
+    check_without_some_tokens,
     indices,
     logarithm_terms,
     plain_backward,
@@ -433,6 +434,10 @@ def test_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype):
     if dtype not in DTYPES:
         pytest.skip(f"no {dtype} here")
     check_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype)
+
+
+def test_expected_embedding_without_some_tokens():
+    check_without_some_tokens(expected_triton, torch.float32)
 
 
 def check_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype, grad_size=1.0):

@@ -1,6 +1,7 @@
 """The exactness contract: loss, logits and gradients are those of every row alone with plain `torch.cat` caches."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -104,6 +105,9 @@ def test_families(family, tied, topology, handover, latent_steps, detach, checkp
     check(family, tied, topology, handover, latent_steps, detach, checkpointing, backend, rows=4, longest=23)
 
 
+STRATEGIES = [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:4")]
+
+
 @cache
 def expected_with_sink(topology, sink, latent_steps, detach):
     model = clone(lora_model())
@@ -121,9 +125,8 @@ def longer(topology):
     return {n: [torch.cat((torch.tensor([5, 7]), p)) for p in rows] for n, rows in prompts.items()}, answers
 
 
-@pytest.mark.parametrize("options", [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:5")], ids=str)
-@pytest.mark.parametrize("sink, detach", [(1, False), (3, False), (3, True)])
-@pytest.mark.parametrize("latent_steps", [0, 3])
+@pytest.mark.parametrize("options", STRATEGIES, ids=str)
+@pytest.mark.parametrize("sink, detach, latent_steps", [(1, False, 3), (3, False, 0), (3, True, 3)])
 @pytest.mark.parametrize("topology", DAGS)
 def test_a_sink_in_front_of_a_latent_hand_over(topology, sink, latent_steps, detach, options):
     model = clone(lora_model()).train()
@@ -147,20 +150,23 @@ def expected_soft(tied, topology, handover, soft):
     return loss.detach(), logits.detach(), gradients(model), soft.temperature.grad
 
 
-@pytest.mark.parametrize("options", [{}, dict(checkpointing="all"), dict(latent_backward="sweeps:4")], ids=str)
-@pytest.mark.parametrize(
-    "soft, tied",
-    [
-        (Soft(), False),
-        (Soft(), True),
-        (Soft(1.3, top_k=5), False),
-        (Soft(0.4, limit=0.8), True),
-        (Soft(0.3, limit=DEFAULT_LIMIT), False),
-    ],
-)
-@pytest.mark.parametrize("handover", ["full", "latent"])
-@pytest.mark.parametrize("topology", DAGS)
-def test_soft_alignment(topology, handover, tied, soft, options):
+SOFT = [
+    (Soft(), False),
+    (Soft(), True),
+    (Soft(1.3, top_k=5), False),
+    (Soft(0.4, limit=0.8), True),
+    (Soft(0.3, limit=DEFAULT_LIMIT), False),
+]
+#: Every pair of a team's hand-over and an alignment in one of the strategies, so that these meet each of both.
+SOFT_CASES = [
+    (topology, handover, *soft, STRATEGIES[(i + j) % 3])
+    for i, (topology, handover) in enumerate(product(DAGS, ("full", "latent")))
+    for j, soft in enumerate(SOFT)
+]
+
+
+@pytest.mark.parametrize("topology, handover, soft, tied, options", SOFT_CASES)
+def test_soft_alignment(topology, handover, soft, tied, options):
     dag = DAGS[topology]
     model = clone(lora_model("qwen3", tied)).train()
     shape = Topology(topology, tuple(Agent(*item) for item in dag.items()), handover)

@@ -1,4 +1,6 @@
 // Attention over a vocabulary with few query rows: keys and values leave memory once, an online softmax in between.
+#include <limits>
+
 #include "cpu/kernels/attention.h"
 
 namespace diffmas {
@@ -110,7 +112,8 @@ void expected_embedding_gradient(const ExpectedEmbeddingGradient<S>& p, int64_t 
           for (int64_t i = 0; i < whole; i += W<T>) {
             const Vec<T> logit = load(z + i), score = logit / p.temperature;
             const Vec<T> of_score = exponential(score - p.lse[row]) * (load(grad + i) - p.delta[row]);
-            together += of_score * score;
+            // A token of score minus infinity has no weight; it would make 0 · ∞ of it.
+            together += of_score * maximum<T>(score, Vec<T>{} + std::numeric_limits<T>::lowest());
             store(grad + i, cap.gradient(logit, of_score) * slope);
           }
           p.grad_scores[row] += sum<T>(together);

@@ -3,6 +3,8 @@
 // sums of the tokens weighted by that, which stay in registers. The parts' sums are put together by a second kernel.
 #pragma once
 
+#include <limits>
+
 #include "diffmas/attention.cuh"
 #include "diffmas/tiles.cuh"
 
@@ -121,7 +123,9 @@ struct RowSoftmax {
       const A z = known ? logit(a, products(BACKWARD, i), token) : A(0), score = z / temperature;
       if constexpr (BACKWARD) {
         const A slope = known ? exp(score - lse) * (products(0, i) - delta) : A(0);
-        total += slope * score;
+        // A token of score minus infinity has no weight; it would make 0 · ∞ of it.
+        constexpr A LOWEST = std::numeric_limits<A>::lowest();
+        total += slope * max(score, LOWEST);
         weight[i] = a.softcap.gradient(z, slope) * (a.scale / temperature);
       } else {
         weight[i] = known ? score : A(-INFINITY);
