@@ -37,7 +37,9 @@ def expected_embedding(
     for at in _blocks(keys):
         scores = _logits(rows, keys[at], None if bias is None else bias[at], scale, softcap) / temperature
         above = torch.maximum(highest, scores.amax(-1))
-        kept, weights = (highest - above).exp(), (scores - above[:, None]).exp()
+        # A block in which all scores are minus infinity weighs nothing.
+        base = above.masked_fill(above == -torch.inf, 0)
+        kept, weights = (highest - base).exp(), (scores - base[:, None]).exp()
         total = total * kept + weights.sum(-1)
         out = out * kept[:, None] + weights @ values[at].to(acc)
         highest = above

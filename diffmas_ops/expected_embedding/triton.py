@@ -86,7 +86,9 @@ def _attend(
         )  # fmt: skip
         scores = tl.where(known[None, :], logits * slope, float("-inf"))
         higher = tl.maximum(above, tl.max(scores, 1))
-        kept, weights = tl.exp2(above - higher), tl.exp2(scores - higher[:, None])
+        # A block in which all scores are minus infinity weighs nothing.
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        kept, weights = tl.exp2(above - base), tl.exp2(scores - base[:, None])
         summed = summed * kept + tl.sum(weights, 1)
         above = higher
         _add_values(

@@ -424,7 +424,8 @@ def test_latent_project(rows, size, weighted, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operators", [native, expected], ids=["native", "reference"])
 def test_expected_embedding_without_some_tokens(operators, dtype):
-    check_without_some_tokens(operators, dtype)
+    # More than the reference looks at together.
+    check_without_some_tokens(operators, dtype, vocab=5000)
 
 
 @pytest.mark.parametrize("dtype", SUPPORTED, ids=str)

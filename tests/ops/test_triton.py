@@ -425,9 +425,9 @@ def test_latent_project(rows, size, weighted, dtype):
         (3, 70, 64, 64, False, None, torch.float16),
         (2, 513, 77, 130, True, None, torch.float32),
         # More rows than a block, several parts of the vocabulary, several blocks of a part.
-        (19, 1100, 40, 70, False, 2.5, torch.float32),
-        (17, 900, 70, 40, True, 2.5, torch.float16),
-        (17, 900, 70, 40, True, None, torch.bfloat16),
+        (19, 600, 40, 70, False, 2.5, torch.float32),
+        (17, 500, 70, 40, True, 2.5, torch.float16),
+        (17, 500, 70, 40, True, None, torch.bfloat16),
     ],
 )
 def test_expected_embedding(rows, vocab, depth, width, biased, softcap, dtype):

@@ -59,9 +59,11 @@ void expected_embedding(const ExpectedEmbedding<S>& p, int64_t begin, int64_t en
           most = maximum<T>(most, score);
         }
         const T top = largest<T>(most);
+        // A block in which all scores are minus infinity weighs nothing.
+        const T base = top == -infinity<T>() ? T(0) : top;
         Vec<T> sums{};
         for (int64_t i = 0; i < whole; i += W<T>) {
-          const Vec<T> weight = exponential(load(scores + i) - top);
+          const Vec<T> weight = exponential(load(scores + i) - base);
           store(scores + i, weight);
           sums += weight;
         }
