@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.agents.scoring import restating_agents
 from diffmas.agents.thinking import budget, switched
 from diffmas.agents.topology import Topology
 from diffmas.command_line import parse_training
@@ -271,6 +272,9 @@ class Comparison:
         if (folder / SYSTEM_FILE).is_file():
             flags.append(f"--resume_from_checkpoint={folder}")
         _, task_args, decoding_args, training_args = parse_training(flags)
+        if not restating_agents(topology):
+            # Of a single agent, say: what a task's settings ask of senders is not asked of it.
+            training_args.restate_steps = 0
         status = train(
             self._system_args(method, settings), task_args, decoding_args, training_args, topology=topology,
             # Beside the methods and seeds of a task: what decides a text decides who shares it.

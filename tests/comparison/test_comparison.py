@@ -144,6 +144,14 @@ def test_trained_methods_share_items_steps_and_rate(flags, tmp_path):
     assert agents["diffmas"] == agents["diffmas+detach"] == [[], ["first"], ["second"]]
 
 
+def test_only_methods_with_senders_restate(flags, tmp_path):
+    """`single+sft` shares the settings, and has nobody who could."""
+    compare(tmp_path / "out", flags(restate_steps=1, max_steps=2), "single+sft,diffmas").run()
+    paths = (tmp_path / "out").glob("training/relay/*/seed-0/system.json")
+    training = {path.parent.parent.name: json.loads(path.read_text())["training"] for path in paths}
+    assert {name: settings["restate_steps"] for name, settings in training.items()} == {"single+sft": 0, "diffmas": 1}
+
+
 def test_seeds_repeat_nothing_where_nothing_is_drawn(flags, tmp_path):
     summary = compare(tmp_path / "greedy", flags(temperature=0), seeds=(0, 1)).run()
     greedy = read_records(tmp_path / "greedy" / ITEMS_FILE)
