@@ -16,7 +16,7 @@ from diffmas.evaluation.records import Record
 from diffmas.evaluation.statistics import paired_difference
 from diffmas.runs import profile as profiles
 from diffmas.runs.files import METRICS_FILE, PROFILE_FILE, RECORDS_FILE, REPORT_FILE, SUMMARY_FILE
-from diffmas.runs.metrics import LATENT_NORMS, read_metrics
+from diffmas.runs.metrics import LATENT_NORMS, RESTATING_LOSS, read_metrics
 from diffmas.support.atomic import write_atomically
 from diffmas.support.failures import writing
 from diffmas.support.page import heading, note, page, svg, table
@@ -175,6 +175,8 @@ def _curves(plt, metrics: Sequence[dict[str, Any]]):
     losses = [(e["step"], e["loss"]) for e in metrics if "loss" in e]
     accuracies = [(e["step"], 100 * e["eval_accuracy"]) for e in metrics if "eval_accuracy" in e]
     axes.plot(*zip(*losses, strict=True), color="#57606a", label="training loss")
+    if restating := [(e["step"], e[RESTATING_LOSS]) for e in metrics if RESTATING_LOSS in e]:
+        axes.plot(*zip(*restating, strict=True), "--", color="#57606a", label="loss of restating")
     axes.set(xlabel="training step", ylabel="loss, nats a token", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     lines = [*axes.lines]
@@ -184,5 +186,5 @@ def _curves(plt, metrics: Sequence[dict[str, Any]]):
         right.plot(*zip(*accuracies, strict=True), "o-", color="#1f6feb", label="held-out accuracy")
         right.set(ylabel="accuracy, %", ylim=(0, 103))
         lines += right.lines
-    figure.legend(handles=lines, loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(handles=lines, loc="outside upper center", ncols=3, frameon=False)
     return figure

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+#: Entry of a restating step: its loss, which is not the method's.
+RESTATING_LOSS = "restating_loss"
 #: What an entry calls the norms of gradients at latent steps, `[agent][step]`.
 LATENT_NORMS = "latent_gradient_norms"
 

@@ -20,7 +20,7 @@ from diffmas.agents.collator import Collator
 from diffmas.evaluation.evaluator import Evaluator
 from diffmas.evaluation.needs import check_prompts, roles_of
 from diffmas.runs.files import METRICS_FILE
-from diffmas.runs.metrics import read_metrics
+from diffmas.runs.metrics import RESTATING_LOSS, read_metrics
 from diffmas.runs.weights import load_weights, save_weights
 from diffmas.support.atomic import write_atomically
 from diffmas.support.distributed import any_process, process, processes
@@ -206,7 +206,7 @@ class SystemTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self.state.global_step <= self.args.restate_steps:
-            logs = {("restating_loss" if name == "loss" else name): value for name, value in logs.items()}
+            logs = {(RESTATING_LOSS if name == "loss" else name): value for name, value in logs.items()}
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
