@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from diffmas.command_line import parse_command
+from diffmas.evaluation.inspection import contributions
 from diffmas.serving.http.session import ServeArguments, serve
 from diffmas.support.failures import run_program
 from diffmas.support.interrupts import raise_on_interrupt
@@ -19,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until told to end. Returns the process's exit status: 130 after Ctrl-C before it listens."""
     raise_on_interrupt()
     args, _ = parse_command(ServeArguments, argv, prog=PROGRAM, description=__doc__)
-    return run_program(PROGRAM, lambda: serve(args), lower=LOWER)
+    return run_program(PROGRAM, lambda: serve(args, contributions), lower=LOWER)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -124,6 +124,22 @@ def inspect(
         _part(name, kind, end - begin, masses[:, begin:end].sum(1)) for name, kind, begin, end in parts if end > begin
     ]
     return Inspection(found if sink is None else [*found, _part("", "sink", 0, sink)], steps)
+
+
+def contributions(system: MultiAgentSystem, prompts: Sequence[Tensor], tokens: Sequence[int]) -> dict[str, Any]:
+    """What :func:`inspect` finds of the row with these `prompts`, for JSON: tokens are texts, in their agent's words."""
+    found = inspect(system, prompts, [[len(ids)] for ids in prompts], tokens)
+    tokenizers = {agent.name: system.tokenizer_of(agent) for agent in system.topology.agents}
+    steps = [
+        {
+            "agent": step.agent,
+            "step": step.step,
+            "said": [[tokenizers[step.agent].decode([token]), value] for token, value in step.said],
+            "nearest": [[tokenizers[step.agent].decode([token]), value] for token, value in step.nearest],
+        }
+        for step in found.steps
+    ]
+    return {"parts": [asdict(part) for part in found.parts], "steps": steps}
 
 
 def _part(agent: str, kind: str, columns: int, layers: Tensor) -> Part:

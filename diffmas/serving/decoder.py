@@ -17,7 +17,7 @@ from diffmas.generation.decoding import Completion, Decoding
 from diffmas.generation.engine import stop_ids
 from diffmas.models.agent_model import Lengths
 from diffmas.serving.options import check_installed
-from diffmas.serving.rows import store_rows
+from diffmas.serving.rows import Row, check_embeddable, embedded_rows, store_rows
 from diffmas.serving.traces import TraceStore
 from diffmas.serving.vllm_engine import EngineSource, VllmEngine
 from diffmas.serving.weights import fingerprint, running_adapter, write_adapter, write_base
@@ -30,18 +30,24 @@ class VllmDecoder:
     The senders run here, and their traces go through files; both models are in memory at once. Where that is too much,
     `python -m diffmas.eval --engine vllm` frees one before it loads the other.
 
+    With `prompt_embeds`, no traces are written: vLLM gets what all agents read and thought as input embeddings, and
+    writes keys and values of it itself. That is less to hand over and more to compute, and needs a chain of agents with
+    full hand-over, of one model and one adapter.
+
     Args:
         system: its weights, as they are now, are those that vLLM decodes with.
         tokenizer: default: the system's.
         folder: where traces and weights are kept while it is open, e.g. in `/dev/shm`; default: a temporary one.
         model: folder or hub name of the base model, for vLLM to load; default: it is written to `folder`.
         max_trace_bytes: of all traces at once; None: as many as `folder` takes.
+        prompt_embeds: hand over input embeddings instead of traces.
         entropies: as for :class:`VllmEngine`.
         options: further arguments of vLLM's engine, such as `tensor_parallel_size`, `gpu_memory_utilization` and
             `max_model_len`.
 
     Raises:
-        ModuleNotFoundError: no vLLM. ValueError: options that vLLM refuses, or a model it cannot load.
+        ModuleNotFoundError: no vLLM. ValueError: options that vLLM refuses, a model it cannot load, or agents whose
+            traces it would not write itself.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class VllmDecoder:
         folder: str | Path | None = None,
         model: str | None = None,
         max_trace_bytes: int | None = None,
+        prompt_embeds: bool = False,
         entropies: bool = False,
         **options: Any,
     ):
@@ -59,6 +66,11 @@ class VllmDecoder:
         self._system, self._tokenizer = system, tokenizer or system.tokenizer
         if self._tokenizer is None:
             raise ValueError("the system has no tokenizer; allowed: tokenizer=…")
+        self._embedded = prompt_embeds
+        if prompt_embeds:
+            check_embeddable(system)
+            if max_trace_bytes is not None:
+                raise ValueError(f"max_trace_bytes is {max_trace_bytes}; allowed with prompt_embeds: None")
         with contextlib.ExitStack() as opened:
             self._folder = Path(tempfile.mkdtemp(prefix="diffmas-", dir=folder))
             opened.callback(shutil.rmtree, self._folder, ignore_errors=True)
@@ -71,7 +83,7 @@ class VllmDecoder:
                 model or write_base(system, self._tokenizer, self._folder / "base"),
                 self._model,
                 dtype,
-                self._store.folder,
+                None if prompt_embeds else self._store.folder,
                 [self._adapter] if self._adapter else [],
                 options,
             )
@@ -97,14 +109,18 @@ class VllmDecoder:
         Raises:
             ValueError: as :class:`diffmas.generation.Engine` and :meth:`VllmEngine.decode`.
         """
+        if self._embedded and control is not None:
+            raise ValueError(f"control is {control}; allowed with prompt_embeds: None, there is no trace it could act on")
         adapter = self._adapter if running_adapter(self._system) else None
-        rows = []
+        asked = self._system, prompt_ids, prompt_lengths, decoding
+        rows: list[Row] = []
         try:
-            for row in store_rows(
-                self._system, prompt_ids, prompt_lengths, decoding, self._store, self._model, adapter,
-                seeds=seeds, control=control,
-            ):  # fmt: skip
-                rows.append(row)
+            if self._embedded:
+                rows += embedded_rows(*asked, adapter, seeds=seeds)
+            else:
+                # One by one: those that are there when another fails are released.
+                for row in store_rows(*asked, self._store, self._model, adapter, seeds=seeds, control=control):
+                    rows.append(row)
             found = dict(self._engine.decode(rows, decoding))
         finally:
             for row in rows:

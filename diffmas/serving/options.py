@@ -11,7 +11,10 @@ from typing import Any
 OWN, VLLM = "diffmas", "vllm"
 ENGINES = (OWN, VLLM)
 #: Arguments of vLLM's engine that are settled by whoever starts it.
-SETTLED = ("model", "tokenizer", "kv_transfer_config", "enable_lora", "max_lora_rank", "skip_tokenizer_init")
+SETTLED = (
+    "model", "tokenizer", "kv_transfer_config", "enable_prompt_embeds", "enable_lora", "max_lora_rank",
+    "skip_tokenizer_init",
+)  # fmt: skip
 
 
 def check_engine(engine: str, engine_args: str | None, trace_dir: str | None, max_trace_gb: float | None) -> None:

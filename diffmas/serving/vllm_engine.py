@@ -90,7 +90,7 @@ class EngineSource:
     Attributes:
         model: folder or hub name of the base model. fingerprint: of its weights.
         dtype: of weights and traces, e.g. "float32".
-        traces: the folder of traces.
+        traces: the folder of traces; None: rows come as input embeddings, and need no connector.
         adapters: all that rows will ask for.
         options: further arguments of vLLM's engine, e.g. `{"tensor_parallel_size": 2}`.
     """
@@ -98,7 +98,7 @@ class EngineSource:
     model: str
     fingerprint: str
     dtype: str
-    traces: str | Path
+    traces: str | Path | None
     adapters: Sequence[Adapter] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -108,16 +108,20 @@ class EngineSource:
         Raises:
             ValueError: an option that is settled here.
         """
-        from diffmas.serving.connector import transfer_config
-
         check_options(self.options)
         # One process needs no other.
         alone = self.options.get("tensor_parallel_size", 1) == 1
         lora = {"enable_lora": True, "max_lora_rank": _rank(self.adapters)} if self.adapters else {}
+        if self.traces is None:
+            given: dict[str, Any] = {"enable_prompt_embeds": True}
+        else:
+            from diffmas.serving.connector import transfer_config
+
+            given = {"kv_transfer_config": transfer_config(self.traces, self.fingerprint)}
         return {
             "model": self.model,
             "dtype": self.dtype,
-            "kv_transfer_config": transfer_config(self.traces, self.fingerprint),
+            **given,
             "disable_log_stats": True,
             **({"distributed_executor_backend": "uni"} if alone else {}),
             **lora,
@@ -228,6 +232,10 @@ class VllmEngine:
 
     def _check(self, rows: Sequence[Row], decoding: Decoding) -> None:
         check_temperature(decoding)
+        embedded = self._source.traces is None
+        if any((row.trace if embedded else row.embeddings) is not None for row in rows):
+            found, allowed = ("traces", "embeddings") if embedded else ("embeddings", "traces")
+            raise ValueError(f"rows have {found}; allowed: {allowed}, which the engine was started for")
         check_length(max((row.length for row in rows), default=0), decoding, self._longest)
         if unknown := {row.adapter.name for row in rows if row.adapter} - self._numbers.keys():
             raise ValueError(f"adapters are {sorted(unknown)}; allowed: those it was started with, {[*self._numbers]}")
@@ -266,7 +274,9 @@ class VllmEngine:
 
         name, self._count = str(self._count), self._count + 1
         prompt: dict[str, Any] = {"prompt_token_ids": list(row.prompt)}
-        if row.trace is not None:
+        if row.embeddings is not None:
+            prompt = {"prompt_embeds": row.embeddings}
+        elif row.trace is not None:
             prompt["prompt_token_ids"] = [PLACEHOLDER] * row.trace.length + prompt["prompt_token_ids"]
             prompt["cache_salt"] = row.trace.cache_salt
         adapter = row.adapter and LoRARequest(row.adapter.name, self._numbers[row.adapter.name], row.adapter.folder)

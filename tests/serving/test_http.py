@@ -22,6 +22,7 @@ import httpx
 import uvicorn
 
 from diffmas import MultiAgentSystem, train
+from diffmas.evaluation.inspection import contributions, inspect
 from diffmas.generation import Decoding
 from diffmas.models.pretrained import load_base
 from diffmas.serving.http.app import create_app
@@ -45,7 +46,8 @@ def system():
 def served(system, **options):
     """An HTTP client of a server in a thread, and its backend."""
     backend = OwnBackend(system, **options)
-    server = uvicorn.Server(uvicorn.Config(create_app(backend, Reader(system, "team", LIMITS)), log_level="warning"))
+    app = create_app(backend, Reader(system, "team", LIMITS), contributions)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
@@ -192,6 +194,42 @@ def test_health_and_models(client):
     assert model["id"] == "team" and model["fields"] == ["question"]
 
 
+def test_what_an_answer_was_made_from(client, system):
+    """The same as an inspection of the tokens that our engine gives."""
+    (own,) = answers(system, ["3 + 4"])[0]
+    encoded = system.collator.encode_prompts([{"question": "3 + 4"}])
+    expected = inspect(system, **encoded, tokens=own.tokens)
+    found = client.post("/inspect", json=chat("3 + 4")).raise_for_status().json()
+    (choice,) = found["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (own.text, own.finish)
+    assert [(p["agent"], p["kind"], p["columns"]) for p in found["parts"]] == [
+        (p.agent, p.kind, p.columns) for p in expected.parts
+    ]
+    assert [p["layers"] for p in found["parts"]] == [pytest.approx(p.layers, abs=1e-6) for p in expected.parts]
+    assert [(s["agent"], s["step"]) for s in found["steps"]] == [(s.agent, s.step) for s in expected.steps]
+    for step, own_step in zip(found["steps"], expected.steps, strict=True):
+        for kind in ("said", "nearest"):
+            pairs = [(system.tokenizer.decode([token]), pytest.approx(v, abs=1e-5)) for token, v in getattr(own_step, kind)]
+            assert [tuple(pair) for pair in step[kind]] == pairs
+    for more in ({"n": 2}, {"stream": True}):
+        refused = client.post("/inspect", json=chat("3 + 4", **more))
+        assert refused.status_code == 400 and "allowed to inspect" in refused.json()["error"]["message"]
+
+
+def test_the_page(client):
+    """Of this server alone: it asks nobody else for anything."""
+    response = client.get("/").raise_for_status()
+    assert response.headers["content-type"].startswith("text/html")
+    assert not re.search(r"https?:|//[\w.]+/|<link|src=", response.text)
+
+
+def test_no_page_without_a_look(system):
+    backend = OwnBackend(system)
+    app = create_app(backend, Reader(system, "team", LIMITS))
+    assert not {"/", "/inspect"} & {route.path for route in app.routes}
+    asyncio.run(backend.close())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves(system, stream):
     """Its work stops, and the next one's is as it would have been."""
@@ -223,6 +261,8 @@ def test_as_many_as_may_wait(system):
             time.sleep(0.01)
         refused = httpx.post(f"{client.base_url}{CHAT}", json=chat("second"))
         assert refused.status_code == 429 and "allowed: 1" in refused.json()["error"]["message"]
+        looked = httpx.post(f"{client.base_url}/inspect", json=chat("second"))
+        assert looked.status_code == 429
         held.set()
         asking.join()
         assert found[0].status_code == 200

@@ -4,16 +4,16 @@ import contextlib
 
 import pytest
 import torch
-from tiny_models import causal_lm, packed, ragged, with_lora
-from transformers import AutoModelForCausalLM
+from tiny_models import causal_lm, clone, packed, ragged, with_lora
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from diffmas import MultiAgentSystem
 from diffmas.agents.controls import CONTROLS
-from diffmas.agents.topology import load_topology
+from diffmas.agents.topology import Agent, Topology, load_topology
 from diffmas.agents.trajectory import HandedOver
 from diffmas.generation import Decoding
 from diffmas.models.adapters import without_adapters
-from diffmas.serving.rows import store_rows
+from diffmas.serving.rows import check_embeddable, embedded_rows, store_rows
 from diffmas.serving.traces import TraceStore, read_trace
 from diffmas.serving.weights import base_weights, fingerprint, loadable, running_adapter, write_adapter, write_base
 
@@ -57,6 +57,73 @@ def test_traces_are_what_the_last_agent_receives(tmp_path, name, handover, contr
             for layer, stack in enumerate(layers):
                 for found, x in zip(stack, trace.storage.layer(layer), strict=True):
                     assert torch.allclose(found, x[own, :, :n].transpose(0, 1), atol=1e-12, rtol=1e-10)
+
+
+def on_two_models():
+    """An agent on one model, and two on another that read over bridges and of each other's trace."""
+    agents = Agent("a", (), model="small"), Agent("b", ("a",), model="large"), Agent("c", ("a", "b"), model="large")
+    topology = Topology("two", agents, models={"small": {}, "large": {}})
+    sizes = dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, vocab_size=41)
+    models = {"small": causal_lm("qwen3"), "large": causal_lm("llama", seed=1, **sizes)}
+    models = {name: with_lora(model, embeddings=False) for name, model in models.items()}
+    return MultiAgentSystem(models, topology, latent_steps=2, bridge_initial="random").eval()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda h=h, n=n: system_of(n, h) for n in ("sequential", "hierarchical") for h in ("full", "latent", "bridge")]
+    + [on_two_models],
+    ids=[f"{n}-{h}" for n in ("sequential", "hierarchical") for h in ("full", "latent", "bridge")] + ["two models"],
+)
+def test_a_plain_model_goes_on_behind_a_trace(tmp_path, tokenizer, make):
+    """transformers' own cache, filled from the file, and the prompt: what our engine finds of the first token."""
+    system, store = make(), TraceStore(tmp_path)
+    ids, lengths = asked(system, 3)
+    rows = list(store_rows(system, ids, lengths, GREEDY, store, "m", None))
+    twin = clone(system.agent_model.model)
+    for row, (answer,) in zip(rows, system.generate(ids, lengths, tokenizer, GREEDY), strict=True):
+        cache = DynamicCache()
+        for layer, stack in enumerate(read_trace(store.path(row.trace.id))[1]):
+            cache.update(*(x.transpose(0, 1)[None] for x in stack), layer)
+        with torch.no_grad():
+            logits = twin(input_ids=torch.tensor([row.prompt]), past_key_values=cache).logits[0, -1]
+        assert answer.logprobs[0] == pytest.approx(float(logits.log_softmax(-1).max()), rel=1e-10)
+
+
+@pytest.mark.parametrize("latent_steps", [0, 3])
+@pytest.mark.parametrize("name", ["sequential", "single"])
+def test_a_plain_model_reads_embeddings(tokenizer, name, latent_steps):
+    """transformers' model alone over all of a row's embeddings, in blocks of three and four rows."""
+    model = with_lora(causal_lm("qwen3"), embeddings=False)
+    system = MultiAgentSystem(model, load_topology(name), latent_steps=latent_steps).train()
+    ids, lengths = asked(system, 7)
+    rows = list(embedded_rows(system, ids, lengths, GREEDY, None, seeds=range(7)))
+    assert system.training and [row.seed for row in rows] == list(range(7))
+    twin, answers = clone(model), system.generate(ids, lengths, tokenizer, GREEDY)
+    for i, (row, (answer,)) in enumerate(zip(rows, answers, strict=True)):
+        assert row.trace is None and row.prompt == tuple(ids[-1].split(lengths[-1])[i].tolist())
+        assert row.length == sum(n[i] for n in lengths) + latent_steps * (len(ids) - 1)
+        with torch.no_grad():
+            logprobs = twin(inputs_embeds=row.embeddings[None]).logits[0, -1].log_softmax(-1)
+        assert answer.logprobs[0] == pytest.approx(float(logprobs.max()), rel=1e-10)
+        if i == 0:
+            assert row.probe == pytest.approx({token: float(logprobs[token]) for token in row.probe}, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: system_of("stitch"), "topology is 'stitch' .*where agent .* does not go on with"),
+        (lambda: system_of("hierarchical"), "topology is 'hierarchical'"),
+        (lambda: system_of("sequential", "latent"), "handover 'latent'"),
+        (lambda: system_of("sequential", "bridge"), "handover 'bridge'"),
+        (lambda: system_of("sequential", adapters="per_role"), "adapter is 'critic' for agent critic and 'planner'"),
+        (on_two_models, "topology is 'two'"),
+    ],
+)
+def test_traces_that_the_last_agent_would_not_write(make, message):
+    with pytest.raises(ValueError, match=message + ".*allowed with prompt embeddings: a chain with handover 'full'"):
+        check_embeddable(make())
 
 
 @pytest.mark.parametrize("adapter", [True, False])

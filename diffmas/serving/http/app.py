@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
+from torch import Tensor
 
 from diffmas.models.errors import UnsupportedModelError
-from diffmas.serving.http.backends import Backend, Overloaded, Piece
+from diffmas.serving.http.backends import Backend, Overloaded, Piece, Question
 from diffmas.serving.http.protocol import ChatBody, CompletionBody, Reader, Reply, error_body
 from diffmas.support.valid_json import to_json
+from diffmas.system import MultiAgentSystem
 
-T = TypeVar("T")
+T, Body = TypeVar("T"), TypeVar("Body", ChatBody, CompletionBody)
+#: `inspect(system, prompts, tokens)`: what an answer was made from, for JSON; prompts of all agents, token ids of each.
+Inspect = Callable[[MultiAgentSystem, Sequence[Tensor], Sequence[int]], dict[str, Any]]
+_PAGE = Path(__file__).with_name("page.html")
 #: nginx's, for a client that has closed its connection.
 _CLIENT_LEFT = 499
 
@@ -27,8 +33,12 @@ class _Refused(Exception):
         self.status, self.message, self.kind = status, message, kind
 
 
-def create_app(backend: Backend, reader: Reader) -> FastAPI:
-    """The application in front of `backend`, which it closes when it ends."""
+def create_app(backend: Backend, reader: Reader, inspect: Inspect | None = None) -> FastAPI:
+    """The application in front of `backend`, which it closes when it ends.
+
+    Args:
+        inspect: looks at answers for `/inspect` and the page at `/`; None: there are no such.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -61,11 +71,36 @@ def create_app(backend: Backend, reader: Reader) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await _answer(request, CompletionBody)
 
-    async def _answer(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+    if inspect is not None:
+
+        @app.get("/")
+        async def page() -> Response:
+            return HTMLResponse(_PAGE.read_text())
+
+        @app.post("/inspect")
+        async def inspected(request: Request) -> Response:
+            body, question = await _asked(request, ChatBody)
+            if body.stream or body.n > 1:
+                raise _Refused(400, f"stream is {body.stream} and n is {body.n}; allowed to inspect: False and 1")
+            with _refusing():
+                found = await _unless_left(request, _inspected(Reply(reader, body, question), question))
+            return _json(found)
+
+    async def _inspected(reply: Reply, question: Question) -> dict[str, Any]:
+        pieces = await _all(backend.answer(question))
+        tokens = [token for piece in pieces for token in piece.tokens]
+        looked = await backend.look(lambda system: inspect(system, question.prompts, tokens))
+        return {**reply.whole(pieces), **looked}
+
+    async def _asked(request: Request, kind: type[Body]) -> tuple[Body, Question]:
         body = _parsed(await _read(request, reader.limits.body_bytes), kind)
         with _refusing():
             question = await asyncio.to_thread(reader.question, body)
             await asyncio.to_thread(backend.check, question)
+        return body, question
+
+    async def _answer(request: Request, kind: type[ChatBody] | type[CompletionBody]) -> Response:
+        body, question = await _asked(request, kind)
         reply, pieces = Reply(reader, body, question), backend.answer(question)
         if body.stream:
             with _refusing():
@@ -73,9 +108,7 @@ def create_app(backend: Backend, reader: Reader) -> FastAPI:
             return StreamingResponse(_events(reply, first, pieces), media_type="text/event-stream")
         with _refusing():
             found = await _unless_left(request, _all(pieces))
-        if found is None:
-            return Response(status_code=_CLIENT_LEFT)
-        return Response(to_json(reply.whole(found)), media_type="application/json")
+        return _json(None if found is None else reply.whole(found))
 
     return app
 
@@ -89,7 +122,7 @@ async def _read(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def _parsed(data: bytes, kind: type[ChatBody] | type[CompletionBody]) -> ChatBody | CompletionBody:
+def _parsed(data: bytes, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -108,6 +141,13 @@ def _refusing():
         raise _Refused(400, str(error)) from None
     except RuntimeError as error:
         raise _Refused(500, str(error), "server_error") from None
+
+
+def _json(found: dict[str, Any] | None) -> Response:
+    """None: the client has left."""
+    if found is None:
+        return Response(status_code=_CLIENT_LEFT)
+    return Response(to_json(found), media_type="application/json")
 
 
 async def _all(pieces: AsyncIterator[Piece]) -> list[Piece]:

@@ -8,11 +8,12 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmas.generation.decoding import Decoding
 from diffmas.generation.engine import Answer, Engine
@@ -20,6 +21,7 @@ from diffmas.generation.received import checked_seeds
 from diffmas.models.agent_model import evaluating
 from diffmas.system import MultiAgentSystem
 
+T, Found = TypeVar("T"), TypeVar("Found")
 _logger = logging.getLogger(__name__)
 #: Why questions fail that wait while the server ends; how answers end that nobody waits for.
 CLOSING, CANCELLED = "the server is shutting down", "cancelled"
@@ -78,6 +80,13 @@ class Backend(Protocol):
             Overloaded: too many wait. RuntimeError: the work failed.
         """
 
+    async def look(self, call: Callable[[MultiAgentSystem], Found]) -> Found:
+        """What `call` gives of the system, which does nothing else meanwhile.
+
+        Raises:
+            Overloaded: too many wait. RuntimeError: it failed.
+        """
+
     def healthy(self) -> bool:
         """Whether it answers."""
 
@@ -95,9 +104,6 @@ def packed(questions: Sequence[Question]) -> tuple[list[Tensor], list[list[int]]
     """Prompts and their lengths, by agent, of questions as the rows of a batch."""
     agents = list(zip(*(question.prompts for question in questions), strict=True))
     return [torch.cat(rows) for rows in agents], [[len(row) for row in rows] for rows in agents]
-
-
-T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -137,6 +143,7 @@ class Worker(Generic[T]):
         self._work, self._most, self._together = work, most, together
         self._waiting: deque[Job[T]] = deque()
         self._jobs: set[Job[T]] = set()
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
         self._wake, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
         self._thread.start()
@@ -149,10 +156,7 @@ class Worker(Generic[T]):
         """
         job: Job[T] = Job(question, asyncio.get_running_loop())
         with self._wake:
-            if self._closed:
-                raise RuntimeError(CLOSING)
-            if len(self._jobs) >= self._most:
-                raise Overloaded(f"{len(self._jobs)} questions wait or are being answered; allowed: {self._most}")
+            self._check_room()
             self._jobs.add(job)
             self._waiting.append(job)
             self._wake.notify()
@@ -167,13 +171,35 @@ class Worker(Generic[T]):
             with self._wake:
                 self._jobs.discard(job)
 
+    async def between(self, call: Callable[[], Found]) -> Found:
+        """What `call` gives in this thread, between answers.
+
+        Raises:
+            Overloaded: too many wait. RuntimeError: it failed.
+        """
+        future: Future[Found] = Future()
+        with self._wake:
+            self._check_room()
+            self._calls.append((future, call))
+            self._wake.notify()
+        return await asyncio.wrap_future(future)
+
+    def _check_room(self) -> None:
+        if self._closed:
+            raise RuntimeError(CLOSING)
+        if (there := len(self._jobs) + len(self._calls)) >= self._most:
+            raise Overloaded(f"{there} questions wait or are being answered; allowed: {self._most}")
+
     def _run(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._waiting or self._closed)
+                self._wake.wait_for(lambda: self._waiting or self._calls or self._closed)
                 if self._closed:
                     return
-                jobs = self._take()
+                calls, self._calls = self._calls, deque()
+                jobs = self._take() if self._waiting else []
+            for future, call in calls:
+                _called(future, call)
             if jobs:
                 self._answer(jobs)
 
@@ -205,12 +231,26 @@ class Worker(Generic[T]):
         """Fail what waits, stop what is at work, and wait for the thread."""
         with self._wake:
             self._closed = True
-            jobs = list(self._jobs)
+            jobs, calls = list(self._jobs), list(self._calls)
             self._wake.notify()
+        for future, _ in calls:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(RuntimeError(CLOSING))
         for job in jobs:
             job.tell(RuntimeError(CLOSING))
             job.cancelled = True
         self._thread.join()
+
+
+def _called(future: Future[Found], call: Callable[[], Found]) -> None:
+    # Nobody waits for one that was cancelled.
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(call())
+    except Exception as error:
+        _logger.exception("a look at the system failed")
+        future.set_exception(RuntimeError(str(error) or type(error).__name__))
 
 
 class OwnBackend:
@@ -240,6 +280,10 @@ class OwnBackend:
                 if not unfinished:
                     return
 
+    async def look(self, call: Callable[[MultiAgentSystem], Found]) -> Found:
+        """See :class:`Backend`."""
+        return await self._worker.between(lambda: call(self._system))
+
     def healthy(self) -> bool:
         """See :class:`Backend`."""
         return self._worker.alive
@@ -253,7 +297,7 @@ class OwnBackend:
         ids, lengths = packed([job.question for job in jobs])
         trajectory, seeds = self._system.trajectory, [job.question.decoding.seed for job in jobs]
         engine = Engine(trajectory, ids, lengths, self._system.tokenizer, jobs[0].kind, seeds=seeds, streaming=True)
-        with evaluating(trajectory.model):
+        with evaluating(nn.ModuleList(trajectory.models.values())):
             for answers in engine.run():
                 for answer in answers:
                     job = jobs[answer.row]

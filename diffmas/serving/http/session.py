@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +15,9 @@ from diffmas.serving.options import ENGINES, OWN, VLLM, check_engine, engine_opt
 from diffmas.support.launch import check_alone
 from diffmas.support.leftovers import vanishing_folder
 from diffmas.support.progress import announced
+
+if TYPE_CHECKING:
+    from diffmas.serving.http.app import Inspect
 
 #: What serving over HTTP needs besides.
 _NEEDED = ("fastapi", "uvicorn", "httpx")
@@ -63,8 +67,11 @@ class ServeArguments:
         check_engine(self.engine, self.engine_args, self.trace_dir, self.max_trace_gb)
 
 
-def serve(args: ServeArguments) -> int:
+def serve(args: ServeArguments, inspect: Inspect | None = None) -> int:
     """Serve until the process is told to end. Returns its exit status.
+
+    Args:
+        inspect: looks at answers, as :func:`~diffmas.serving.http.app.create_app` takes it.
 
     Raises:
         ValueError, OSError: a run that cannot be loaded, or an argument outside its range.
@@ -98,5 +105,5 @@ def serve(args: ServeArguments) -> int:
                 )
         else:
             backend = OwnBackend(system, most=args.max_waiting, together=args.batch_size)
-        listen(create_app(backend, reader), args.host, args.port, reader.name, args.max_waiting)
+        listen(create_app(backend, reader, inspect), args.host, args.port, reader.name, args.max_waiting)
     return 0

@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from diffmas.generation.engine import stop_ids
-from diffmas.serving.http.backends import Job, Piece, Question, Worker, check_question, packed
+from diffmas.serving.http.backends import Found, Job, Piece, Question, Worker, check_question, packed
 from diffmas.serving.rows import Row, store_rows
 from diffmas.serving.traces import TraceStore
 from diffmas.serving.vllm_engine import (
@@ -155,6 +155,10 @@ class VllmBackend:
         """See :class:`~diffmas.serving.http.backends.Backend`."""
         check_question(self._system, question)
         check_temperature(question.decoding)
+
+    async def look(self, call: Callable[[MultiAgentSystem], Found]) -> Found:
+        """See :class:`~diffmas.serving.http.backends.Backend`."""
+        return await self._worker.between(lambda: call(self._system))
 
     def healthy(self) -> bool:
         """See :class:`~diffmas.serving.http.backends.Backend`."""
