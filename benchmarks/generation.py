@@ -43,6 +43,11 @@ class Generation(Case):
         """Of the prompts, from 1 to `prompt`, evenly spread."""
         return [1 + (self.prompt - 1) * (row + 1) // self.batch for row in range(self.batch)]
 
+    def rows(self) -> list[Tensor]:
+        """Token ids of the prompts."""
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randint(0, min(self.vocab, 256), (n,), generator=generator) for n in self.lengths()]
+
     def generation(self) -> Work:
         """Every prompt once; every step reads the weights and the rows' keys and values."""
         layers = self.layers or 2
@@ -82,8 +87,7 @@ def build(case: Generation, device: str, model: torch.nn.Module | None = None) -
     pad, tokenizer.eos_token, tokenizer.chat_template = tokenizer.pad_token_id, None, None
     system = MultiAgentSystem(model, TOPOLOGIES["single"])
     decoding = Decoding(max_new_tokens=case.new, temperature=0)
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, min(case.vocab, 256), (n,), generator=generator) for n in case.lengths()]
+    rows = case.rows()
     packed = torch.cat(rows).to(device)
     longest = max(case.lengths())
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=pad) for row in rows]).to(device)

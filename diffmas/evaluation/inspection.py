@@ -127,7 +127,7 @@ def inspect(
 
 
 def contributions(system: MultiAgentSystem, prompts: Sequence[Tensor], tokens: Sequence[int]) -> dict[str, Any]:
-    """What :func:`inspect` finds of the row with these `prompts`, for JSON: tokens are texts, in their agent's words."""
+    """What :func:`inspect` finds of the row with these `prompts`, for JSON: tokens are text, in their agent's words."""
     found = inspect(system, prompts, [[len(ids)] for ids in prompts], tokens)
     tokenizers = {agent.name: system.tokenizer_of(agent) for agent in system.topology.agents}
     steps = [

@@ -110,7 +110,9 @@ class VllmDecoder:
             ValueError: as :class:`diffmas.generation.Engine` and :meth:`VllmEngine.decode`.
         """
         if self._embedded and control is not None:
-            raise ValueError(f"control is {control}; allowed with prompt_embeds: None, there is no trace it could act on")
+            raise ValueError(
+                f"control is {control}; allowed with prompt_embeds: None, there is no trace it could act on"
+            )
         adapter = self._adapter if running_adapter(self._system) else None
         asked = self._system, prompt_ids, prompt_lengths, decoding
         rows: list[Row] = []

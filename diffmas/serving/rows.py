@@ -165,13 +165,14 @@ class _Block:
 
     def rows(self, trajectory: Trajectory, trace: KVTrace, parts: Sequence[dict[str, Any]]) -> list[Row]:
         """Those whose last agent reads behind `trace`, with what else each one is made of; only the first is probed."""
-        seconds, probe = time.perf_counter() - self.started, None
+        seconds = time.perf_counter() - self.started
         prompts = [tuple(ids.tolist()) for ids in self.ids[-1].split(self.lengths[-1])]
-        if self.indices[0] == 0:
-            probe = self._probe(trajectory, trace)
-        common = {"seconds": seconds, "beside": len(self.indices)}
-        made = [Row(*own, **common, **part) for own, part in zip(zip(prompts, self.seeds), parts, strict=True)]
-        return [replace(made[0], probe=probe), *made[1:]]
+        probe = self._probe(trajectory, trace) if self.indices[0] == 0 else None
+        first, *others = (
+            Row(prompt, seed, seconds=seconds, beside=len(parts), **part)
+            for prompt, seed, part in zip(prompts, self.seeds, parts, strict=True)
+        )
+        return [replace(first, probe=probe), *others]
 
     def _probe(self, trajectory: Trajectory, trace: KVTrace) -> dict[int, float]:
         last, n = trajectory.model_of(trajectory.topology.last), self.lengths[-1][0]

@@ -232,13 +232,21 @@ class VllmEngine:
 
     def _check(self, rows: Sequence[Row], decoding: Decoding) -> None:
         check_temperature(decoding)
-        embedded = self._source.traces is None
-        if any((row.trace if embedded else row.embeddings) is not None for row in rows):
-            found, allowed = ("traces", "embeddings") if embedded else ("embeddings", "traces")
-            raise ValueError(f"rows have {found}; allowed: {allowed}, which the engine was started for")
+        self._check_handed_over(rows)
         check_length(max((row.length for row in rows), default=0), decoding, self._longest)
         if unknown := {row.adapter.name for row in rows if row.adapter} - self._numbers.keys():
             raise ValueError(f"adapters are {sorted(unknown)}; allowed: those it was started with, {[*self._numbers]}")
+
+    def _check_handed_over(self, rows: Sequence[Row]) -> None:
+        embedded, hidden = self._source.traces is None, self._engine.model_config.get_inputs_embeds_size()
+        for row in rows:
+            if (row.trace if embedded else row.embeddings) is not None:
+                found, allowed = ("traces", "embeddings") if embedded else ("embeddings", "traces")
+                raise ValueError(f"rows have {found}; allowed: {allowed}, which the engine was started for")
+            if (x := row.embeddings) is not None and (x.ndim != 2 or x.shape[1] != hidden):
+                raise ValueError(
+                    f"embeddings are {tuple(x.shape)}; allowed: [columns, {hidden}], as the model has them"
+                )
 
     def _check_probe(self, row: Row) -> None:
         from vllm import SamplingParams

@@ -29,6 +29,8 @@ TEAMS = [
     ("stitch", "latent", "per_role"),
     ("hierarchical", "full", "shared"),
     ("hierarchical", "latent", "shared"),
+    ("sequential", "bridge", "shared"),
+    ("hierarchical", "bridge", "per_role"),
     ("single", "full", "shared"),
 ]
 
@@ -52,9 +54,17 @@ def items(relay):
 
 
 @pytest.fixture(scope="module")
-def bench(relay, tmp_path_factory):
+def two_models(relay):
+    """The sender on the other embedded base, the solver, with an adapter of its own, on the relay's."""
+    topology, (model, tokenizer) = load_topology("two_models"), load_base()
+    models, tokenizers = {"default": with_lora(model, embeddings=False)}, {"default": tokenizer}
+    return MultiAgentSystem(models, topology, tokenizer=tokenizers, prompts=relay.prompts, latent_steps=3).eval()
+
+
+@pytest.fixture(scope="module")
+def bench(relay, two_models, tmp_path_factory):
     teams = {parts: team(*parts) for parts in TEAMS}
-    made = Bench(str(tmp_path_factory.mktemp("bench")), [relay, *teams.values()])
+    made = Bench(str(tmp_path_factory.mktemp("bench")), [relay, two_models, *teams.values()])
     made.teams = teams
     yield made
     made.engine.close()
@@ -124,8 +134,17 @@ def test_teams(bench, parts):
     encoded = system.collator.encode_prompts([{"question": text} for text in texts])
     rows = bench.rows(system, encoded, LONG)
     lengths = {0 if row.trace is None else row.trace.length for row in rows}
-    assert lengths == {0} if parts[0] == "single" else len(lengths) > 1 or parts[1] == "latent"
+    assert lengths == {0} if parts[0] == "single" else len(lengths) > 1 or parts[1] != "full"
     equal(own(system, encoded, LONG), bench.decode(rows, LONG))
+
+
+@pytest.mark.parametrize("control", ["matched", "noise"])
+def test_two_models(bench, two_models, items, control):
+    """What the solver reads over the bridge is in its trace, whoever wrote it."""
+    encoded, chosen = asked(two_models, items, 6), CONTROLS[control]
+    rows = bench.rows(two_models, encoded, LONG, control=chosen)
+    assert {row.trace.length for row in rows} == {3}
+    equal(own(two_models, encoded, LONG, control=chosen), bench.decode(rows, LONG))
 
 
 def test_prefix_cache(bench, loads):

@@ -17,8 +17,12 @@ import httpx
 import psutil
 
 from diffmas import MultiAgentSystem
+from diffmas.evaluation.inspection import contributions
 from diffmas.generation import Decoding
 from diffmas.runs.description import known
+from diffmas.serving.http.protocol import ChatBody, Limits, Reader
+from diffmas.serving.http.vllm_backend import VllmBackend
+from diffmas.serving.traces import TraceStore
 from diffmas.tasks import TaskArguments, load_task
 
 CHAT = "/v1/chat/completions"
@@ -118,6 +122,18 @@ def test_streams_of_two(served, relay, items):
     assert {choice["message"]["content"] for choice in greedy} == {own(relay, items[:1])[0][0].text}
 
 
+def test_what_an_answer_was_made_from(served, relay, items):
+    """Agents are looked at here, whoever decoded the answer."""
+    found = httpx.post(served[1] + "/inspect", json=body(items[0]), timeout=100).raise_for_status().json()
+    ((expected,),) = own(relay, items[:1])
+    assert found["choices"][0]["message"]["content"] == expected.text
+    encoded = relay.collator.encode_prompts(items[:1])
+    looked = contributions(relay, encoded["prompt_ids"], expected.tokens)
+    assert [p["mass"] for p in found["parts"]] == pytest.approx([p["mass"] for p in looked["parts"]], abs=1e-5)
+    assert [s["said"][0][0] for s in found["steps"]] == [s["said"][0][0] for s in looked["steps"]]
+    assert gone(lambda: traces(served[2]))
+
+
 def test_a_client_that_leaves(served, relay, items):
     _, address, folder = served
     long = body(items[0], max_tokens=900, n=4, stream=True, temperature=2, stop=["never this"])
@@ -151,6 +167,39 @@ def test_too_long_for_vllm(served, items):
     assert response.status_code == 400 and "max_model_len is 1024" in response.json()["error"]["message"]
     assert httpx.post(served[1] + CHAT, json=body(items[0]), timeout=100).status_code == 200
     assert gone(lambda: traces(served[2]))
+
+
+@pytest.mark.parametrize("breaks_off", [False, True])
+def test_a_decoder_that_is_gone(relay, items, tmp_path, breaks_off):
+    """Before it answers, or in the middle of a stream: the request fails, and its trace goes."""
+    store, reader = TraceStore(tmp_path), Reader(relay, "relay", Limits())
+    question = reader.question(ChatBody(**body(items[0])))
+
+    async def speak(_, writer):
+        chunk = {"choices": [{"text": "1", "token_ids": [9], "logprobs": None, "finish_reason": None}]}
+        writer.write(f"HTTP/1.1 200 OK\r\n\r\ndata: {json.dumps(chunk)}\n\n".encode())
+        writer.close()
+
+    async def ask():
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        if not breaks_off:
+            server.close()
+        backend = VllmBackend(relay, store, "model", None, f"http://127.0.0.1:{port}", 1024)
+        pieces = []
+        try:
+            with pytest.raises(RuntimeError, match="vLLM's server"):
+                async for piece in backend.answer(question):
+                    pieces.append(piece.text)
+            if not breaks_off:
+                assert not await asyncio.to_thread(backend.healthy)
+        finally:
+            server.close()
+            await backend.close()
+        assert pieces == ["1"] * breaks_off
+
+    asyncio.run(ask())
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_kill_leaves_nothing(served):

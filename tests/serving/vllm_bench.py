@@ -6,7 +6,7 @@ import torch
 
 from diffmas.embedded import EMBEDDED_PATH
 from diffmas.generation.engine import stop_ids
-from diffmas.serving.rows import store_rows
+from diffmas.serving.rows import embedded_rows, store_rows
 from diffmas.serving.traces import TraceStore
 from diffmas.serving.vllm_engine import EngineSource, VllmEngine
 from diffmas.serving.weights import fingerprint, running_adapter, write_adapter
@@ -20,6 +20,7 @@ class Bench:
     systems: list = field(default_factory=list)
     options: dict = field(default_factory=dict)
     entropies: bool = False
+    embedded: bool = False
 
     def __post_init__(self):
         self.store = TraceStore(f"{self.folder}/traces")
@@ -28,7 +29,8 @@ class Bench:
         names = [running_adapter(system) for system in self.systems]
         self.adapters = [n and write_adapter(s, n, self.folder) for s, n in zip(self.systems, names, strict=True)]
         source = EngineSource(
-            EMBEDDED_PATH, self.model, "float32", self.store.folder, [a for a in self.adapters if a],
+            EMBEDDED_PATH, self.model, "float32", None if self.embedded else self.store.folder,
+            [a for a in self.adapters if a],
             {"enforce_eager": True, "max_model_len": 1024, "block_size": 32, **self.options},
         )  # fmt: skip
         system = self.systems[0]
@@ -38,6 +40,8 @@ class Bench:
     def rows(self, system, encoded, decoding, *, adapter="own", **options):
         own = self.adapters[self.systems.index(system)] if adapter == "own" else adapter
         parts = encoded["prompt_ids"], encoded["prompt_lengths"]
+        if self.embedded:
+            return list(embedded_rows(system, *parts, decoding, own, **options))
         return list(store_rows(system, *parts, decoding, self.store, self.model, own, **options))
 
     def answers(self, system, encoded, decoding, **options):
