@@ -13,7 +13,7 @@ ENGINES = (OWN, VLLM)
 #: Arguments of vLLM's engine that are settled by whoever starts it.
 SETTLED = (
     "model", "tokenizer", "kv_transfer_config", "enable_prompt_embeds", "enable_lora", "max_lora_rank",
-    "skip_tokenizer_init",
+    "lora_target_modules", "skip_tokenizer_init",
 )  # fmt: skip
 
 

@@ -111,7 +111,11 @@ class EngineSource:
         check_options(self.options)
         # One process needs no other.
         alone = self.options.get("tensor_parallel_size", 1) == 1
-        lora = {"enable_lora": True, "max_lora_rank": _rank(self.adapters)} if self.adapters else {}
+        lora: dict[str, Any] = {}
+        if self.adapters:
+            # No other module: an embedding that could have an adapter fails where rows come as embeddings (on a CPU).
+            targets = sorted({name for adapter in self.adapters for name in adapter.targets})
+            lora = {"enable_lora": True, "max_lora_rank": _rank(self.adapters), "lora_target_modules": targets}
         if self.traces is None:
             given: dict[str, Any] = {"enable_prompt_embeds": True}
         else:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from diffmas.models.adapters import CONFIG_FILE, NONE, WEIGHTS_FILE, adapted_modules
@@ -28,11 +29,13 @@ class Adapter:
     Attributes:
         name: changes with its content, so that nothing computed with another one is taken for it.
         folder: as stock PEFT writes it. rank: its largest.
+        targets: the modules it adapts, by the last part of their names.
     """
 
     name: str
     folder: str
     rank: int
+    targets: tuple[str, ...] = ()
 
 
 def base_weights(system: MultiAgentSystem) -> dict[str, torch.Tensor]:
@@ -120,9 +123,10 @@ def write_adapter(system: MultiAgentSystem, name: str, folder: str | Path) -> Ad
     described = {k: sorted(v) if isinstance(v, list) else v for k, v in described.items()}
     content = hashlib.sha256((found / WEIGHTS_FILE).read_bytes())
     content.update(json.dumps(described, sort_keys=True).encode())
-    adapter = Adapter(f"{name}-{content.hexdigest()[:16]}", "", max([config.r, *config.rank_pattern.values()]))
-    place = Path(folder, adapter.name)
-    if not place.is_dir():
+    with safe_open(found / WEIGHTS_FILE, "pt") as file:
+        modules = {key.partition(".lora_")[0].rpartition(".")[2] for key in file.keys() if ".lora_" in key}  # noqa: SIM118
+    called = f"{name}-{content.hexdigest()[:16]}"
+    if not (place := Path(folder, called)).is_dir():
         found.rename(place)
     shutil.rmtree(beside, ignore_errors=True)
-    return Adapter(adapter.name, str(place), adapter.rank)
+    return Adapter(called, str(place), max([config.r, *config.rank_pattern.values()]), tuple(sorted(modules)))

@@ -179,6 +179,7 @@ def test_adapters_are_called_like_their_content(tmp_path):
     system = system_of(adapters="per_role")
     first = write_adapter(system, "default", tmp_path)
     assert first == write_adapter(system, "default", tmp_path) and first.rank == 2
+    assert first.targets == ("down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     assert write_adapter(system, system.topology.adapter_names[1], tmp_path).name != first.name
     next(p for n, p in system.named_parameters() if "lora_A.default" in n).data.view(-1)[0] += 1e-3
     assert write_adapter(system, "default", tmp_path).name != first.name

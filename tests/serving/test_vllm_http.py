@@ -172,12 +172,15 @@ def test_too_long_for_vllm(served, items):
 @pytest.mark.parametrize("breaks_off", [False, True])
 def test_a_decoder_that_is_gone(relay, items, tmp_path, breaks_off):
     """Before it answers, or in the middle of a stream: the request fails, and its trace goes."""
-    store, reader = TraceStore(tmp_path), Reader(relay, "relay", Limits())
-    question = reader.question(ChatBody(**body(items[0])))
+    store = TraceStore(tmp_path)
+    question = Reader(relay, "relay", Limits()).question(ChatBody(**body(items[0])))
 
-    async def speak(_, writer):
+    async def speak(reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(re.search(rb"content-length: (\d+)", head, re.I)[1]))
         chunk = {"choices": [{"text": "1", "token_ids": [9], "logprobs": None, "finish_reason": None}]}
         writer.write(f"HTTP/1.1 200 OK\r\n\r\ndata: {json.dumps(chunk)}\n\n".encode())
+        await writer.drain()
         writer.close()
 
     async def ask():

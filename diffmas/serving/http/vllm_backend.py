@@ -91,8 +91,10 @@ def server_command(source: EngineSource, port: int) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] if value else [f"--no-{flag[2:]}"]
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
         else:
-            words += [flag, json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+            words += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     if source.adapters:
         words += ["--lora-modules", *(f"{adapter.name}={adapter.folder}" for adapter in source.adapters)]
     return words
