@@ -13,11 +13,13 @@ import argparse
 import contextlib
 import gc
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -33,10 +35,11 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results" / "serving" / "results.json", RO
 BEGIN, END = "<!-- throughput: begin -->", "<!-- throughput: end -->"
 OURS, VLLM, PEER = ENGINES = "diffmas", "vllm", "transformers"
 DTYPES = "float32", "bfloat16"
-#: Rows, and tokens of each one's answer.
-SIZES = [(1, 64), (16, 64), (64, 64), (1, 512), (16, 512), (64, 512)]
-#: What takes long: left out unless asked for.
-LONG = [("float32", 64, 512), *(("bfloat16", batch, 512) for batch in (1, 16, 64))]
+BATCHES, NEW = (1, 16, 64), (64, 512)
+#: Round by round, the dtype, and rows with the tokens of each one's answer.
+ROUNDS: list[tuple[str, list[tuple[int, int]]]] = [
+    (dtype, [(batch, new) for batch in BATCHES]) for new in NEW for dtype in DTYPES
+]
 PROMPT, WARM = 60, 4
 #: In front of a line that a measuring process tells the first one.
 _MARK = "measured: "
@@ -52,13 +55,13 @@ def key(cell: Cell) -> tuple[str, str, int, int]:
 
 
 def measure(engine: str, dtype: str, weights: str, sizes: Sequence[tuple[int, int]]) -> Iterator[Cell]:
-    """Once short, to warm up, and once as it is meant."""
+    """Once short, to warm up, then every size once."""
     import torch
 
     torch.set_num_threads(1)
     made = {OURS: _own, PEER: _own, VLLM: _vllm}[engine](engine, dtype, weights, sizes)
+    made(sizes[0][0], WARM)()
     for batch, new in sizes:
-        made(batch, WARM)()
         run = made(batch, new)
         gc.collect()
         wall, begin = time.perf_counter(), time.process_time()
@@ -135,7 +138,8 @@ def measured_apart(engine: str, dtype: str, weights: str, sizes: Sequence[tuple[
     command = [sys.executable, "-m", "benchmarks.serving", "--measure", engine, dtype, weights, json.dumps(sizes)]
     alone = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     environment = {"VLLM_CPU_KVCACHE_SPACE": "4", **os.environ, **alone}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes, text=True, env=environment, cwd=ROOT) as process:
         try:
             for line in process.stdout:
                 if line.startswith(_MARK):
@@ -178,7 +182,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     lines += ["|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for dtype in DTYPES:
-        for batch, new in SIZES:
+        for new, batch in itertools.product(NEW, BATCHES):
             found = [by_key.get((engine, dtype, batch, new)) for engine in ENGINES]
             rates = [cell and batch * new / cell["processor_s"] for cell in found]
             words = [f"{rate:.1f}" if rate else "not measured" for rate in rates]
@@ -211,12 +215,12 @@ def render() -> None:
 
 def collect(
     path: Path,
-    cells: Sequence[tuple[str, int, int]],
+    rounds: Sequence[tuple[str, Sequence[tuple[int, int]]]],
     of: dict[str, Any],
     weights: str,
     apart: Callable[..., Iterator[Cell]] = measured_apart,
 ) -> dict[str, Any]:
-    """Measure of `cells`, dtypes and sizes, what the record at `path` lacks; it is replaced after every one.
+    """Measure what the record at `path` lacks of `rounds`; it is replaced after every cell.
 
     Raises:
         ValueError: an unfinished record of another run. WrongResult: engines that come to other tokens.
@@ -224,9 +228,9 @@ def collect(
     from benchmarks import unfinished
 
     results = unfinished.kept(path, of) or {unfinished.KEY: of, "cells": []}
-    for dtype, engine in track([(d, e) for d in DTYPES for e in ENGINES], "measuring"):
+    for (dtype, sizes), engine in track([(r, e) for r in rounds for e in ENGINES], "measuring"):
         there = {key(cell) for cell in results["cells"]}
-        if left := [size for d, *size in cells if d == dtype and (engine, dtype, *size) not in there]:
+        if left := [size for size in sizes if (engine, dtype, *size) not in there]:
             for cell in apart(engine, dtype, weights, left):
                 results["cells"].append(cell)
                 check(results["cells"])
@@ -242,10 +246,14 @@ def main() -> None:
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--render-only", action="store_true", help="only rewrite the page from kept results")
     parser.add_argument("--fresh", action="store_true", help="drop the record of a run that was cut off")
-    parser.add_argument("--long", action="store_true", help="also what takes longest: most answers of 512 tokens")
+    parser.add_argument(
+        "--rounds", type=int, default=len(ROUNDS), help="how many, of answers of 64 tokens before those of 512"
+    )
     args = parser.parse_args()
     if args.measure:
         engine, dtype, weights, sizes = args.measure
+        # Whoever waits for the result is killed: so is this.
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
         for cell in measure(engine, dtype, weights, [tuple(size) for size in json.loads(sizes)]):
             print(_MARK + json.dumps(cell), flush=True)
         return
@@ -253,14 +261,13 @@ def main() -> None:
         from benchmarks import unfinished
         from diffmas.support.machine import machine
 
-        cells = [cell for d in DTYPES for size in SIZES if (cell := (d, *size)) not in LONG or args.long]
         vllm = _version()
-        of = unfinished.origin(vllm=vllm, cells=cells)
+        of = unfinished.origin(vllm=vllm)
         if args.fresh:
             RESULTS.unlink(missing_ok=True)
         with tempfile.TemporaryDirectory() as weights:
             write_weights(weights)
-            results = collect(RESULTS, cells, of, weights)
+            results = collect(RESULTS, ROUNDS[: args.rounds], of, weights)
         unfinished.save(RESULTS, {"machine": machine(), "vllm": vllm, **results})
     render()
 

@@ -28,8 +28,7 @@ def apart(seconds, wrong=(), cut_after=99):
 
 
 def collect(path, measured, of=OF):
-    cells = [(dtype, *size) for dtype in serving.DTYPES for size in SIZES]
-    return serving.collect(path, cells, of, "", measured)
+    return serving.collect(path, [(dtype, SIZES) for dtype in serving.DTYPES], of, "", measured)
 
 
 def test_goes_on_and_renders(tmp_path, monkeypatch):
@@ -43,10 +42,11 @@ def test_goes_on_and_renders(tmp_path, monkeypatch):
     results = collect(path, measured)
     assert len(first) == 5 and not set(first) & set(second) and len(first + second) == 2 * 2 * 3
     assert unfinished.KEY not in results and len(json.loads(path.read_text())["cells"]) == len(results["cells"]) == 12
-    monkeypatch.setattr(serving, "SIZES", [*SIZES, (16, 512)])
+    monkeypatch.setattr(serving, "BATCHES", (1, 2))
+    monkeypatch.setattr(serving, "NEW", (4, 512))
     text = serving.table({**results, "vllm": "v", "machine": dict(device="toy", torch="t", transformers="t")})
     assert "| float32 | 2 | 4 | 4.0 | 8.0 | 2.0 | 0.50 × | 2.00 × | 2 of 2 |" in text
-    assert text.count("| not measured | not measured | not measured |") == 2
+    assert text.count("| not measured | not measured | not measured |") == 4
 
 
 def test_no_time_without_the_same_tokens(tmp_path):
