@@ -189,11 +189,13 @@ def table(results: dict[str, Any]) -> str:
             ratios = [f"{rates[0] / rate:.2f} ×" if rate and rates[0] else "" for rate in rates[1:]]
             same = f"{min(equal(cell, found[2]) for cell in found[:2])} of {batch}" if all(found) else ""
             lines.append(f"| {dtype} | {batch} | {new} | " + " | ".join([*words, *ratios, same]) + " |")
-    of = results["machine"]
+    # Of a run that was cut off, too.
+    began = results.get("unfinished", {})
+    of, vllm = results.get("machine", began), results.get("vllm", began.get("vllm"))
     return "\n".join(lines) + (
         f"\n\nGreedy tokens per processor second of SmolLM2-135M-Instruct behind ragged prompts of 1 to {PROMPT} "
         "tokens; equal: answers that are the same in all three, all tokens of them. One agent, no adapter; each engine "
-        f"alone in a process with one thread, warm, one lap. vLLM {results['vllm']} through `VllmEngine`, "
+        f"alone in a process with one thread, warm, one lap. vLLM {vllm} through `VllmEngine`, "
         "which asks for log-probabilities, as our engine does; generate does not. "
         f"{of['device']}, 1 thread, torch {of['torch']}, transformers {of['transformers']}. "
         "Made by `python -m benchmarks.serving`."

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import serving, unfinished
 from benchmarks.experiment import WrongResult
 
-SIZES, OF = [(1, 4), (2, 4)], {"code": "toy"}
+SIZES, OF = [(1, 4), (2, 4)], dict(code="toy", device="toy", torch="t", transformers="t", vllm="v")
 
 
 def apart(seconds, wrong=(), cut_after=99):
@@ -36,8 +36,9 @@ def test_goes_on_and_renders(tmp_path, monkeypatch):
     measured, first = apart(seconds, cut_after=5)
     with pytest.raises(KeyboardInterrupt):
         collect(path, measured)
+    assert "| float32 | 1 | 64 | not measured |" in serving.table(json.loads(path.read_text()))
     with pytest.raises(ValueError, match="unfinished record of a run with other code"):
-        collect(path, measured, {"code": "other"})
+        collect(path, measured, OF | {"code": "other"})
     measured, second = apart(seconds)
     results = collect(path, measured)
     assert len(first) == 5 and not set(first) & set(second) and len(first + second) == 2 * 2 * 3

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
@@ -19,7 +19,8 @@ from diffmas.serving.http.protocol import ChatBody, CompletionBody, Reader, Repl
 from diffmas.support.valid_json import to_json
 from diffmas.system import MultiAgentSystem
 
-T, Body = TypeVar("T"), TypeVar("Body", ChatBody, CompletionBody)
+T = TypeVar("T")
+Body = TypeVar("Body", bound=ChatBody | CompletionBody)
 #: `inspect(system, prompts, tokens)`: what an answer was made from, for JSON; prompts of all agents, token ids of each.
 Inspect = Callable[[MultiAgentSystem, Sequence[Tensor], Sequence[int]], dict[str, Any]]
 _PAGE = Path(__file__).with_name("page.html")
@@ -124,7 +125,7 @@ async def _read(request: Request, most: int) -> bytes:
 
 def _parsed(data: bytes, kind: type[Body]) -> Body:
     try:
-        return kind.model_validate_json(data)
+        return cast(Body, kind.model_validate_json(data))
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'the body'}: {e['msg']}" for e in error.errors()[:3])
         raise _Refused(400, wrong) from None

@@ -21,7 +21,8 @@ from diffmas.generation.received import checked_seeds
 from diffmas.models.agent_model import evaluating
 from diffmas.system import MultiAgentSystem
 
-T, Found = TypeVar("T"), TypeVar("Found")
+T = TypeVar("T")
+Found = TypeVar("Found")
 _logger = logging.getLogger(__name__)
 #: Why questions fail that wait while the server ends; how answers end that nobody waits for.
 CLOSING, CANCELLED = "the server is shutting down", "cancelled"
