@@ -178,7 +178,7 @@ def test_a_decoder_that_is_gone(relay, items, tmp_path, breaks_off):
     async def speak(reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
         await reader.readexactly(int(re.search(rb"content-length: (\d+)", head, re.I)[1]))
-        chunk = {"choices": [{"text": "1", "token_ids": [9], "logprobs": None, "finish_reason": None}]}
+        chunk = {"choices": [{"text": "1", "token_ids": [], "logprobs": None, "finish_reason": None}]}
         writer.write(f"HTTP/1.1 200 OK\r\n\r\ndata: {json.dumps(chunk)}\n\n".encode())
         await writer.drain()
         writer.close()
