@@ -141,7 +141,7 @@ def test_its_size_is_that_of_what_attention_rests_on(shares, expected, monkeypat
     masses = torch.tensor([shares + [0.9], shares + [0.9]])
     monkeypatch.setattr("diffmas.models.attention_masses.AttentionMasses.mean", lambda self: (masses, None))
     topology = topology_found(causal_lm("qwen3", vocab_size=len(build_tokenizer())))
-    assert topology.handover_sink == expected == topology.sink_columns
+    assert topology.handover_sink == expected == topology.sink_of(topology.last)
     assert Topology.from_dict(topology.to_dict()).handover_sink == expected
 
 
@@ -164,4 +164,5 @@ def test_a_run_keeps_the_number_that_was_found(flags, tmp_path):
     assert train.main(flags(handover_sink=1, disable_final_eval=True)) == 0
     kept = json.loads((tmp_path / "run" / "system.json").read_text())
     assert kept["topology"]["handover_sink"] == 1
-    assert MultiAgentSystem.from_pretrained(tmp_path / "run").topology.sink_columns == 1
+    topology = MultiAgentSystem.from_pretrained(tmp_path / "run").topology
+    assert topology.sink_of(topology.last) == 1
