@@ -45,7 +45,7 @@ def trajectory(
         weights: by (sender, receiver), the bridge's parameters by name.
         handover: of the other senders, "full" or "latent".
         project: by model's id, Wₐ; None: the identity.
-        bridge_states: "latent", or "full": those of the sender's own prompt before them too.
+        bridge_states: "latent": the prompt's last one and those of latent steps; or "full": all of the prompt's.
         turn: told of an agent before its model reads for it.
     """
     sharing = {name: tuple(s for s in senders if s not in bridged.get(name, ())) for name, senders in dag.items()}
@@ -81,7 +81,7 @@ def trajectory(
             logits = causal(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
             return logits[len(prompts[name]) - 1 : -1]
         own = read(input_ids=prompts[name][None])
-        hidden, thought = own[-1], list(own) if bridge_states == "full" else []
+        hidden, thought = own[-1], list(own) if bridge_states == "full" else [own[-1]]
         for _ in range(latent_steps):
             y = hidden if weight is None else hidden @ weight
             hidden = read(inputs_embeds=(norm * y / y.norm())[None, None])[-1]

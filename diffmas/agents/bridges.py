@@ -46,8 +46,11 @@ def row_by_row(parts: Sequence[States]) -> States:
     """Of every row, its states in each of `parts`, one part after the other."""
     if len(parts) == 1:
         return parts[0]
-    rows = zip(*(part.rows() for part in parts), strict=True)
     lengths = [sum(own) for own in zip(*(part.lengths for part in parts), strict=True)]
+    if all(len(set(part.lengths)) == 1 for part in parts):
+        alike = [part.packed.unflatten(0, (-1, part.lengths[0])) for part in parts]
+        return States(torch.cat(alike, 1).flatten(0, 1), lengths)
+    rows = zip(*(part.rows() for part in parts), strict=True)
     return States(torch.cat([states for row in rows for states in row]), lengths)
 
 

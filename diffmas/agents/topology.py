@@ -14,7 +14,7 @@ from diffmas.support.yaml_file import read_yaml
 #: What goes from an agent to one that receives from it: its trace, the latent part of it, or its hidden states.
 HANDOVERS = ("full", "latent", "bridge")
 BRIDGE = "bridge"
-#: Which hidden states go over a bridge: those of latent steps, or those of the sender's prompt before them too.
+#: Which hidden states go over a bridge: from the end of the sender's prompt on, or from its beginning.
 BRIDGE_STATES = ("latent", "full")
 #: A sink whose size the model is asked for.
 AUTO = "auto"
@@ -68,8 +68,8 @@ class Topology:
             agent before a receiver, where a model's attention rests; "auto": as many as the model is found to rest on.
             Of several models, a mapping by their names.
         models: by name, what :func:`~diffmas.models.pretrained.load_base` takes; agents refer to them.
-        bridge_states: which hidden states go over bridges: "latent", those of latent steps, or "full", those of the
-            sender's own prompt before them too.
+        bridge_states: which hidden states go over bridges: "latent", the one that the sender's prompt ends with and
+            those of its latent steps, or "full", those of its whole prompt and its latent steps.
 
     Raises:
         TopologyError: no agent, a name twice, an unknown or repeated sender, a cycle, more than one last agent,
@@ -248,7 +248,7 @@ class Topology:
 
     def states_of(self, sender: str, prompts: Mapping[str, Sequence[int]], latent_steps: int) -> list[int]:
         """How many hidden states of every row go over a bridge; `prompts`: the rows' prompt lengths, by agent."""
-        return [latent_steps + (n if self.bridge_states == "full" else 0) for n in prompts[sender]]
+        return [latent_steps + (n if self.bridge_states == "full" else 1) for n in prompts[sender]]
 
     def states_read(self, agent: Agent, prompts: Mapping[str, Sequence[int]], latent_steps: int) -> list[int]:
         """How many hidden states every row of `agent` reads, of all its senders."""

@@ -65,7 +65,7 @@ class Trajectory:
         others: the other models, by the names that the topology has for them.
 
     Raises:
-        ValueError: `latent_steps` below 0, or 0 with bridges; a sink whose size is still to be found.
+        ValueError: `latent_steps` below 0; a sink whose size is still to be found.
         UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all, or
             that hands the trace of one model over to another.
     """
@@ -84,11 +84,6 @@ class Trajectory:
     def __post_init__(self):
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
-        if self.topology.bridge_edges and self.latent_steps == 0 and self.topology.bridge_states == "latent":
-            raise ValueError(
-                f"latent_steps is 0, and topology {self.topology.name!r} hands over the hidden states of latent steps; "
-                "allowed: integers ≥ 1, or bridge_states full"
-            )
         self._sink = {agent.name: self.topology.sink_of(agent) for agent in self.topology.agents}
         # One adapter of all agents that name none is whichever is active.
         named = self.topology.agents if self.topology.names_adapters else ()
@@ -179,24 +174,22 @@ class Trajectory:
         self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths, others: dict[str, AgentState]
     ) -> None:
         """The agent reads what came over bridges and its prompt, and thinks: all behind what its trace held."""
-        trace, model, handed = state.trace, self.model_of(agent), []
+        trace, model = state.trace, self.model_of(agent)
         begin = trace.host_lengths
         crosses = any(agent.name == sender for sender, _ in self.topology.bridge_edges)
         self._cross(agent, trace, self._handed_to(agent, others))
         if crosses and self.topology.bridge_states == "full":
-            read = model.read(trace, lengths, input_ids=ids)
-            handed.append(States(read, list(lengths)))
-            hidden = read[torch.tensor(lengths, device=read.device).cumsum(0) - 1]
+            read = States(model.read(trace, lengths, input_ids=ids), list(lengths))
+            hidden = read.packed[torch.tensor(lengths, device=read.packed.device).cumsum(0) - 1]
         else:
             hidden = model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
-        prompt_end = trace.host_lengths
+            read = States(hidden, [1] * len(lengths))
+        prompt_end, thought = trace.host_lengths, []
         if self.latent_steps:
             thought = self.latent_rollout(model, self.latent_steps, trace, hidden)
-            if crosses:
-                handed.append(States(torch.stack(list(thought), 1).flatten(0, 1), [self.latent_steps] * len(lengths)))
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
         if crosses:
-            state.states[agent.name] = row_by_row(handed)
+            state.states[agent.name] = row_by_row([read, *(States(h, [1] * len(lengths)) for h in thought)])
 
     def _handed_to(self, agent: Agent, states: dict[str, AgentState]) -> list[States]:
         """Over bridges, sender by sender."""

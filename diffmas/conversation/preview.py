@@ -131,8 +131,8 @@ def _received(topology: Topology, agent: Agent, latent_steps: int) -> str:
             behind.append(f"{count} of {senders[0]}")
         behind.append(f"{'prompt and ' if full else ''}{latent_steps} latent steps of {', '.join(senders)}")
     if bridged:
-        prompt = "the prompt's and " if topology.bridge_states == "full" else ""
-        behind.append(f"{prompt}{latent_steps} hidden states each of {', '.join(bridged)}")
+        prompt = "the prompt's" if topology.bridge_states == "full" else "the prompt's last"
+        behind.append(f"hidden states of {', '.join(bridged)}: {prompt}, and those of {latent_steps} latent steps each")
     return f"behind {', then '.join(behind) or 'nothing'}"
 
 

@@ -89,8 +89,8 @@ class SystemArguments:
     bridge_states: str | None = field(
         default=None,
         metadata={
-            "help": f"Which hidden states go over bridges: {', '.join(BRIDGE_STATES)} (those of the sender's prompt "
-            "too); default: the topology's own."
+            "help": f"Which hidden states go over bridges: {', '.join(BRIDGE_STATES)} (those of the sender's whole "
+            "prompt too); default: the topology's own."
         },
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})

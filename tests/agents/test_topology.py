@@ -62,7 +62,7 @@ def test_yaml_round_trip_of_what_is_said_of_models_and_bridges(tmp_path):
     path = tmp_path / "topology.yaml"
     path.write_text(yaml.safe_dump(topology.to_dict()))
     assert load_topology(str(path)) == topology
-    assert load_topology(str(path), bridge_states="latent").states_of("b", {"b": [3, 1]}, 4) == [4, 4]
+    assert load_topology(str(path), bridge_states="latent").states_of("b", {"b": [3, 1]}, 4) == [5, 5]
 
 
 def sink(*given):
@@ -109,7 +109,10 @@ def test_every_dag_is_sorted(topology):
         (lambda: Topology("t", (Agent("a"), Agent("a"))), r"agent names \['a'\] appear more than once"),
         (lambda: of(a="", b="", c="a"), r"nobody receives from are \['b', 'c'\].*exactly one"),
         (lambda: of("half", a=""), "handover is 'half'; allowed: full, latent"),
-        (lambda: load_topology("relay", None, "-1"), "handover_sink is '-1'; allowed: integers ≥ 0, or auto"),
+        (lambda: load_topology("relay", None, "-1"), "handover_sink is '-1'; allowed: integers ≥ 0, auto, or"),
+        (lambda: Topology("t", (Agent("a"),), "latent", {"small": 1}), r"handover_sink has \['small'\], which no agent"),
+        (lambda: Topology("t", (Agent("a"),), "latent", {"default": -1}), "handover_sink is {'default': -1}; allowed"),
+        (lambda: load_topology("relay", bridge_states="some"), "bridge_states is 'some'; allowed: latent, full"),
         (lambda: load_topology("relay", None, 1.5), "handover_sink is 1.5"),
         (lambda: Topology.from_dict({"agents": [{"name": "a"}], "handover_sink": True}), "handover_sink is True"),
         (lambda: sink("relay", None, "auto"), "handover_sink is 'auto'; allowed: the number"),
