@@ -321,7 +321,7 @@ class Topology:
         """From the YAML form.
 
         `{name, handover, handover_sink, bridge_states, models, adapters, agents: [{name, receives, role or prompt or
-        fields, adapter, model}]}`. `bridges` beside `receives` names those among them whose hidden states the agent reads.
+        fields, adapter, model}]}`. `bridges` beside `receives` names those whose hidden states the agent reads.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be

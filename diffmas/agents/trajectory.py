@@ -248,7 +248,8 @@ class Trajectory:
             if differ:
                 self._sinks = None
                 _logger.warning(
-                    "%s: the sink that is handed over (handover_sink) carries them, and trace controls leave it in place",
+                    "%s: the sink that is handed over (handover_sink) carries them, and trace controls leave it in "
+                    "place",
                     what,
                 )
 
@@ -278,8 +279,8 @@ class Trajectory:
                     f"prompt_lengths of agent {name} is {list(lengths)} for {ids.numel()} tokens; allowed: "
                     f"{len(prompt_lengths[0])} lengths ≥ 1 that sum to the number of tokens"
                 )
-            if name in self.topology.leading and min(lengths) < self._sink[name]:
+            if name in self.topology.leading and min(lengths) < (sink := self._sink[name]):
                 raise ValueError(
-                    f"handover_sink is {self._sink[name]}, and a prompt of agent {name} has {min(lengths)} tokens; allowed: "
+                    f"handover_sink is {sink}, and a prompt of agent {name} has {min(lengths)} tokens; allowed: "
                     "as many as its shortest prompt has"
                 )

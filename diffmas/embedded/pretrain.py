@@ -36,6 +36,8 @@ from diffmas.tasks import relay
 PROMPTS = Prompts.load(Path(relay.__file__).with_suffix(".yaml"))
 VALUES = 16
 QUESTIONS = 8
+
+
 @dataclass(frozen=True)
 class Base:
     """What one base has and another has not.

@@ -155,7 +155,7 @@ def check_predictions(system, batches=BATCHES):
         assert model.peak(plan) == pytest.approx(peak, rel=0.15)
 
 
-#: A small model that reads and thinks for a large one, and the other way round, each with three agents and with bridges.
+#: A small model that reads and thinks for a large one, or the other way round; both kinds of hand-over.
 SIZES_OF = {"small": dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2), "large": dict(hidden_size=64)}
 TEAM = (("reader", (), 0), ("checker", ("reader",), 1), ("solver", ("checker", "reader"), 1))
 

@@ -153,7 +153,7 @@ def test_memory_and_time_of_several_models(flags, pair, tmp_path):
     assert train.main(flags(topology=pair(), bridge_states="full", **given | dict(disable_final_eval=True))) == 0
     run = tmp_path / "run"
     fitted, profile = (json.loads((run / name).read_text()) for name in ("summary.json", "profile.json"))
-    assert fitted["fit"]["rows"] == 8 and 0 < fitted["fit"]["peak"] < fitted["fit"]["budget"] == 4e9
+    assert fitted["fit"]["rows"] == 8 and 0 < fitted["fit"]["peak"] < fitted["fit"]["budget"] < 4e9
     assert fitted["system"]["bridge_states"] == fitted["topology"]["bridge_states"] == "full"
     parts = profile["phases"]
     assert all(parts[name + back]["seconds"] > 0 for name in ("prefill", "latent", "answer") for back in ("", BACKWARD))
