@@ -11,6 +11,7 @@ from typing import Any
 
 from diffmas.agents.costs import Plan, Shape, Work
 from diffmas.agents.topology import Agent, Topology
+from diffmas.models.adapters import DEFAULT
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 _ACCUMULATOR = 4
@@ -273,7 +274,7 @@ class Step(Case):
         names = [f"agent{i}" for i in range(self.agents)]
         chain = Topology("chain", tuple(Agent(n, tuple(names[max(0, i - 1) : i])) for i, n in enumerate(names)))
         plan = Plan.of(chain, self.latent, [[self.prompt] * self.batch] * self.agents, [self.answer] * self.batch)
-        return sum(plan.work(self.shape).values(), Work())
+        return sum(plan.work({DEFAULT: self.shape}).values(), Work())
 
     def latent_forward(self) -> Work:
         """The latent steps of one agent behind one prompt; every step reads the weights and the trace."""

@@ -20,6 +20,8 @@ from diffmas.training.settings import DecodingArguments, TrainArguments
 #: Flags of an evaluation that take less memory where they are smaller.
 LESS_MEMORY = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 PRESETS = Path(__file__).parent / "presets"
+#: Presets that say only in what they differ from another one.
+OVER = {"two_models": "embedded"}
 
 T = TypeVar("T")
 
@@ -43,8 +45,8 @@ class Parser(HfArgumentParser):
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     """Parse `argv` into the parser's dataclasses, over the values of `--config FILE` and of the preset.
 
-    The preset is the one that `--config` names, or else "embedded" without a model and "paper" with one; of a run that
-    is resumed, its own settings are.
+    The preset is the one that `--config` names, or else "paper" with a model, and without one that of the topology's
+    name, or "embedded"; of a run that is resumed, its own settings are.
     Exits with a message on a flag that cannot be read.
 
     Raises:
@@ -61,6 +63,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     early.add_argument("--output_dir")
     early.add_argument("--num_train_epochs")
     early.add_argument("--task")
+    early.add_argument("--topology")
     found, _ = early.parse_known_args(argv)
     preset = found.config if found.config in _named() and not Path(found.config).is_file() else None
     values = _read_yaml(parser, found.config) if found.config and preset is None else {}
@@ -69,8 +72,11 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Any, ...]:
     known = {action.dest for action in parser._actions}
     own = {k: v for k, v in own_settings(run).items() if k in known} if run else {}
     if preset is None:
-        preset = "paper" if found.model_name_or_path or values.get("model_name_or_path") else "embedded"
-    base = own or _read_yaml(parser, str(PRESETS / f"{preset}.yaml"))
+        topology = found.topology or values.get("topology")
+        preset = topology if topology in OVER else "embedded"
+        preset = "paper" if found.model_name_or_path or values.get("model_name_or_path") else preset
+    parts = [part for part in (OVER.get(preset), preset) if part]
+    base = own or {k: v for part in parts for k, v in _read_yaml(parser, str(PRESETS / f"{part}.yaml")).items()}
     if not own and (found.task or values.get("task") or "").endswith(JSONL):
         # As many items as relay draws, no file need have.
         base.pop("eval_size", None)

@@ -20,7 +20,7 @@ from diffmas.agents.captured_rollouts import CapturedRollouts, asks_for_graphs
 from diffmas.agents.collator import Collator
 from diffmas.agents.controls import Control
 from diffmas.agents.scoring import check_texts, predicting_states, restating_loss
-from diffmas.agents.sink import find_sink
+from diffmas.agents.sink import find_sinks
 from diffmas.agents.sweeps import latent_rollout
 from diffmas.agents.thinking import budget
 from diffmas.agents.topology import AUTO, Agent, Topology, load_topology
@@ -161,25 +161,17 @@ class MultiAgentSystem(nn.Module):
                 f"latent_backward is {latent_backward!r}, and the model has recurrent layers ({recurrent}), which "
                 "cannot go back over latent steps; allowed: exact"
             )
+        agent_models = dict(zip(topology.model_names, (self.agent_model, *self.other_models), strict=True))
+        all_tokenizers = {last: self.tokenizer, **tokenizers}
         if topology.handover_sink == AUTO:
-            if others:
-                raise ValueError(
-                    f"handover_sink is {AUTO!r}, and agents run on models {topology.model_names}; allowed: a number"
-                )
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"handover_sink is {AUTO!r} without a tokenizer; allowed: tokenizer=…, which it is found with, or "
-                    "a number"
-                )
-            topology = replace(topology, handover_sink=find_sink(self.agent_model, self.tokenizer))
+            topology = replace(topology, handover_sink=find_sinks(topology, agent_models, all_tokenizers))
         captured = CapturedRollouts() if asks_for_graphs(cuda_graphs, latent_backward) else None
         if captured is not None and topology.bridge_edges:
             raise ValueError(
                 f"cuda_graphs is {cuda_graphs!r}, and agents hand over hidden states (handover 'bridge'), which "
                 "replayed rollouts keep to themselves; allowed: off"
             )
-        agent_models = dict(zip(topology.model_names, (self.agent_model, *self.other_models), strict=True))
-        self.bridges = make_bridges(topology, agent_models, {last: self.tokenizer, **tokenizers}, self.bridge_options)
+        self.bridges = make_bridges(topology, agent_models, all_tokenizers, self.bridge_options)
         self.trajectory = Trajectory(
             self.agent_model,
             topology,
@@ -339,6 +331,16 @@ class MultiAgentSystem(nn.Module):
     @property
     def latent_steps(self) -> int:
         return self.trajectory.latent_steps
+
+    @property
+    def checkpointing(self) -> str:
+        """Which calls recompute their activations in the backward, on all models."""
+        return self.agent_model.checkpointing.mode
+
+    @checkpointing.setter
+    def checkpointing(self, mode: str) -> None:
+        for model in self.models.values():
+            model.checkpointing.mode = mode
 
     @property
     def _no_split_modules(self) -> list[str]:

@@ -35,7 +35,7 @@ def cross(states: Tensor, weights: dict[str, Tensor], norm: Tensor) -> Tensor:
 
 def trajectory(
     models, dag, bridged, prompts, answer, *, weights, handover="full", latent_steps, detach=False, project=None,
-    turn=lambda name: None,
+    turn=lambda name: None, bridge_states="latent",
 ):  # fmt: skip
     """Logits `[answer tokens, vocab]` of one row.
 
@@ -45,6 +45,7 @@ def trajectory(
         weights: by (sender, receiver), the bridge's parameters by name.
         handover: of the other senders, "full" or "latent".
         project: by model's id, Wₐ; None: the identity.
+        bridge_states: "latent": the prompt's last one and those of latent steps; or "full": all of the prompt's.
         turn: told of an agent before its model reads for it.
     """
     sharing = {name: tuple(s for s in senders if s not in bridged.get(name, ())) for name, senders in dag.items()}
@@ -79,7 +80,8 @@ def trajectory(
             ids = torch.cat((prompts[name], answer))[None]
             logits = causal(input_ids=ids, past_key_values=cache, use_cache=True).logits[0]
             return logits[len(prompts[name]) - 1 : -1]
-        hidden, thought = read(input_ids=prompts[name][None])[-1], []
+        own = read(input_ids=prompts[name][None])
+        hidden, thought = own[-1], list(own) if bridge_states == "full" else [own[-1]]
         for _ in range(latent_steps):
             y = hidden if weight is None else hidden @ weight
             hidden = read(inputs_embeds=(norm * y / y.norm())[None, None])[-1]

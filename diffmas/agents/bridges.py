@@ -6,7 +6,7 @@ and families, and gradients go through the receiver and the bridge back into the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -23,6 +23,35 @@ BRIDGES = ("linear", "mlp")
 INITIAL = ("tokens", "random")
 #: Sender and receiver.
 Edge = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states of every row: `packed [states of all rows, hidden]`, of which row b has `lengths[b]`."""
+
+    packed: Tensor
+    lengths: list[int]
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """Each row's own, `[states, hidden]`."""
+        return self.packed.split(self.lengths)
+
+    def of_rows(self, rows: Sequence[int]) -> States:
+        """Those of other rows of the batch."""
+        own = self.rows()
+        return States(torch.cat([own[row] for row in rows]), [self.lengths[row] for row in rows])
+
+
+def row_by_row(parts: Sequence[States]) -> States:
+    """Of every row, its states in each of `parts`, one part after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = [sum(own) for own in zip(*(part.lengths for part in parts), strict=True)]
+    if all(len(set(part.lengths)) == 1 for part in parts):
+        alike = [part.packed.unflatten(0, (-1, part.lengths[0])) for part in parts]
+        return States(torch.cat(alike, 1).flatten(0, 1), lengths)
+    rows = zip(*(part.rows() for part in parts), strict=True)
+    return States(torch.cat([states for row in rows for states in row]), lengths)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def mismatched(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
     if trace.batch < 2:
         raise ValueError(f"batch is {trace.batch}; allowed: ≥ 2, a mismatched trace needs another row")
     rows = [_other(handed, row) for row in range(trace.batch)]
-    return HandedOver(trace.select_rows(rows), [x[rows] for x in handed.states])
+    return HandedOver(trace.select_rows(rows), [x.of_rows(rows) for x in handed.states])
 
 
 def _other(handed: HandedOver, row: int) -> int:
@@ -50,7 +51,7 @@ def _same(handed: HandedOver, row: int, other: int) -> bool:
     length = trace.host_lengths[row]
     if length != trace.host_lengths[other]:
         return False
-    if not all(torch.equal(x[row], x[other]) for x in (*trace.states, *handed.states)):
+    if not all(torch.equal(x[row], x[other]) for x in (*trace.states, *(x.rows() for x in handed.states))):
         return False
     return all(torch.equal(x[:, row, :, :length], x[:, other, :, :length]) for x in trace.storage.buffers())
 
@@ -59,12 +60,12 @@ def zero(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
     """Keys, values, hidden states and what recurrent layers remember, of zero."""
     for buffer in (*handed.trace.storage.buffers(), *handed.trace.states):
         buffer.zero_()
-    return HandedOver(handed.trace, [torch.zeros_like(x) for x in handed.states])
+    return HandedOver(handed.trace, [replace(x, packed=torch.zeros_like(x.packed)) for x in handed.states])
 
 
 def noise(handed: HandedOver, seeds: Sequence[int]) -> HandedOver:
     """Gaussian ones with the norms of the row's own; a row's depend on its seed alone."""
-    handed = HandedOver(handed.trace, [x.clone() for x in handed.states])
+    handed = HandedOver(handed.trace, [replace(x, packed=x.packed.clone()) for x in handed.states])
     for row, seed in enumerate(seeds):
         generator = torch.Generator().manual_seed(seed)
         for written in _of_row(handed, row):
@@ -76,7 +77,7 @@ def _of_row(handed: HandedOver, row: int) -> Iterator[Tensor]:
     trace = handed.trace
     length = trace.host_lengths[row]
     yield from (buffer[:, row, :, :length] for buffer in trace.storage.buffers())
-    yield from (state[row] for state in (*trace.states, *handed.states))
+    yield from (state[row] for state in (*trace.states, *(x.rows() for x in handed.states)))
 
 
 def _like_norm(x: Tensor, generator: torch.Generator) -> Tensor:

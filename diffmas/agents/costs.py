@@ -202,10 +202,11 @@ class Plan:
         lengths: list[list[int]] = []
         models: list[str] = []
         home: dict[str, int] = {}
-        bridged = {a.name: latent_steps * len(topology.bridged(a)) for a in topology.agents}
+        by_name = {a.name: p for a, p in zip(topology.agents, prompts, strict=True)}
+        bridged = {a.name: topology.states_read(a, by_name, latent_steps) for a in topology.agents}
         written = {
-            a.name: [bridged[a.name] + n + latent_steps for n in p]
-            for a, p in zip(topology.agents, prompts, strict=True)
+            name: [more + n + latent_steps for more, n in zip(bridged[name], own, strict=True)]
+            for name, own in by_name.items()
         }
         for agent, own in zip(topology.agents, prompts, strict=True):
             if (sender := topology.continues(agent)) is not None:
@@ -215,14 +216,15 @@ class Plan:
                 models.append(topology.model_of(agent))
                 full = topology.handover == "full"
                 given = [written[n] if full else [latent_steps] * len(own) for n in topology.attended(agent.name)]
-                sink = topology.sink_columns if given else 0
+                sink = topology.sink_of(agent) if given else 0
                 lengths.append([sink + sum(column) for column in zip([0] * len(own), *given, strict=True)])
             last = agent is topology.last
             rows = lengths[home[agent.name]]
             call = partial(Call, trace=home[agent.name], differentiated=last or not detach_trace)
-            if count := bridged[agent.name]:
-                calls.append(call("prefill", rows=tuple((before, count) for before in rows), steps=1))
-                rows = [before + count for before in rows]
+            if topology.bridged(agent):
+                read = bridged[agent.name]
+                calls.append(call("prefill", rows=tuple(zip(rows, read, strict=True)), steps=1))
+                rows = [before + n for before, n in zip(rows, read, strict=True)]
             new = [n + a for n, a in zip(own, answers, strict=True)] if last else list(own)
             calls.append(call("answer" if last else "prefill", rows=tuple(zip(rows, new, strict=True)), steps=1))
             rows = [before + n for before, n in zip(rows, new, strict=True)]
@@ -233,15 +235,17 @@ class Plan:
         columns = tuple(len(row) * max(row) for row in lengths)
         return cls(tuple(calls), columns, sum(answers), tuple(models))
 
-    def work(self, shape: Shape, checkpointing: str = "none") -> dict[str, Work]:
-        """By phase; "<phase> backward" includes what checkpointing runs again."""
+    def work(self, shapes: Mapping[str, Shape], checkpointing: str = "none") -> dict[str, Work]:
+        """By phase; "<phase> backward" includes what checkpointing runs again. `shapes`: by the name of the model."""
         total = {name: Work() for phase in PHASES for name in (phase, phase + BACKWARD)}
         for call in self.calls:
+            shape = shapes[self.models[call.trace]]
             total[call.phase] += _forward(shape, call)
             if call.differentiated:
                 total[call.phase + BACKWARD] += _backward(shape, call)
                 if checkpointing == "all" or (checkpointing == "prefill" and call.phase != "latent"):
                     total[call.phase + BACKWARD] += _forward(shape, call)
+        shape = shapes[self.models[self.calls[-1].trace]]
         head = shape.hidden * shape.vocab
         total["answer"] += Work(2 * self.answer_tokens * head, head * shape.item)
         total["answer" + BACKWARD] += Work(2 * self.answer_tokens * head * (1 + shape.trained), head * shape.item)

@@ -6,9 +6,12 @@ attention to go to. A hand-over of latent steps alone takes that place away.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from diffmas.agents.topology import AUTO, Topology
 from diffmas.models.agent_model import AgentModel, evaluating
 from diffmas.models.attention_masses import AttentionMasses
 from diffmas_ops import KVTrace
@@ -24,6 +27,30 @@ _TEXT = (
     "order and left a window open, so that there was snow on the floor. She shut it, sat down and counted: nothing "
     "seemed to be missing. Then she saw that one of the envelopes was not hers."
 )
+
+
+def find_sinks(
+    topology: Topology,
+    models: Mapping[str, AgentModel],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase | None],
+) -> int | dict[str, int]:
+    """:func:`find_sink` of all models on which a trace is handed over; of several, by name where they differ.
+
+    Raises:
+        ValueError: a model without a tokenizer.
+    """
+    receiving = dict.fromkeys(topology.model_of(agent) for agent in topology.agents if topology.sharing(agent))
+    found = {}
+    for name in receiving or (topology.model_of(topology.last),):
+        if (tokenizer := tokenizers.get(name)) is None:
+            where = f" for model {name}" if len(models) > 1 else ""
+            raise ValueError(
+                f"handover_sink is {AUTO!r} without a tokenizer{where}; allowed: tokenizer=…, which it is found with, "
+                "or a number"
+            )
+        found[name] = find_sink(models[name], tokenizer)
+    numbers = set(found.values())
+    return numbers.pop() if len(numbers) == 1 else found
 
 
 @torch.no_grad()

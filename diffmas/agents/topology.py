@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from diffmas.support.yaml_file import read_yaml
 #: What goes from an agent to one that receives from it: its trace, the latent part of it, or its hidden states.
 HANDOVERS = ("full", "latent", "bridge")
 BRIDGE = "bridge"
+#: Which hidden states go over a bridge: from the end of the sender's prompt on, or from its beginning.
+BRIDGE_STATES = ("latent", "full")
 #: A sink whose size the model is asked for.
 AUTO = "auto"
 #: Whose adapters agents have: one of all, or one a role.
@@ -57,35 +59,42 @@ class Topology:
         name: shown in reports.
         agents: in any order; senders refer to names.
         handover: what a receiver attends to of each agent before it: "full" (prompt and latent steps) or
-            "latent" (latent steps only); or "bridge": it reads the hidden states of its senders' latent steps.
-            Default: "full", and bridges between agents of different models.
+            "latent" (latent steps only); or "bridge": it reads hidden states of its senders. Default: "full", and
+            bridges between agents of different models.
         adapters: "shared", one adapter of all agents that name none; "per_role", one of each role. The last agent's is
             called "default" either way.
         adapter_options: by adapter, `path` of a folder that it starts from, and whether it trains (`train`).
         handover_sink: how many columns go in front of latent steps that are handed over: the first ones of the first
             agent before a receiver, where a model's attention rests; "auto": as many as the model is found to rest on.
+            Of several models, a mapping by their names.
         models: by name, what :func:`~diffmas.models.pretrained.load_base` takes; agents refer to them.
+        bridge_states: which hidden states go over bridges: "latent", the one that the sender's prompt ends with and
+            those of its latent steps, or "full", those of its whole prompt and its latent steps.
 
     Raises:
         TopologyError: no agent, a name twice, an unknown or repeated sender, a cycle, more than one last agent,
-            an unknown hand-over, a sink that is neither.
+            an unknown hand-over, a sink that is neither, unknown states of bridges.
     """
 
     name: str
     agents: tuple[Agent, ...]
     handover: str = ""
-    handover_sink: int | str = 0
+    handover_sink: int | str | Mapping[str, int] = 0
     adapters: str = "shared"
     adapter_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     models: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    bridge_states: str = "latent"
     _ancestors: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
     _attended: dict[str, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.handover not in ("", *HANDOVERS):
             raise TopologyError(f"handover is {self.handover!r}; allowed: {', '.join(HANDOVERS)}")
-        if (sink := self.handover_sink) != AUTO and (type(sink) is not int or sink < 0):
-            raise TopologyError(f"handover_sink is {sink!r}; allowed: integers ≥ 0, or {AUTO}")
+        if self.bridge_states not in BRIDGE_STATES:
+            raise TopologyError(f"bridge_states is {self.bridge_states!r}; allowed: {', '.join(BRIDGE_STATES)}")
+        sinks = sink.values() if isinstance(sink := self.handover_sink, Mapping) else [0 if sink == AUTO else sink]
+        if any(type(number) is not int or number < 0 for number in sinks):
+            raise TopologyError(f"handover_sink is {sink!r}; allowed: integers ≥ 0, {AUTO}, or a mapping by model")
         _check_names(self.agents)
         ordered = _sort(self.agents)
         received = {s for agent in ordered for s in agent.senders}
@@ -127,8 +136,11 @@ class Topology:
                 raise TopologyError(f"models has {name!r}; allowed: letters, digits and _, and not {DEFAULT}")
             if name in self.adapter_names:
                 raise TopologyError(f"models has {name!r}, which an adapter is called; allowed: another name")
-        if unused := [name for name in self.models if name not in self.model_names]:
-            raise TopologyError(f"models has {unused}, which no agent runs on; allowed: {', '.join(self.model_names)}")
+        for what, given in (("models", self.models), ("handover_sink", self.handover_sink)):
+            named = given if isinstance(given, Mapping) else ()
+            if unused := [name for name in named if name not in self.model_names]:
+                allowed = ", ".join(self.model_names)
+                raise TopologyError(f"{what} has {unused}, which no agent runs on; allowed: {allowed}")
 
     def _check_adapters(self) -> None:
         if self.adapters not in ADAPTERS:
@@ -234,6 +246,15 @@ class Topology:
         """Sender and receiver of every hand-over of hidden states, in the receivers' order."""
         return tuple((sender, agent.name) for agent in self.agents for sender in self.bridged(agent))
 
+    def states_of(self, sender: str, prompts: Mapping[str, Sequence[int]], latent_steps: int) -> list[int]:
+        """How many hidden states of every row go over a bridge; `prompts`: the rows' prompt lengths, by agent."""
+        return [latent_steps + (n if self.bridge_states == "full" else 1) for n in prompts[sender]]
+
+    def states_read(self, agent: Agent, prompts: Mapping[str, Sequence[int]], latent_steps: int) -> list[int]:
+        """How many hidden states every row of `agent` reads, of all its senders."""
+        handed = [self.states_of(sender, prompts, latent_steps) for sender in self.bridged(agent)]
+        return [sum(row) for row in zip([0] * len(prompts[agent.name]), *handed, strict=True)]
+
     def continues(self, agent: Agent) -> str | None:
         """The sender whose trace `agent` goes on writing in place, or None where it needs a trace of its own."""
         senders = self.sharing(agent)
@@ -242,18 +263,17 @@ class Topology:
         receivers = [a for a in self.agents if senders[0] in self.sharing(a)]
         return senders[0] if len(receivers) == 1 else None
 
-    @property
-    def sink_columns(self) -> int:
-        """Columns in front of what every receiver attends to that are its sink; 0 but for latent hand-overs.
+    def sink_of(self, agent: Agent) -> int:
+        """Columns in front of what a receiver on the agent's model attends to; 0 but for latent hand-overs.
 
         Raises:
             TopologyError: how many is still to be found.
         """
         if self.handover != "latent":
             return 0
-        if isinstance(self.handover_sink, str):
-            raise TopologyError(f"handover_sink is {self.handover_sink!r}; allowed: the number that a system finds")
-        return self.handover_sink
+        if isinstance(sink := self.handover_sink, str):
+            raise TopologyError(f"handover_sink is {sink!r}; allowed: the number that a system finds")
+        return sink.get(self.model_of(agent), 0) if isinstance(sink, Mapping) else sink
 
     @property
     def leading(self) -> tuple[str, ...]:
@@ -280,11 +300,13 @@ class Topology:
         whole: dict[str, Any] = {
             "name": self.name,
             "handover": self.handover,
-            "handover_sink": self.handover_sink,
+            "handover_sink": dict(sink) if isinstance(sink := self.handover_sink, Mapping) else sink,
             "agents": agents,
         }
         options = {name: dict(options) for name, options in self.adapter_options.items()}
         whole |= {"adapters": self.adapters, "adapter_options": options}
+        if self.bridge_states != "latent":
+            whole["bridge_states"] = self.bridge_states
         return whole | ({"models": {n: dict(o) for n, o in self.models.items()}} if self.models else {})
 
     @classmethod
@@ -294,11 +316,12 @@ class Topology:
         handover: str | None = None,
         handover_sink: int | str | None = None,
         adapters: str | None = None,
+        bridge_states: str | None = None,
     ) -> Topology:
         """From the YAML form.
 
-        `{name, handover, handover_sink, models, adapters, agents: [{name, receives, role or prompt or fields, adapter,
-        model}]}`. `bridges` beside `receives` names those among them whose hidden states the agent reads.
+        `{name, handover, handover_sink, bridge_states, models, adapters, agents: [{name, receives, role or prompt or
+        fields, adapter, model}]}`. `bridges` beside `receives` names those whose hidden states the agent reads.
 
         `prompt` is the agent's own, a text or `{system, user, text}`; `fields` are those of an item that it sees: all
         that `prompt` names have to be among them, and without one they are the prompt, a line each. Beside them may be
@@ -319,7 +342,8 @@ class Topology:
         merged = [n for n in models if n not in named and models[n] in [models.get(name) for name in named]]
         models = {name: options for name, options in models.items() if name not in merged}
         said = handover or data.get("handover") or ""
-        return cls(name, agents, said, sink, adapters or kept, options, models)
+        states = bridge_states or data.get("bridge_states") or "latent"
+        return cls(name, agents, said, sink, adapters or kept, options, models, states)
 
 
 def _check_names(agents: tuple[Agent, ...]) -> None:
@@ -399,6 +423,7 @@ def load_topology(
     handover: str | None = None,
     handover_sink: int | str | None = None,
     adapters: str | None = None,
+    bridge_states: str | None = None,
 ) -> Topology:
     """A built-in topology by name, or one from a YAML file; what else is given is instead of its own.
 
@@ -413,7 +438,11 @@ def load_topology(
     if (built_in := TOPOLOGIES.get(name_or_path)) is not None:
         sink = built_in.handover_sink if handover_sink is None else handover_sink
         return replace(
-            built_in, handover=handover or built_in.handover, handover_sink=sink, adapters=adapters or built_in.adapters
+            built_in,
+            handover=handover or built_in.handover,
+            handover_sink=sink,
+            adapters=adapters or built_in.adapters,
+            bridge_states=bridge_states or built_in.bridge_states,
         )
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
@@ -423,6 +452,6 @@ def load_topology(
         raise TopologyError(f"handover is {handover!r}; allowed: {', '.join(HANDOVERS)}")
     data = read_yaml(path, "topology")
     try:
-        return Topology.from_dict(data, handover, handover_sink, adapters)
+        return Topology.from_dict(data, handover, handover_sink, adapters, bridge_states)
     except TopologyError as error:
         raise TopologyError(f"topology {path}: {error}") from None

@@ -13,7 +13,9 @@ from diffmas.prompts.chat_template import parse_kwargs
 _KEYS = ("name", "role", "prompt", "fields", "receives", "bridges", "chat_template_kwargs", "model", "adapter")
 _ADAPTER_KEYS = ("path", "train")
 _MODEL_KEYS = {"model_name_or_path": str, "gguf_file": str, "dtype": str, "quantization": str, "random_weights": bool}
-TOPOLOGY_KEYS = ("name", "handover", "handover_sink", "models", "adapters", "adapter_options", "agents")
+TOPOLOGY_KEYS = (
+    "name", "handover", "handover_sink", "bridge_states", "models", "adapters", "adapter_options", "agents",
+)  # fmt: skip
 
 
 class TopologyError(ValueError):

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 
 import torch
 from torch import Tensor
 
-from diffmas.agents.bridges import Bridges
+from diffmas.agents.bridges import Bridges, States, row_by_row
 from diffmas.agents.latent_rollouts import LatentRollout, step_by_step
 from diffmas.agents.topology import Agent, Topology
 from diffmas.models.adapters import WithAdapter
@@ -34,20 +34,20 @@ class AgentState:
 
     `segments[name]`: per row, the columns `begin … prompt_end` of the prompt part and `prompt_end … end` of the
     latent part; what was read over bridges is the beginning of the former.
-    `states[name]`: the hidden states of an agent's latent steps `[batch, m, hidden]`, where it hands them over.
+    `states[name]`: the hidden states that an agent hands over, where it does.
     """
 
     trace: KVTrace
     segments: dict[str, tuple[list[int], list[int], list[int]]]
-    states: dict[str, Tensor] = field(default_factory=dict)
+    states: dict[str, States] = field(default_factory=dict)
 
 
 @dataclass
 class HandedOver:
-    """What an agent gets of its senders: their columns in its trace, and of each bridge states `[batch, m, hidden]`."""
+    """What an agent gets of its senders: their columns in its trace, and the hidden states of each bridge."""
 
     trace: KVTrace
-    states: list[Tensor]
+    states: list[States]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Trajectory:
         others: the other models, by the names that the topology has for them.
 
     Raises:
-        ValueError: `latent_steps` below 0, or 0 with bridges; a sink whose size is still to be found.
+        ValueError: `latent_steps` below 0; a sink whose size is still to be found.
         UnsupportedModelError: a topology that moves keys that cannot be moved, or states of recurrent layers at all, or
             that hands the trace of one model over to another.
     """
@@ -84,12 +84,7 @@ class Trajectory:
     def __post_init__(self):
         if index(self.latent_steps) < 0:
             raise ValueError(f"latent_steps is {self.latent_steps}; allowed: integers ≥ 0")
-        if self.topology.bridge_edges and self.latent_steps == 0:
-            raise ValueError(
-                f"latent_steps is 0, and topology {self.topology.name!r} hands over the hidden states of latent steps; "
-                "allowed: integers ≥ 1"
-            )
-        self._sink = self.topology.sink_columns
+        self._sink = {agent.name: self.topology.sink_of(agent) for agent in self.topology.agents}
         # One adapter of all agents that name none is whichever is active.
         named = self.topology.agents if self.topology.names_adapters else ()
         self._models = {agent.name: self._base(agent).with_adapter(self.topology.adapter_of(agent)) for agent in named}
@@ -154,7 +149,7 @@ class Trajectory:
         states: dict[str, AgentState] = {}
         agents = self.topology.agents
         lengths = dict(zip((a.name for a in agents), prompt_lengths, strict=True))
-        if self._sink:
+        if any(self._sink.values()):
             self._compare_sinks(prompt_ids, lengths)
         for agent, ids in zip(agents[:-1], prompt_ids[:-1], strict=True):
             with torch.no_grad() if self.detach_trace else contextlib.nullcontext():
@@ -179,34 +174,36 @@ class Trajectory:
         self, agent: Agent, state: AgentState, ids: Tensor, lengths: Lengths, others: dict[str, AgentState]
     ) -> None:
         """The agent reads what came over bridges and its prompt, and thinks: all behind what its trace held."""
-        trace, written = state.trace, None
+        trace, model = state.trace, self.model_of(agent)
         begin = trace.host_lengths
-        model = self.model_of(agent)
+        crosses = any(agent.name == sender for sender, _ in self.topology.bridge_edges)
         self._cross(agent, trace, self._handed_to(agent, others))
-        hidden = model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
-        prompt_end = trace.host_lengths
+        if crosses and self.topology.bridge_states == "full":
+            read = States(model.read(trace, lengths, input_ids=ids), list(lengths))
+            hidden = read.packed[torch.tensor(lengths, device=read.packed.device).cumsum(0) - 1]
+        else:
+            hidden = model.read(trace, lengths, input_ids=ids, outputs=[(n - 1, n) for n in lengths])
+            read = States(hidden, [1] * len(lengths))
+        prompt_end, thought = trace.host_lengths, []
         if self.latent_steps:
-            written = self.latent_rollout(model, self.latent_steps, trace, hidden)
+            thought = self.latent_rollout(model, self.latent_steps, trace, hidden)
         state.segments[agent.name] = (begin, prompt_end, trace.host_lengths)
-        if any(agent.name == sender for sender, _ in self.topology.bridge_edges):
-            state.states[agent.name] = torch.stack(list(written), 1)
+        if crosses:
+            state.states[agent.name] = row_by_row([read, *(States(h, [1] * len(lengths)) for h in thought)])
 
-    def _handed_to(self, agent: Agent, states: dict[str, AgentState]) -> list[Tensor]:
-        """Over bridges, sender by sender: `[batch, m, hidden]`."""
+    def _handed_to(self, agent: Agent, states: dict[str, AgentState]) -> list[States]:
+        """Over bridges, sender by sender."""
         return [states[sender].states[sender] for sender in self.topology.bridged(agent)]
 
-    def _cross(self, agent: Agent, trace: KVTrace, handed: Sequence[Tensor]) -> None:
+    def _cross(self, agent: Agent, trace: KVTrace, handed: Sequence[States]) -> None:
         """The agent reads what was `handed` to it over bridges, the senders' states one after the other."""
         if not handed:
             return
         bridges = (self.bridges[sender, agent.name] for sender in self.topology.bridged(agent))
-        read = [bridge(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for bridge, x in zip(bridges, handed, strict=True)]
-        inputs = torch.cat(read, 1)
-        rows, count, _ = inputs.shape
+        inputs = row_by_row([replace(x, packed=bridge(x.packed)) for bridge, x in zip(bridges, handed, strict=True)])
         # Only its keys and values go on.
-        outputs = [(count - 1, count)] * rows
-        model = self.model_of(agent)
-        model.read(trace, [count] * rows, inputs_embeds=inputs.flatten(0, 1), outputs=outputs, latent=False)
+        outputs = [(n - 1, n) for n in inputs.lengths]
+        self.model_of(agent).read(trace, inputs.lengths, inputs_embeds=inputs.packed, outputs=outputs, latent=False)
 
     def _receive(
         self, agent: Agent, states: dict[str, AgentState], lengths: dict[str, Lengths], reserve: Lengths | None
@@ -218,9 +215,9 @@ class Trajectory:
         length = [0] * len(lengths[agent.name])
         for name in self.topology.attended(agent.name):
             holder = next(states[s] for s in self.topology.sharing(agent) if name in states[s].segments)
-            if self._sink and not segments:
-                # Every trace begins with a sink: its writer's own first tokens, or the one that was received.
-                segments.append(Segment(holder.trace, length, [self._sink] * len(length)))
+            if (sink := self._sink[agent.name]) and not segments:
+                # Every trace begins with a sink: its writer's own first columns, or the one that was received.
+                segments.append(Segment(holder.trace, length, [sink] * len(length)))
                 length = segments[0].end
             begin, prompt_end, end = holder.segments[name]
             begin = begin if self.topology.handover == "full" else prompt_end
@@ -240,21 +237,26 @@ class Trajectory:
     def _compare_sinks(self, prompt_ids: Sequence[Tensor], lengths: dict[str, Lengths]) -> None:
         """Say once where what goes along as a sink is not the same for all rows, and so tells something of them."""
         for agent, ids in zip(self.topology.agents, prompt_ids, strict=True):
-            if self._sinks is None or agent.name not in self.topology.leading:
+            sink = self._sink[agent.name]
+            if self._sinks is None or not sink or agent.name not in self.topology.leading:
                 continue
-            first = torch.stack([own[: self._sink] for own in ids.split(list(lengths[agent.name]))])
-            if not (first == self._sinks.setdefault(agent.name, first[:1].clone())).all():
+            what = f"the first {sink} tokens of agent {agent.name}'s prompts differ by row"
+            first = torch.stack([own[:sink] for own in ids.split(list(lengths[agent.name]))])
+            differ = not (first == self._sinks.setdefault(agent.name, first[:1].clone())).all()
+            if bridged := self.topology.bridged(agent):
+                what, differ = f"agent {agent.name} reads hidden states of {', '.join(bridged)} first", True
+            if differ:
                 self._sinks = None
                 _logger.warning(
-                    "the first %d tokens of agent %s's prompts differ by row: the sink that is handed over "
-                    "(handover_sink) carries them, and trace controls leave it in place",
-                    self._sink, agent.name,
-                )  # fmt: skip
+                    "%s: the sink that is handed over (handover_sink) carries them, and trace controls leave it in "
+                    "place",
+                    what,
+                )
 
     def _room(self, agent: Agent, lengths: dict[str, Lengths], reserve: Lengths | None) -> list[int]:
         """Columns a row that `agent`, and those who go on writing its trace, will add."""
-        bridged = self.latent_steps * len(self.topology.bridged(agent))
-        own = [bridged + n for n in lengths[agent.name]]
+        bridged = self.topology.states_read(agent, lengths, self.latent_steps)
+        own = [more + n for more, n in zip(bridged, lengths[agent.name], strict=True)]
         if agent is self.topology.last:
             return own if reserve is None else [n + more for n, more in zip(own, reserve, strict=True)]
         own = [n + self.latent_steps for n in own]
@@ -277,8 +279,8 @@ class Trajectory:
                     f"prompt_lengths of agent {name} is {list(lengths)} for {ids.numel()} tokens; allowed: "
                     f"{len(prompt_lengths[0])} lengths ≥ 1 that sum to the number of tokens"
                 )
-            if name in self.topology.leading and min(lengths) < self._sink:
+            if name in self.topology.leading and min(lengths) < (sink := self._sink[name]):
                 raise ValueError(
-                    f"handover_sink is {self._sink}, and a prompt of agent {name} has {min(lengths)} tokens; allowed: "
+                    f"handover_sink is {sink}, and a prompt of agent {name} has {min(lengths)} tokens; allowed: "
                     "as many as its shortest prompt has"
                 )

@@ -126,12 +126,13 @@ def _received(topology: Topology, agent: Agent, latent_steps: int) -> str:
     behind = []
     if senders:
         full = topology.handover == "full"
-        if not full and (sink := topology.handover_sink):
+        if not full and (sink := AUTO if topology.handover_sink == AUTO else topology.sink_of(agent)):
             count = "as many of the first tokens as the model rests on" if sink == AUTO else f"the first {sink} tokens"
             behind.append(f"{count} of {senders[0]}")
         behind.append(f"{'prompt and ' if full else ''}{latent_steps} latent steps of {', '.join(senders)}")
     if bridged:
-        behind.append(f"{latent_steps} hidden states each of {', '.join(bridged)}")
+        prompt = "the prompt's" if topology.bridge_states == "full" else "the prompt's last"
+        behind.append(f"hidden states of {', '.join(bridged)}: {prompt}, and those of {latent_steps} latent steps each")
     return f"behind {', then '.join(behind) or 'nothing'}"
 
 

@@ -2,16 +2,19 @@
 
 The corpus is text in the chat format, drawn on the fly: evidence in the user's turn, then either values spelled out in
 any order, or a question answered at once; further questions follow alone. Spelling out (`` B 12``) asks for a value
-right behind its slot; that is learned first, and answering (``Recall B``) grows out of it. Same seed, thread count and
-machine: same weights.
+right behind its slot; that is learned first, and answering (``Recall B``) grows out of it. Bases that restate say the
+evidence again, as it stands, before they spell it out. Same seed, thread count and machine: same weights.
 """
 
 import argparse
 import math
 import random
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -33,12 +36,30 @@ from diffmas.tasks import relay
 PROMPTS = Prompts.load(Path(relay.__file__).with_suffix(".yaml"))
 VALUES = 16
 QUESTIONS = 8
-#: Bases by their architecture: tokenizer, classes, and sizes in which they differ.
-BASES: dict[str, tuple[Dialect, type, type[PreTrainedModel], dict]] = {
-    "qwen3": (QWEN3, Qwen3Config, Qwen3ForCausalLM, {}),
-    "llama": (
-        LLAMA, LlamaConfig, LlamaForCausalLM,
-        {"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 144, "tie_word_embeddings": False},
+
+
+@dataclass(frozen=True)
+class Base:
+    """What one base has and another has not.
+
+    Args:
+        restates: it says the evidence again before it spells it out, as a sender does.
+        sizes: those in which it differs from the first.
+    """
+
+    dialect: Dialect
+    configuration: type
+    kind: type[PreTrainedModel]
+    restates: bool = False
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+
+#: By their architecture.
+BASES = {
+    "qwen3": Base(QWEN3, Qwen3Config, Qwen3ForCausalLM),
+    "llama": Base(
+        LLAMA, LlamaConfig, LlamaForCausalLM, restates=True,
+        sizes={"hidden_size": 48, "num_hidden_layers": 3, "intermediate_size": 144, "tie_word_embeddings": False},
     ),
 }  # fmt: skip
 
@@ -48,7 +69,7 @@ def turn(role: str, row: dict[str, str], answer: str, dialect: Dialect) -> str:
     return f"{dialect.user}{PROMPTS.messages(role, row)[-1]['content']}{dialect.assistant}{answer}{dialect.end}"
 
 
-def conversation(rng: random.Random, dialect: Dialect = QWEN3) -> str:
+def conversation(rng: random.Random, dialect: Dialect = QWEN3, restates: bool = False) -> str:
     """Evidence over 2 … 16 slots in any order, and all that is asked about it."""
     slots = rng.sample(relay.SLOTS, rng.randint(2, len(relay.SLOTS)))
     if rng.random() < 0.5:
@@ -58,7 +79,9 @@ def conversation(rng: random.Random, dialect: Dialect = QWEN3) -> str:
     if rng.random() < 0.5:
         text = turn("single", row, row["answer"], dialect)
     else:
-        text = turn("sender", row, "".join(f" {slot} {value}" for slot, value in rng.choices(pairs, k=12)), dialect)
+        again = f" {row['evidence']}" if restates else ""
+        spelled = "".join(f" {slot} {value}" for slot, value in rng.choices(pairs, k=12))
+        text = turn("sender", row, again + spelled, dialect)
     for _ in range(QUESTIONS):
         slot, value = rng.choice(pairs)
         text += turn("solver", {"question": relay.question(slot)}, value, dialect)
@@ -77,15 +100,15 @@ def make_model(tokenizer: PreTrainedTokenizerBase, architecture: str = "qwen3", 
         "initializer_range": 0.05,
         "tie_word_embeddings": True,
     }
-    _, configuration, kind, sizes = BASES[architecture]
-    return kind(
-        configuration(
+    base = BASES[architecture]
+    return base.kind(
+        base.configuration(
             vocab_size=len(tokenizer),
             max_position_embeddings=4096,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            **shape | sizes | overrides,
+            **{**shape, **base.sizes, **overrides},
         )
     )
 
@@ -150,10 +173,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     began = time.perf_counter()
-    dialect = BASES[args.architecture][0]
+    base = BASES[args.architecture]
+    dialect = base.dialect
     tokenizer = build_tokenizer(dialect)
     model = make_model(tokenizer, args.architecture)
-    draw = partial(conversation, dialect=dialect)
+    draw = partial(conversation, dialect=dialect, restates=base.restates)
     state = pretrain(
         model, tokenizer, args.steps, args.batch, args.learning_rate, random.Random(args.seed), draw, dialect
     )

@@ -103,15 +103,17 @@ def inspect(
 
     answer = torch.tensor(tokens[:-1], dtype=torch.long, device=model.device)
     own_ids = torch.cat((ids[-1], answer))
-    senders, at = system.topology.attended(system.topology.last.name), system.topology.sink_columns
+    senders, at = system.topology.attended(system.topology.last.name), system.topology.sink_of(system.topology.last)
     parts = [(senders[0], "sink", 0, at)] if at and senders else []
     for name in senders:
         _, (prompt_end,), (end,) = received.segments[name]
         parts += [(name, "prompt", at, prompt_end), (name, "latent steps", prompt_end, end)]
         at = end
+    lengths = dict(zip((agent.name for agent in system.topology.agents), prompt_lengths, strict=True))
     for name in system.topology.bridged(system.topology.last):
-        parts.append((name, "hidden states", at, at + system.latent_steps))
-        at += system.latent_steps
+        (count,) = system.topology.states_of(name, lengths, system.latent_steps)
+        parts.append((name, "hidden states", at, at + count))
+        at += count
     own = system.topology.last.name, at + prompt_lengths[-1][0]
     parts += [(own[0], "prompt", at, own[1]), (own[0], "answer", own[1], at + len(own_ids))]
     call = received.trace.open([len(own_ids)])

@@ -63,7 +63,8 @@ def received(
         prompt_ids, prompt_lengths, reserve: as :meth:`~diffmas.agents.trajectory.Trajectory.communicate` takes them.
         seeds: one a row, of the control.
     """
-    acting = control and behind(trajectory.topology.sink_columns, control)
+    topology = trajectory.topology
+    acting = control and behind(topology.sink_of(topology.last), control)
 
     def changed(handed: HandedOver) -> HandedOver:
         return acting(handed, seeds) if acting else handed

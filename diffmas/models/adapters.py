@@ -39,7 +39,7 @@ class _Active(list):
     """What a module keeps as its active adapters while a call has chosen them."""
 
 
-#: By the adapter of a call; always the same list, by which what was read of a module is known to hold.
+#: By the adapter of a call.
 _CHOSEN: dict[str, _Active] = {NONE: _Active()}
 
 
@@ -148,7 +148,7 @@ class AdapterSwitch:
 
     def for_call(self, call: Call) -> contextlib.AbstractContextManager[None]:
         """Switch what is not in a layer."""
-        return self._around.running(call.adapter)
+        return self._around.running(call.adapter) if self._around else contextlib.nullcontext()
 
 
 def switch_of(model: PreTrainedModel, *, install: bool = False) -> AdapterSwitch | None:
@@ -164,10 +164,13 @@ class SwitchingLayer:
     def forward(self, *args, **kwargs):
         # Without a trace, as when the model is looked at, layers run with what is active.
         name = None if kwargs.get("trace_layers") is None else kwargs["trace_call"].adapter
-        if name is None:
+        with switched(self, name):
             return super().forward(*args, **kwargs)
-        with vars(self)[_ADAPTED].running(name):
-            return super().forward(*args, **kwargs)
+
+
+def switched(layer: Any, name: str | None) -> contextlib.AbstractContextManager[None]:
+    """A layer with adapter `name` of a call; None: as PEFT was told."""
+    return contextlib.nullcontext() if name is None else vars(layer)[_ADAPTED].running(name)
 
 
 class _Modules:
@@ -175,6 +178,9 @@ class _Modules:
 
     def __init__(self, modules: list[nn.Module]):
         self._modules = modules
+
+    def __len__(self) -> int:
+        return len(self._modules)
 
     @contextlib.contextmanager
     def running(self, name: str | None) -> Iterator[None]:

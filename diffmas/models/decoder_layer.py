@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from diffmas.models.adapters import SwitchingLayer, switched
 from diffmas.models.geometry import LayerGeometry
 from diffmas.models.in_place import is_from, own_kind, put_in_front, replaced_by_others
 from diffmas.models.layer_parts import GATES, LAYERS, LayerParts
-from diffmas.models.lora import hooked, hooks_of, lora_parts, lora_places
+from diffmas.models.lora import ACTIVE, hooked, hooks_of, lora_parts, lora_places
 from diffmas_ops import Call, backends
 from diffmas_ops.call import Outputs
 from diffmas_ops.layer import Parameters, Parts, Saved, Turns
@@ -46,7 +47,8 @@ def fuse_layers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if own_kind(module).__name__ in LAYERS and _own_parts(module) is not None:
             kind: Any = type(module)
-            module.__class__ = put_in_front(FusedLayer, kind)
+            # It knows a call's adapter itself: what switches modules is behind it.
+            module.__class__ = put_in_front(FusedLayer, put_in_front(SwitchingLayer, kind))
 
 
 class FusedLayer(nn.Module):
@@ -147,7 +149,9 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
         return None
     of_adapters = _OPERANDS.setdefault(self, {})
     if (operands := of_adapters.get(call.adapter)) is None or not operands.stand(self, dtype):
-        if (operands := _read(self, dtype)) is None:
+        with switched(self, call.adapter):
+            operands = _read(self, dtype, named=call.adapter is not None)
+        if operands is None:
             return None
         of_adapters[call.adapter] = operands
     if not operands.are_plain():
@@ -161,7 +165,8 @@ def _plain(self: nn.Module, hidden: Tensor, call: Call, geometry: LayerGeometry)
 _OPERANDS: WeakKeyDictionary[nn.Module, dict[str | None, _Operands]] = WeakKeyDictionary()
 
 
-def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
+def _read(self: nn.Module, dtype: torch.dtype, named: bool) -> _Operands | None:
+    """`named`: by a call, whatever adapter is active between calls."""
     if backends.refusal("cpu", Need("decoder_layer", "cpu", dtype)) is not None:
         return None
     if (parts := _own_parts(self)) is None:
@@ -198,7 +203,7 @@ def _read(self: nn.Module, dtype: torch.dtype) -> _Operands | None:
     empty = [hooks for m in inside for hooks in hooks_of(m)]
     for linear in linears:
         more, collections = lora_places(linear)
-        entries += more
+        entries += [place for place in more if not (named and place[1] == ACTIVE)]
         empty += collections
     form = Parts(parts.norm_offset, *GATES[type(mlp.act_fn)], 1.0 if residual_scale is None else residual_scale)
     none = norms[0].weight.new_empty(0)

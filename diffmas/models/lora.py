@@ -173,6 +173,10 @@ def lora_parts(module: nn.Module, dtype: torch.dtype) -> LoraParts | None:
     return LoraParts(base.weight, base.bias, a.weight, b.weight, module.scaling[name])
 
 
+#: Where PEFT keeps which of a module's adapters are active.
+ACTIVE = "_active_adapter"
+
+
 def lora_places(module: nn.Module) -> tuple[list[tuple[dict, str]], list[Collection]]:
     """Where :func:`lora_parts` looked when it found parts: entries it read, and collections that were empty."""
     base = module.base_layer if type(module) is Linear else module
@@ -180,7 +184,7 @@ def lora_places(module: nn.Module) -> tuple[list[tuple[dict, str]], list[Collect
     empty = hooks_of(base)
     if base is module:
         return entries, empty
-    entries += [(module._modules, "base_layer"), (vars(module), "_disable_adapters"), (vars(module), "_active_adapter")]
+    entries += [(module._modules, "base_layer"), (vars(module), "_disable_adapters"), (vars(module), ACTIVE)]
     empty.append(module.merged_adapters)
     for name in module.active_adapters if not module.disable_adapters else ():
         a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from diffmas.agents.bridges import BRIDGES
-from diffmas.agents.topology import TOPOLOGIES, Topology, load_topology
+from diffmas.agents.topology import BRIDGE_STATES, TOPOLOGIES, Topology, load_topology
 from diffmas.models.loss import LOSSES
 from diffmas.models.pretrained import DTYPES, QUANTIZATIONS
 
@@ -38,7 +38,7 @@ class SystemArguments:
     handover: str | None = field(
         default=None,
         metadata={
-            "help": "What receivers attend to: full or latent; or bridge: they read hidden states of latent steps; "
+            "help": "What receivers attend to: full or latent; or bridge: they read their senders' hidden states; "
             "default: the topology's own."
         },
     )
@@ -84,6 +84,13 @@ class SystemArguments:
         default="tokens",
         metadata={
             "help": "What a bridge starts at: tokens (least squares over tokens that both models have) or random."
+        },
+    )
+    bridge_states: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Which hidden states go over bridges: {', '.join(BRIDGE_STATES)} (those of the sender's whole "
+            "prompt too); default: the topology's own."
         },
     )
     detach_trace: bool = field(default=False, metadata={"help": "Cut the gradient at every hand-over."})
@@ -132,4 +139,6 @@ class SystemArguments:
         Raises:
             TopologyError, FileNotFoundError, ValueError: as :func:`~diffmas.agents.topology.load_topology`.
         """
-        return load_topology(self.topology, self.handover, self.handover_sink, self.adapters)
+        return load_topology(
+            self.topology, self.handover, self.handover_sink, self.adapters, bridge_states=self.bridge_states
+        )

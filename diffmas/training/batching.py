@@ -96,7 +96,7 @@ class Fit:
 def fit(
     models: Mapping[str, MemoryModel],
     plan: Callable[[int], Plan],
-    shape: Shape,
+    shapes: Mapping[str, Shape],
     *,
     rows: Sequence[int],
     budget: float,
@@ -108,7 +108,7 @@ def fit(
     reads all weights for a few tokens' activations, so that latent steps are the last to be recomputed.
 
     Args:
-        models: memory model by checkpointing mode. plan: the trajectory of so many rows.
+        models: memory model by checkpointing mode. plan: the trajectory of so many rows. shapes: of models, by name.
         budget: bytes. rates: FLOP and bytes a second (:func:`~diffmas.training.ceilings.measure_ceilings`).
 
     Raises:
@@ -117,7 +117,7 @@ def fit(
     choices = []
     for mode, model in models.items():
         for count in rows:
-            seconds = floor_seconds(plan(count).work(shape, mode), *rates) / count
+            seconds = floor_seconds(plan(count).work(shapes, mode), *rates) / count
             choices.append(Fit(count, mode, model.peak(plan(count)), budget, seconds))
     fitting = [choice for choice in choices if choice.peak <= budget]
     if not fitting:
@@ -155,14 +155,14 @@ def adapt(system: MultiAgentSystem, args, lengths: ItemLengths, *, checkpointing
     choice = fit(
         models,
         lambda count: plan_of(system, *lengths.longest(count)),
-        Shape.of(system.agent_model, autocast),
+        {name: Shape.of(model, autocast) for name, model in system.models.items()},
         rows=[n for n in range(1, asked + 1) if asked % n == 0]
         if args.auto_batch
         else [args.per_device_train_batch_size],
         budget=budget,
         rates=rates,
     )
-    system.agent_model.checkpointing.mode = choice.checkpointing
+    system.checkpointing = choice.checkpointing
     args.per_device_train_batch_size = choice.rows
     args.gradient_accumulation_steps = asked // choice.rows
     return choice
@@ -188,8 +188,8 @@ def _modes(checkpointing: str) -> Sequence[str]:
 
 
 def _calibrated(system: MultiAgentSystem, mode: str, autocast: torch.dtype | None) -> MemoryModel:
-    before, system.agent_model.checkpointing.mode = system.agent_model.checkpointing.mode, mode
+    before, system.checkpointing = system.checkpointing, mode
     try:
         return calibrate(system, autocast)
     finally:
-        system.agent_model.checkpointing.mode = before
+        system.checkpointing = before

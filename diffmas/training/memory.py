@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,15 +18,14 @@ import torch
 
 from diffmas.agents.costs import Call, Lengths, Plan, Shape
 from diffmas.agents.positions import position_limit
+from diffmas.models.agent_model import AgentModel
 from diffmas.models.loss import chunk_tokens, token_bytes
 from diffmas.models.recurrent import chunk_length
 from diffmas.support.quiet import quiet_profiler
 from diffmas.system import MultiAgentSystem
 
-#: Latent steps that the trajectories that are measured take at most.
-_STEPS = 4
-#: Their rows, lengths of prompts and answer, and latent steps.
-_SAMPLES = ((1, 16, _STEPS), (1, 64, _STEPS), (4, 16, _STEPS))
+#: Of the trajectories that are measured: latent steps at most, and lengths of prompts.
+_STEPS, _SHORT, _LONG = 4, 16, 64
 
 
 def measure(run: Callable[[], Any], device: torch.device | str) -> tuple[Any, int, int]:
@@ -56,24 +55,20 @@ def measure(run: Callable[[], Any], device: torch.device | str) -> tuple[Any, in
 
 
 @dataclass(frozen=True)
-class MemoryModel:
-    """Peak memory of a trajectory's forward and backward, beyond weights and optimizer state, in bytes.
+class ModelMemory:
+    """What calls of one model, and the traces that it writes, take, in bytes.
 
     Attributes:
-        column, accumulator: of a trace's column and of its gradient, over all layers; of several models, the least.
+        column, accumulator: of a trace's column and of its gradient, over all layers.
         read, latent: what a token that is read, or a latent step of one row, leaves for the backward.
         call: what every call leaves besides, whatever its tokens.
         row, filled: what recurrent layers leave besides, of every row that reads and of every token, where rows are
             filled up to multiples of `chunk` tokens. state: what they remember of a row.
         work: what differentiating a call needs besides, a token (filled up).
-        fixed: what does not grow with lengths, among it the parameters' gradients.
-        logit_chunk: tokens whose logits exist at a time; `logit`: bytes of one token's.
     """
 
     column: int
     accumulator: int
-    logit: int
-    logit_chunk: int
     state: int = 0
     chunk: int = 1
     read: float = 0.0
@@ -82,39 +77,16 @@ class MemoryModel:
     row: float = 0.0
     filled: float = 0.0
     work: float = 0.0
-    fixed: float = 0.0
 
-    def saved(self, plan: Plan) -> float:
-        """What is there when the forward is done: a trace that no gradient reaches is gone."""
-        kept = {call.trace for call in plan.calls if call.differentiated}
-        traces = self.column * sum(plan.columns[i] for i in kept) + self.state * len(plan.calls[-1].rows)
-        return traces + sum(map(self._kept, plan.calls))
-
-    def backward(self, plan: Plan) -> float:
-        """The most there is in the backward; calls are differentiated last to first."""
-        now, peak, reached = self.saved(plan), 0.0, set()
-        for call in reversed(plan.calls):
-            if not call.differentiated:
-                break
-            reached.add(call.trace)
-            accumulators = self.accumulator * sum(plan.columns[i] for i in reached)
-            peak = max(peak, now + accumulators + self.work * self.filled_up(call) / call.steps)
-            now -= self._kept(call)
-        return peak + self.fixed
-
-    def peak(self, plan: Plan) -> float:
-        """The most there is at any time."""
-        logits = self.logit * min(self.logit_chunk, plan.answer_tokens)
-        return max(self.column * sum(plan.columns), self.saved(plan) + logits, self.backward(plan))
-
-    def _kept(self, call: Call) -> float:
-        weights = (self.read, self.latent, self.call, self.row, self.filled)
+    def kept(self, call: Call) -> float:
+        """What a call leaves for the backward."""
+        weights = (getattr(self, name) for name in _FITTED)
         return sum(w * x for w, x in zip(weights, self.features(call), strict=True))
 
     def features(self, call: Call) -> list[float]:
         """What a call leaves follows from: tokens read, latent steps of rows, calls, rows that read, filled tokens."""
         if not call.differentiated:
-            return [0.0] * 5
+            return [0.0] * len(_FITTED)
         if call.phase == "latent":
             return [0.0, call.tokens, call.steps, 0.0, 0.0]
         filled = self.filled_up(call) if self.chunk > 1 else 0.0
@@ -124,6 +96,62 @@ class MemoryModel:
         """Tokens, as recurrent layers take them."""
         latent = call.phase == "latent"
         return call.tokens if latent else sum(math.ceil(new / self.chunk) * self.chunk for _, new in call.rows)
+
+
+#: Of a :class:`ModelMemory`, what is fitted to :meth:`ModelMemory.features`.
+_FITTED = ("read", "latent", "call", "row", "filled")
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """Peak memory of a trajectory's forward and backward, beyond weights and optimizer state, in bytes.
+
+    Attributes:
+        models: by the topology's names, the last agent's first.
+        logit_chunk: tokens whose logits exist at a time; `logit`: bytes of one token's.
+        fixed: what does not grow with lengths, among it the parameters' gradients.
+    """
+
+    models: Mapping[str, ModelMemory]
+    logit: int
+    logit_chunk: int
+    fixed: float = 0.0
+
+    def of(self, plan: Plan, trace: int) -> ModelMemory:
+        """Of the model that writes a trace of `plan`."""
+        return self.models[plan.models[trace]]
+
+    def traces(self, plan: Plan, which: Iterable[int] | None = None) -> int:
+        """Of all traces, or of some: their columns, and what recurrent layers remember."""
+        rows, which = len(plan.calls[-1].rows), range(len(plan.columns)) if which is None else which
+        return sum(self.of(plan, i).column * plan.columns[i] + self.of(plan, i).state * rows for i in which)
+
+    def saved(self, plan: Plan) -> float:
+        """What is there when the forward is done: a trace that no gradient reaches is gone."""
+        kept = {call.trace for call in plan.calls if call.differentiated}
+        return self.traces(plan, kept) + sum(self.of(plan, call.trace).kept(call) for call in plan.calls)
+
+    def backward(self, plan: Plan) -> float:
+        """The most there is in the backward."""
+        peaks = (there + self.of(plan, call.trace).work * n for call, n, there in self.differentiated(plan))
+        return max(peaks) + self.fixed
+
+    def differentiated(self, plan: Plan) -> Iterator[tuple[Call, float, float]]:
+        """Calls, last to first as the backward takes them; tokens of each at a time, and what there is at its turn."""
+        now, reached = self.saved(plan), set()
+        for call in reversed(plan.calls):
+            if not call.differentiated:
+                break
+            reached.add(call.trace)
+            model = self.of(plan, call.trace)
+            accumulators = sum(self.of(plan, i).accumulator * plan.columns[i] for i in reached)
+            yield call, model.filled_up(call) / call.steps, now + accumulators
+            now -= model.kept(call)
+
+    def peak(self, plan: Plan) -> float:
+        """The most there is at any time."""
+        logits = self.logit * min(self.logit_chunk, plan.answer_tokens)
+        return max(self.traces(plan), self.saved(plan) + logits, self.backward(plan))
 
 
 def plan_of(
@@ -136,17 +164,20 @@ def plan_of(
 
 def counted(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> MemoryModel:
     """What follows from the configuration of `system` alone: a lower bound of the memory a trajectory takes."""
-    model = system.agent_model.language_model
-    shape, dtype = Shape.of(system.agent_model, autocast), autocast or model.dtype
-    shapes = [shape, *(Shape.of(other, autocast) for other in system.other_models)]
-    capped = system.agent_model.head.cap is not None
-    return MemoryModel(
-        column=min(s.column * s.item for s in shapes),
-        accumulator=min(s.column * s.accumulator for s in shapes),
-        logit=token_bytes(shape.vocab, dtype, capped),
-        logit_chunk=chunk_tokens(shape.vocab, dtype, capped),
-        state=system.agent_model.state_bytes,
-        chunk=chunk_length(model) if system.agent_model.recurrent else 1,
+    last = system.agent_model
+    dtype, capped = autocast or last.language_model.dtype, last.head.cap is not None
+    vocab = Shape.of(last, autocast).vocab
+    models = {name: _counted(model, autocast) for name, model in system.models.items()}
+    return MemoryModel(models, token_bytes(vocab, dtype, capped), chunk_tokens(vocab, dtype, capped))
+
+
+def _counted(model: AgentModel, autocast: torch.dtype | None) -> ModelMemory:
+    shape = Shape.of(model, autocast)
+    return ModelMemory(
+        column=shape.column * shape.item,
+        accumulator=shape.column * shape.accumulator,
+        state=model.state_bytes,
+        chunk=chunk_length(model.language_model) if model.recurrent else 1,
     )
 
 
@@ -157,22 +188,52 @@ def calibrate(system: MultiAgentSystem, autocast: torch.dtype | None = None) -> 
     in, where it is not the model's own.
     """
     bare = counted(system, autocast)
-    sizes = _SAMPLES
-    if bare.state:
-        # Rows that fill a recurrent layer's chunks, and states that few latent steps continue, are told apart by more.
-        limit = position_limit(system.agent_model.language_model) or math.inf
-        longest = min(max(128, 2 * bare.chunk), limit // (len(system.topology.agents) + 1) - _STEPS)
-        sizes = (_SAMPLES[0], (1, int(longest), _STEPS), *_SAMPLES[1:], (2, 16, 1))
-    samples = [_Sample.measure(system, *size, autocast) for size in sizes]
+    samples = [_Sample.measure(system, *size, autocast) for size in _sizes(system, bare)]
     kept = torch.tensor([s.held - bare.saved(s.plan) for s in samples], dtype=torch.float64)
     features = torch.tensor([s.features(bare) for s in samples], dtype=torch.float64)
     # What there is nothing of, or always as much as of another, has no weight of its own.
-    solved = torch.linalg.lstsq(features, kept[:, None], driver="gelsd").solution[:, 0].tolist()
-    bare = replace(bare, **dict(zip(("read", "latent", "call", "row", "filled"), solved, strict=True)))
+    solved = torch.linalg.lstsq(features, kept[:, None], driver="gelsd").solution[:, 0]
+    fitted = dict(zip(bare.models, solved.view(-1, len(_FITTED)).tolist(), strict=True))
+    models = {n: replace(m, **dict(zip(_FITTED, fitted[n], strict=True))) for n, m in bare.models.items()}
+    bare = replace(bare, models=models)
+    # The answer's call is differentiated first: two lengths of it tell what grows with it and what does not.
+    (last, model), *others = models.items()
     over = [s.peak - bare.backward(s.plan) for s in samples[:2]]
-    answers = [bare.filled_up(s.plan.calls[-1]) for s in samples[:2]]
+    answers = [model.filled_up(s.plan.calls[-1]) for s in samples[:2]]
     work = max(0.0, (over[1] - over[0]) / (answers[1] - answers[0]))
-    return replace(bare, work=work, fixed=over[1] - work * answers[1])
+    bare = replace(bare, fixed=over[1] - work * answers[1], models=models | {last: replace(model, work=work)})
+    for (name, model), sample in zip(others, samples[2:], strict=False):
+        # At most what the peak leaves of a trajectory most of whose tokens that model reads.
+        plan = sample.plan
+        own = [(n, there) for call, n, there in bare.differentiated(plan) if plan.models[call.trace] == name]
+        longest, there = max(own, default=(1, math.inf))
+        model = replace(model, work=max(0.0, (sample.peak - bare.fixed - there) / longest))
+        bare = replace(bare, models={**bare.models, name: model})
+    return bare
+
+
+def _sizes(system: MultiAgentSystem, bare: MemoryModel) -> list[tuple[int, list[int], int]]:
+    """Of trajectories to measure: rows, the agents' prompt lengths, and latent steps at most.
+
+    The last agent's model reads more in the second, and each other in one behind it.
+    """
+    agents = system.topology.agents
+
+    def reading(tokens: int, model: str = "") -> list[int]:
+        return [tokens if model == system.topology.model_of(agent) else _SHORT for agent in agents]
+
+    sizes = [(1, reading(_SHORT), _STEPS)]
+    longer = {}
+    for name, model in system.models.items():
+        # Rows that fill a recurrent layer's chunks are told apart from tokens by more.
+        limit = (position_limit(model.language_model) or math.inf) // (len(agents) + 1) - _STEPS
+        longer[name] = int(min(max(2 * _LONG, 2 * bare.models[name].chunk), limit))
+    sizes += [(1, reading(longer[n] if m.state else _LONG, n), _STEPS) for n, m in bare.models.items()]
+    sizes.append((4, reading(_SHORT), _STEPS))
+    recurrent = [name for name, model in bare.models.items() if model.state]
+    sizes += [(1, reading(_LONG, name), _STEPS) for name in recurrent]
+    # States that few latent steps continue.
+    return [*sizes, (2, reading(_SHORT), 1)] if recurrent else sizes
 
 
 @dataclass(frozen=True)
@@ -182,19 +243,26 @@ class _Sample:
     peak: int
 
     def features(self, model: MemoryModel) -> list[float]:
-        """Of all its calls together."""
-        return [sum(column) for column in zip(*map(model.features, self.plan.calls), strict=True)]
+        """Of all its calls together, model by model."""
+        found = []
+        for name, own in model.models.items():
+            calls = [own.features(c) for c in self.plan.calls if self.plan.models[c.trace] == name]
+            found += [sum(column) for column in zip(*calls, strict=True)]
+        return found
 
     @classmethod
     def measure(
-        cls, system: MultiAgentSystem, rows: int, length: int, steps: int, autocast: torch.dtype | None
+        cls, system: MultiAgentSystem, rows: int, lengths: list[int], steps: int, autocast: torch.dtype | None
     ) -> _Sample:
-        device = system.agent_model.language_model.device
-        vocab = system.agent_model.language_model.get_input_embeddings().weight.shape[0]
+        """The answers are as long as the last agent's prompts."""
+        device, topology = system.agent_model.device, system.topology
+        models = [system.models[topology.model_of(agent)].language_model for agent in topology.agents]
+        vocabularies = [len(model.get_input_embeddings().weight) for model in models]
         # Rows that begin alike, as prompts do.
-        ids = (torch.arange(length, device=device) % vocab).repeat(rows)
-        agents = len(system.topology.agents)
-        prompts = [[length] * rows] * agents
+        ids = [
+            (torch.arange(n, device=device) % size).repeat(rows) for n, size in zip(lengths, vocabularies, strict=True)
+        ]
+        prompts = [[n] * rows for n in lengths]
         training, whole, gradients = system.training, system.trajectory, [(p, p.grad) for p in system.parameters()]
         system.train().zero_grad(set_to_none=True)
         system.trajectory = replace(whole, latent_steps=min(whole.latent_steps, steps))
@@ -202,13 +270,13 @@ class _Sample:
 
         def forward():
             with context:
-                return system([ids] * agents, prompts, ids, [length] * rows, return_logits=False).loss
+                return system(ids, prompts, ids[-1], prompts[-1], return_logits=False).loss
 
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 loss, held, _ = measure(forward, device)
                 _, _, extra = measure(loss.backward, device)
-            plan = plan_of(system, prompts, [length] * rows)
+            plan = plan_of(system, prompts, prompts[-1])
         finally:
             system.train(training)
             system.trajectory = whole

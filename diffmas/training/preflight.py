@@ -84,7 +84,7 @@ def check_training_memory(
     prompts, answer = lengths.longest(rows)
     if peak(bare, prompts, answer) > free:
         _refuse(system, bare, prompts, answer, free, args, lengths)
-    if _COUNTED_SHARE * peak(bare, prompts, answer) > free and not args.fsdp and not system.other_models:
+    if _COUNTED_SHARE * peak(bare, prompts, answer) > free and not args.fsdp:
         fitted = calibrate(system, autocast)
         if peak(fitted, prompts, answer) > _TOLERANCE * free:
             _refuse(system, fitted, prompts, answer, free, args, lengths)

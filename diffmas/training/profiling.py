@@ -73,7 +73,9 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
     """
     signature = inspect.signature(system.forward)
     batches: list[tuple[Any, Any]] = []
-    reads, backward = 0, False
+    reads, backward, topology = 0, False, system.topology
+    # Prompts, and what comes over bridges before them.
+    of_answer = len(topology.agents) + sum(bool(topology.bridged(agent)) for agent in topology.agents)
 
     def before(module, args, kwargs):
         nonlocal reads
@@ -87,7 +89,7 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
             mark(("latent" if latent else "prefill") + BACKWARD)
             return None
         reads += not latent
-        name = "latent" if latent else "answer" if reads == len(system.topology.agents) else "prefill"
+        name = "latent" if latent else "answer" if reads == of_answer else "prefill"
         mark(name)
 
         def ran(hidden: Tensor) -> None:
@@ -115,7 +117,9 @@ def watch(system: MultiAgentSystem, mark: Callable[[str], None]) -> Iterator[lis
 
     hooks = [system.register_forward_pre_hook(before, with_kwargs=True), system.register_forward_hook(after)]
     try:
-        with system.agent_model.observed(marked):
+        with contextlib.ExitStack() as watching:
+            for model in system.models.values():
+                watching.enter_context(model.observed(marked))
             yield batches
     finally:
         for hook in hooks:
@@ -178,17 +182,17 @@ class ProfileStep(TrainerCallback):
             print(f"--profile: needs {WARM_UP + 2} steps, {self._steps} were made; nothing or not all was written")
 
     def _summarise(self, seconds: float, device: torch.device) -> dict[str, Any]:
-        model = self.system.agent_model.language_model
-        dtype = self.autocast or model.dtype
-        shape, mode = Shape.of(self.system.agent_model, dtype), self.system.agent_model.checkpointing.mode
+        dtype = self.autocast or self.system.agent_model.language_model.dtype
+        shapes = {name: Shape.of(model, self.autocast) for name, model in self.system.models.items()}
+        mode = self.system.checkpointing
         plans = [plan_of(self.system, *batch) for batch in self._batches]
         work = {name: Work() for phase in PHASES for name in (phase, phase + BACKWARD)}
         for plan in plans:
-            for name, more in plan.work(shape, mode).items():
+            for name, more in plan.work(shapes, mode).items():
                 work[name] += more
         matmul, copy = measure_ceilings(device, dtype)
         spent = self._mark.seconds()
-        flops = sum(w.flops for plan in plans for w in plan.work(shape).values())
+        flops = sum(w.flops for plan in plans for w in plan.work(shapes).values())
         tokens = sum(call.tokens for plan in plans for call in plan.calls)
         floor = floor_seconds(work, matmul, copy)
         return {

@@ -180,8 +180,6 @@ def _check_arguments(
     quantized = [
         kind for source in sources(system_args, topology).values() if (kind := source["quantization"]) != "none"
     ]
-    if len(topology.model_names) > 1:
-        _check_for_several_models(system_args, topology, args)
     if args.output_dir is not None:
         check_output(args.output_dir, "output_dir")
     if settle_sharding(args) and quantized:
@@ -197,21 +195,6 @@ def _check_arguments(
     if args.use_liger_kernel:
         check_liger(args.device, _liger_parts(args))
     Decoding(**{name: value for name, value in asdict(decoding_args).items() if value is not None})
-
-
-def _check_for_several_models(system_args: SystemArguments, topology: Topology, args: TrainArguments) -> None:
-    """Raise `ValueError` for what is not there yet for agents of different models."""
-    asked = {
-        "auto_batch": args.auto_batch,
-        "checkpointing": system_args.checkpointing == "auto" and "auto",
-        "profile": args.profile,
-    }
-    for name, value in asked.items():
-        if value:
-            raise ValueError(
-                f"{name} is {value!r}, and agents run on several models ({', '.join(topology.model_names)}), for which "
-                "it is not supported; allowed: without it"
-            )
 
 
 def _load_task(

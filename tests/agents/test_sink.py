@@ -12,7 +12,7 @@ from tiny_models import causal_lm, packed, ragged
 from diffmas import train
 from diffmas.agents.controls import behind, mismatched, noise, zero
 from diffmas.agents.sink import find_sink
-from diffmas.agents.topology import Topology, load_topology
+from diffmas.agents.topology import Agent, Topology, load_topology
 from diffmas.agents.trajectory import HandedOver
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.evaluation.inspection import inspect
@@ -141,7 +141,7 @@ def test_its_size_is_that_of_what_attention_rests_on(shares, expected, monkeypat
     masses = torch.tensor([shares + [0.9], shares + [0.9]])
     monkeypatch.setattr("diffmas.models.attention_masses.AttentionMasses.mean", lambda self: (masses, None))
     topology = topology_found(causal_lm("qwen3", vocab_size=len(build_tokenizer())))
-    assert topology.handover_sink == expected == topology.sink_columns
+    assert topology.handover_sink == expected == topology.sink_of(topology.last)
     assert Topology.from_dict(topology.to_dict()).handover_sink == expected
 
 
@@ -155,6 +155,29 @@ def test_a_pretrained_model_has_one_and_a_random_one_none():
     assert find_sink(system.agent_model, tokenizer) == 1
 
 
+def test_each_of_several_models_has_its_own(monkeypatch):
+    agents = [Agent("a", model="small"), Agent("b", ("a",), model="small"), Agent("c", ("b",), bridges=("b",))]
+    team = Topology("team", (*agents, Agent("d", ("c",))), "latent", "auto", models={"small": {}})
+    models = {name: causal_lm("qwen3", vocab_size=len(build_tokenizer())) for name in ("default", "small")}
+    tokenizers = dict.fromkeys(models, build_tokenizer())
+    sizes = iter([2, 1])
+    monkeypatch.setattr("diffmas.agents.sink.find_sink", lambda model, tokenizer: next(sizes))
+    system = MultiAgentSystem(models, team, tokenizer=tokenizers, latent_steps=M)
+    assert system.topology.handover_sink == {"small": 2, "default": 1}
+    # Two columns, and the latent steps of c, whose trace begins with what it read over its bridge.
+    assert received(system, prompts_of(system)).host_lengths == [1 + M] * 3
+    with pytest.raises(ValueError, match="handover_sink is 'auto' without a tokenizer for model small; allowed: tok"):
+        MultiAgentSystem(models, team, tokenizer=tokenizers["default"])
+
+
+def test_hidden_states_in_a_sink_are_told(caplog):
+    agents = (Agent("a"), Agent("b", ("a",), bridges=("a",)), Agent("c", ("b",)))
+    system = MultiAgentSystem(causal_lm("qwen3"), Topology("t", agents, "latent", SINK), latent_steps=M)
+    with caplog.at_level(logging.WARNING, logger="diffmas.agents.trajectory"):
+        received(system, prompts_of(system))
+    assert len(told(caplog)) == 1 and "agent b reads hidden states of a first: the sink" in told(caplog)[0]
+
+
 def test_without_a_tokenizer_it_cannot_be_found():
     with pytest.raises(ValueError, match="handover_sink is 'auto' without a tokenizer; allowed: tokenizer="):
         build(sink="auto")
@@ -164,4 +187,5 @@ def test_a_run_keeps_the_number_that_was_found(flags, tmp_path):
     assert train.main(flags(handover_sink=1, disable_final_eval=True)) == 0
     kept = json.loads((tmp_path / "run" / "system.json").read_text())
     assert kept["topology"]["handover_sink"] == 1
-    assert MultiAgentSystem.from_pretrained(tmp_path / "run").topology.sink_columns == 1
+    topology = MultiAgentSystem.from_pretrained(tmp_path / "run").topology
+    assert topology.sink_of(topology.last) == 1

@@ -49,11 +49,32 @@ def test_yaml_round_trip(name, handover, sink, tmp_path):
     assert load_topology(str(path)) == topology
 
 
+def test_yaml_round_trip_of_what_is_said_of_models_and_bridges(tmp_path):
+    agents = [{"name": "a", "model": "small"}, {"name": "b", "model": "small", "receives": ["a"]}]
+    agents.append({"name": "c", "receives": ["b"], "bridges": ["b"]})
+    said = dict(agents=agents, models={"small": {"dtype": "float32"}}, handover="latent", bridge_states="full")
+    topology = Topology.from_dict(said | {"handover_sink": {"small": 2, "default": 1}})
+    a, b, c = topology.agents
+    assert [topology.sink_of(agent) for agent in (a, b, c)] == [2, 2, 1]
+    assert topology.states_of("b", {"b": [3, 1]}, 4) == [7, 5]
+    assert topology.states_read(c, {"b": [3, 1], "c": [9, 9]}, 4) == [7, 5]
+    assert topology.states_read(b, {"b": [3, 1]}, 4) == [0, 0]
+    path = tmp_path / "topology.yaml"
+    path.write_text(yaml.safe_dump(topology.to_dict()))
+    assert load_topology(str(path)) == topology
+    assert load_topology(str(path), bridge_states="latent").states_of("b", {"b": [3, 1]}, 4) == [5, 5]
+
+
+def sink(*given):
+    topology = load_topology(*given)
+    return topology.sink_of(topology.last)
+
+
 def test_a_sink_is_that_of_the_first_agent_and_only_where_prompts_stay_behind():
     fan_in = of("latent", a="", b="", c="ab", d="b", e="dc")
     assert fan_in.leading == ("a", "b")
-    assert load_topology("relay", "latent", "3").sink_columns == 3
-    assert load_topology("relay", "full", 3).sink_columns == 0
+    assert sink("relay", "latent", "3") == 3
+    assert sink("relay", "full", 3) == 0
 
 
 @st.composite
@@ -88,10 +109,13 @@ def test_every_dag_is_sorted(topology):
         (lambda: Topology("t", (Agent("a"), Agent("a"))), r"agent names \['a'\] appear more than once"),
         (lambda: of(a="", b="", c="a"), r"nobody receives from are \['b', 'c'\].*exactly one"),
         (lambda: of("half", a=""), "handover is 'half'; allowed: full, latent"),
-        (lambda: load_topology("relay", None, "-1"), "handover_sink is '-1'; allowed: integers ≥ 0, or auto"),
+        (lambda: load_topology("relay", None, "-1"), "handover_sink is '-1'; allowed: integers ≥ 0, auto, or"),
+        (lambda: Topology("t", (Agent("a"),), "latent", {"small": 1}), r"handover_sink has \['small'\], which no"),
+        (lambda: Topology("t", (Agent("a"),), "latent", {"default": -1}), "handover_sink is {'default': -1}; allowed"),
+        (lambda: load_topology("relay", bridge_states="some"), "bridge_states is 'some'; allowed: latent, full"),
         (lambda: load_topology("relay", None, 1.5), "handover_sink is 1.5"),
         (lambda: Topology.from_dict({"agents": [{"name": "a"}], "handover_sink": True}), "handover_sink is True"),
-        (lambda: load_topology("relay", None, "auto").sink_columns, "handover_sink is 'auto'; allowed: the number"),
+        (lambda: sink("relay", None, "auto"), "handover_sink is 'auto'; allowed: the number"),
         (lambda: load_topology("ring"), "topology is 'ring'; allowed: sequential, "),
         (lambda: load_topology("relay", "text"), "handover is 'text'"),
         (lambda: Topology.from_dict({"name": "x"}), "agents is missing"),

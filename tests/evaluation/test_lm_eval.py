@@ -52,16 +52,18 @@ def model_class(monkeypatch):
 
 @pytest.fixture
 def build(model_class, team_flags, tmp_path):
-    """`build(**options)`: a run of three agents as the harness's model."""
+    """`build(**options)`: a run of three agents, or of another `topology`, as the harness's model."""
     (tmp_path / "prompts.yaml").write_text('roles: {default: {user: "Facts: {question}"}}\n')
-    given = [
-        *team_flags(model=None, max_steps=4, learning_rate=1e-3),
-        f"--output_dir={tmp_path / 'run'}",
-        "--disable_final_eval=true",
-    ]
-    assert train.main([*given, "--disable_tqdm=true"]) == 0
     options = dict(prompts=str(tmp_path / "prompts.yaml"), batch_size=2, device="cpu")
-    return lambda **changes: model_class(tmp_path / "run", **{**options, **changes})
+
+    def built(topology=None, **changes):
+        given = team_flags(model=None, max_steps=4, learning_rate=1e-3, **({"topology": topology} if topology else {}))
+        run = tmp_path / (topology or "run")
+        if not run.exists():
+            assert train.main([*given, f"--output_dir={run}", "--disable_final_eval=true", "--disable_tqdm=true"]) == 0
+        return model_class(run, **{**options, **changes})
+
+    return built
 
 
 @pytest.fixture
@@ -95,6 +97,31 @@ def test_harness_model(model):
     # A space at the seam belongs to the continuation, and an empty context is the end-of-sequence token.
     assert model._encode_pair("a ", "b") == (tokenizer("a").input_ids, tokenizer(" b").input_ids)
     assert model._encode_pair("", "A")[0] == [tokenizer.eos_token_id]
+
+
+def test_agents_on_several_models(build):
+    """The sender reads the document with its model's own tokenizer, the solver the context with its own."""
+    model = build(topology="two_models")
+    solver, sender = (model.system.tokenizer_of(agent) for agent in reversed(model.system.topology.agents))
+    pairs = [("Recall B", " 12"), ("Facts: A7", " B12 C3")]
+    together = model.loglikelihood(requests(*pairs))
+    assert [model.loglikelihood(requests(pair))[0][0] for pair in pairs] == [
+        pytest.approx(score, rel=1e-4) for score, _ in together
+    ]
+    chat = model.prompts.messages("sender", {"question": "Recall B"})
+    prompt = sender.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert sender.decode(prompt).startswith("[question]")
+    context, continuation = (solver(text).input_ids for text in pairs[0])
+    with torch.no_grad():
+        ids = [torch.tensor(prompt), torch.tensor(context)]
+        scored = torch.tensor(continuation), [len(continuation)]
+        logits = model.system.eval()(ids, [[len(prompt)], [len(context)]], *scored).logits
+    expected = logits.log_softmax(-1)[range(len(continuation)), continuation].sum()
+    assert together[0][0] == pytest.approx(float(expected), rel=1e-4)
+    settings = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    contexts = ["Recall B", "Recall C"]
+    answers = model.generate_until(requests(*((c, settings) for c in contexts)))
+    assert answers == [model.generate_until(requests((c, settings)))[0] for c in contexts]
 
 
 def test_answers_are_what_greedy_likelihoods_say(model):

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 
 from diffmas.agents.controls import CONTROLS
-from diffmas.agents.topology import Agent, Topology, TopologyError
+from diffmas.agents.topology import BRIDGE_STATES, Agent, Topology, TopologyError
 from diffmas.comparison.axes import first_agents
 from diffmas.embedded.tokenizer import build_tokenizer
 from diffmas.evaluation.inspection import inspect
@@ -55,8 +55,8 @@ def randomised(module, seed, scale=0.3):
         parameter.data.copy_(scale * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
 
 
-def system_of(name, *, adapters="shared", tied=False, **options):
-    topology = topology_of(name, adapters=adapters)
+def system_of(name, *, adapters="shared", tied=False, bridge_states="latent", **options):
+    topology = topology_of(name, adapters=adapters, bridge_states=bridge_states)
     model = clone(with_lora(causal_lm("qwen3", tied=tied), adapters=topology.adapter_names[1:])).train()
     system = MultiAgentSystem(model, topology, **dict(latent_steps=STEPS) | options)
     randomised(system.bridges, 5)
@@ -86,6 +86,7 @@ def expected(system, name, prompts, answers):
     loss, logits = batch(
         dict.fromkeys(dag, twin), dag, bridged, prompts, answers, weights=weights, handover=handover,
         latent_steps=system.latent_steps, detach=system.trajectory.detach_trace, project={id(twin): project}, turn=turn,
+        bridge_states=system.topology.bridge_states,
     )  # fmt: skip
     loss.backward()
     found = {f"agent_model.model.{n}": g for n, g in gradients(twin).items()}
@@ -113,10 +114,16 @@ def check(system, name, rows=3):
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-@pytest.mark.parametrize("checkpointing", ["none", "prefill", "all"])
-@pytest.mark.parametrize("name", TEAMS)
-def test_exactness(name, checkpointing, rows):
-    found = check(system_of(name, checkpointing=checkpointing, alignment="learned"), name, rows)
+@pytest.mark.parametrize(
+    "name, bridge_states, checkpointing",
+    [
+        *((name, "latent", mode) for name in TEAMS for mode in ("none", "prefill", "all")),
+        *((name, "full", mode) for name in ("experts", "mixed", "latent") for mode in ("none", "all")),
+    ],
+)
+def test_exactness(name, bridge_states, checkpointing, rows):
+    system = system_of(name, checkpointing=checkpointing, alignment="learned", bridge_states=bridge_states)
+    found = check(system, name, rows)
     # Nothing is left out: every bridge, both halves of every adapter, the alignment.
     edges = topology_of(name).bridge_edges
     assert all(found[f"{edge}.linear.{part}"].abs().sum() > 0 for edge in edges for part in ("weight", "bias"))
@@ -131,6 +138,8 @@ def test_exactness(name, checkpointing, rows):
         dict(bridge="mlp"), dict(backend="reference"), dict(latent_steps=1), dict(detach_trace=True),
         dict(latent_backward="sweeps:3", checkpointing="all"), dict(alignment="ridge"),
         dict(adapters="per_role", checkpointing="all"), dict(tied=True, bridge_initial="random"),
+        dict(bridge_states="full", latent_backward="sweeps:3"), dict(bridge_states="full", detach_trace=True),
+        dict(bridge_states="full", latent_steps=0), dict(latent_steps=0),
     ],
     ids=str,
 )  # fmt: skip
@@ -188,40 +197,44 @@ def test_a_bridge_starts_at_the_least_squares_map(tied):
 
 @torch.no_grad()
 @pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("name", ["relay", "latent"])
-def test_controls_act_on_the_states(name, control):
+@pytest.mark.parametrize(("name", "bridge_states"), [("relay", "latent"), ("latent", "latent"), ("relay", "full")])
+def test_controls_act_on_the_states(name, bridge_states, control):
     """The last agent's first token comes from what the control makes of states and columns alike."""
     tokenizer = build_tokenizer()
-    system, seen = system_of(name).eval(), []
+    system, seen = system_of(name, bridge_states=bridge_states).eval(), []
     prompts, _ = ragged(list(TEAMS[name][0]), 3)
-    ids, lengths, *_ = arguments(prompts, prompts["sender" if name == "relay" else "root"])
+    sender = "sender" if name == "relay" else "root"
+    ids, lengths, *_ = arguments(prompts, prompts[sender])
 
     def watched(handed, seeds):
-        before = [x.clone() for x in handed.states]
-        after = CONTROLS[control](handed, seeds)
-        seen.append((before, after.states))
-        return after
+        ((before,), after) = handed.states, CONTROLS[control]
+        before = [row.clone() for row in before.rows()]
+        (after,) = (handed := after(handed, seeds)).states
+        seen.append((before, after.rows()))
+        return handed
 
     found = system.generate(ids, lengths, tokenizer, Decoding(max_new_tokens=2, temperature=0), control=watched)
     ((before, after),) = seen
-    assert len(before) == len(after) == 1 and before[0].shape == (3, STEPS, 16)
-    (before,), (after,) = before, after
-    wanted = {"matched": before, "mismatched": before[[1, 2, 0]], "zero": torch.zeros_like(before)}
+    own = [STEPS + (len(p) if bridge_states == "full" else 1) for p in prompts[sender]]
+    assert [len(row) for row in before] == own
+    wanted = {"matched": before, "mismatched": [before[i] for i in (1, 2, 0)], "zero": [0 * row for row in before]}
     if control == "noise":
+        before, after = torch.cat(before), torch.cat(after)
         assert error(after.norm(dim=-1), before.norm(dim=-1)) < 1e-6 and error(after, before) > 0.5
     else:
-        assert torch.equal(after, wanted[control])
+        assert len(after) == 3 and all(torch.equal(*rows) for rows in zip(after, wanted[control], strict=True))
     plain = system.generate(ids, lengths, tokenizer, Decoding(max_new_tokens=2, temperature=0))
     said = [[row[0].logprobs for row in rows] for rows in (found, plain)]
     assert (said[0] == said[1]) == (control == "matched")
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bridge_states", BRIDGE_STATES)
 @pytest.mark.parametrize("name", ["relay", "mixed"])
-def test_answers(name):
+def test_answers(name, bridge_states):
     """A row's greedy tokens have the log-probabilities that the oracle's logits say, alone and in a batch."""
     tokenizer = build_tokenizer()
-    system = system_of(name).eval()
+    system = system_of(name, bridge_states=bridge_states).eval()
     prompts, answers = ragged(list(TEAMS[name][0]), 3)
     ids, lengths, *_ = arguments(prompts, answers)
     found = system.generate(ids, lengths, tokenizer, Decoding(max_new_tokens=4, temperature=0, samples=2))
@@ -234,9 +247,10 @@ def test_answers(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bridge_states", BRIDGE_STATES)
 @pytest.mark.parametrize("name", TEAMS)
-def test_the_plan_counts_what_is_read(name):
-    system = system_of(name)
+def test_the_plan_counts_what_is_read(name, bridge_states):
+    system = system_of(name, bridge_states=bridge_states)
     prompts, answers = ragged(list(TEAMS[name][0]), 3)
     ids, lengths, answer_ids, answer_lengths = arguments(prompts, answers)
     opened = []
@@ -256,15 +270,16 @@ def test_the_plan_counts_what_is_read(name):
     assert len(plan.columns) == len(plan.models) and set(plan.models) == {"default"}
 
 
+@pytest.mark.parametrize("bridge_states", BRIDGE_STATES)
 @pytest.mark.parametrize("name", ["relay", "mixed"])
-def test_inspection_shows_what_came_over_a_bridge(name):
-    system = system_of(name).eval()
+def test_inspection_shows_what_came_over_a_bridge(name, bridge_states):
+    system = system_of(name, bridge_states=bridge_states).eval()
     prompts, _ = ragged(list(TEAMS[name][0]), 1)
     ids, lengths = zip(*(packed(rows) for rows in prompts.values()), strict=True)
     found = inspect(system, ids, lengths, [3, 4])
     assert abs(sum(part.mass for part in found.parts) - 1) < 1e-6 and all(part.mass > 0 for part in found.parts)
     assert [(p.agent, p.columns) for p in found.parts if p.kind == "hidden states"] == {
-        "relay": [("sender", STEPS)],
+        "relay": [("sender", STEPS + (lengths[0][0] if bridge_states == "full" else 1))],
         "mixed": [],
     }[name]
     writers = [agent.name for agent in system.topology.agents[:-1] for _ in range(STEPS)]
@@ -286,7 +301,11 @@ def test_agents_left_out_leave_their_bridges():
 @pytest.mark.parametrize(
     ("build", "raised", "message"),
     [
-        (lambda: system_of("relay", latent_steps=0), ValueError, "latent_steps is 0, and topology 'relay' hands over"),
+        (
+            lambda: system_of("relay", bridge_states="all"),
+            TopologyError,
+            "bridge_states is 'all'; allowed: latent, full",
+        ),
         (lambda: system_of("relay", bridge="deep"), ValueError, "bridge is 'deep'; allowed: linear, mlp"),
         (
             lambda: system_of("relay", bridge_initial="ones"),

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from test_bridges import TOLERANCE, actual, randomised
 from tiny_models import VOCAB, arguments, causal_lm, clone, ragged, with_lora
 
-from diffmas.agents.topology import Agent, Topology
+from diffmas.agents.topology import BRIDGE_STATES, Agent, Topology
 from diffmas.models.errors import UnsupportedModelError
 from diffmas.system import MultiAgentSystem
 
@@ -82,6 +82,7 @@ def expected(system, prompts, answers):
     loss, logits = batch(
         by_agent, dag, bridged, prompts, answers, weights=weights, handover=topology.handover,
         latent_steps=system.latent_steps, detach=system.trajectory.detach_trace, project=project, turn=turn,
+        bridge_states=topology.bridge_states,
     )  # fmt: skip
     loss.backward()
     found = {f"{e}.{n}": p.grad for e, w in weights.items() for n, p in w.items() if p.grad is not None}
@@ -105,7 +106,7 @@ def check(system, prompts, answers):
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("name", TEAMS)
 def test_exactness(name, rows):
-    topology = topology_of(name, adapters="per_role")
+    topology = topology_of(name, adapters="per_role", bridge_states="full" if rows == 7 else "latent")
     found = check(system_on(topology, checkpointing="all"), *ragged(list(TEAMS[name]), rows))
     places = ["agent_model", *(f"other_models.{i}" for i in range(len(topology.model_names) - 1))]
     for place in places:
@@ -141,7 +142,9 @@ def teams(draw):
         agents.append(Agent(f"a{i}", tuple(senders), bridges=tuple(bridges), model=draw(st.sampled_from(list(MODELS)))))
     models = dict.fromkeys(agent.model for agent in agents)
     adapters = draw(st.sampled_from(["shared", "per_role"]))
-    return Topology("random", tuple(agents), "", adapters=adapters, models={name: {} for name in models})
+    states = draw(st.sampled_from(BRIDGE_STATES))
+    models = {name: {} for name in models}
+    return Topology("random", tuple(agents), "", adapters=adapters, models=models, bridge_states=states)
 
 
 @settings(max_examples=12)

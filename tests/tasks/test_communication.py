@@ -240,3 +240,13 @@ def test_presets_are_configurations_by_name(tmp_path, monkeypatch):
     assert training.gradient_accumulation_steps == 1 and training.num_train_epochs == 3
     (tmp_path / "facts").write_text("task: tally\n")
     assert parse_training(["--config=facts", "--output_dir=out"])[1].task == "tally"
+
+
+def test_the_preset_of_a_topology_lies_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("--topology=two_models", "--config=two_models"):
+        system, task, _, training = parse_training([given, "--output_dir=out"])
+        assert [system.topology, system.alignment, task.task] == ["two_models", "soft", "relay:slots=4"]
+        assert training.max_steps == parse_training(["--output_dir=out"])[3].max_steps
+    # With a model, it is no embedded base that trains.
+    assert parse_training(["--topology=two_models", "--model=x", "--output_dir=out"])[0].alignment == "identity"

@@ -14,7 +14,7 @@ from diffmas.agents.topology import TOPOLOGIES, Agent, Topology
 from diffmas.generation import Decoding
 from diffmas.system import MultiAgentSystem
 from diffmas.training.batching import ItemLengths, LengthGrouped, fit
-from diffmas.training.memory import MemoryModel, calibrate, counted, measure, plan_of
+from diffmas.training.memory import MemoryModel, ModelMemory, calibrate, counted, measure, plan_of
 from diffmas_ops import KVTrace
 from diffmas_ops.scores import Scores
 
@@ -111,8 +111,8 @@ def test_counts_what_a_trace_holds(family):
         state, held, _ = measure(lambda: system.trajectory.communicate(ids, prompts, [1, 1]), "cpu")
     kept = [x for buffers in (state.trace.storage.buffers(), state.trace.states) for x in buffers]
     exactly = sum(x.numel() * x.element_size() for x in kept)
-    assert bare.column * sum(plan.columns) + bare.state * 2 == exactly == pytest.approx(held, abs=600)
-    assert (bare.state > 1000) == bool(system.agent_model.recurrent)
+    assert bare.traces(plan) == exactly == pytest.approx(held, abs=600)
+    assert (bare.models["default"].state > 1000) == bool(system.agent_model.recurrent)
     # Experts that a token does not take are no work of its.
     if family == "deepseek_v3":
         linear = [p for n, p in system.agent_model.language_model.model.layers.named_parameters() if p.dim() > 1]
@@ -153,6 +153,54 @@ def check_predictions(system, batches=BATCHES):
         print(f"\nheld {model.saved(plan) / held:.3f}, peak {model.peak(plan) / peak:.3f} of what was measured")
         assert model.saved(plan) == pytest.approx(held, rel=0.15)
         assert model.peak(plan) == pytest.approx(peak, rel=0.15)
+
+
+#: A small model that reads and thinks for a large one, or the other way round; both kinds of hand-over.
+SIZES_OF = {"small": dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2), "large": dict(hidden_size=64)}
+TEAM = (("reader", (), 0), ("checker", ("reader",), 1), ("solver", ("checker", "reader"), 1))
+
+
+def of_two_models(order, bridge_states="latent", latent_steps=3, checkpointing="none", **options):
+    agents = tuple(Agent(name, senders, model=order[model]) for name, senders, model in TEAM)
+    topology = Topology("two", agents, models={name: {} for name in SIZES_OF}, bridge_states=bridge_states)
+    models = {
+        name: with_lora(causal_lm("llama", dtype=torch.float32, **SIZES | sizes), embeddings=False).train()
+        for name, sizes in SIZES_OF.items()
+    }
+    options = dict(latent_steps=latent_steps, checkpointing=checkpointing, bridge_initial="random") | options
+    return MultiAgentSystem(models, topology, **options)
+
+
+@pytest.mark.parametrize(
+    "order, bridge_states, checkpointing",
+    [
+        (("small", "large"), "latent", "none"),
+        (("large", "small"), "latent", "none"),
+        (("large", "small"), "full", "prefill"),
+        (("small", "large"), "full", "all"),
+        (("large", "small"), "latent", "all"),
+    ],
+)
+def test_predicts_what_several_models_take(order, bridge_states, checkpointing):
+    """Whichever of them reads much, and whichever the last agent runs on."""
+    check_predictions(of_two_models(order, bridge_states, checkpointing=checkpointing))
+
+
+def test_counts_the_traces_of_several_models():
+    system = of_two_models(("large", "small"))
+    prompts = [[5, 90], [7, 3], [4, 4]]
+    ids = [torch.arange(sum(p)) % VOCAB for p in prompts]
+    plan, made = plan_of(system, prompts, [1, 1]), []
+
+    def allocate(**options):
+        made.append(KVTrace.allocate(**options))
+        return made[-1]
+
+    system.trajectory.allocate = allocate
+    with torch.no_grad():
+        system.trajectory.communicate(ids, prompts, [1, 1])
+    exactly = sum(x.numel() * x.element_size() for trace in made for x in trace.storage.buffers())
+    assert len(made) == len(plan.columns) == 2 and counted(system).traces(plan) == exactly
 
 
 DIAMOND = {"root": (), "left": ("root",), "right": ("root",), "join": ("right", "left", "root"), "end": ("join",)}
@@ -200,7 +248,7 @@ def test_flops_by_enumeration():
     # relay hands over latent steps alone: the sender's own trace, then one that starts with two columns.
     pairs = {"prefill": 1 + 2 + 3 + 1, "latent": (4 + 5) + (2 + 3), "answer": sum(range(3, 6)) + sum(range(3, 9))}
     tokens = {"prefill": 4, "latent": 4, "answer": 9}
-    work = plan.work(shape)
+    work = plan.work({"default": shape})
     for phase in PHASES:
         head = 2 * 3 * 8 * 11 if phase == "answer" else 0
         assert work[phase].flops == per_token * tokens[phase] + per_pair * pairs[phase] + head
@@ -208,7 +256,7 @@ def test_flops_by_enumeration():
         assert work[phase + BACKWARD].flops == backward
     # Weights once per latent step, trace columns as far as each step got, the step's own columns written.
     assert work["latent"].bytes == 2 * (2 * (2 * layer + 5) + shape.column * (pairs["latent"] + 4))
-    again = plan.work(shape, "prefill")
+    again = plan.work({"default": shape}, "prefill")
     assert again["latent" + BACKWARD] == work["latent" + BACKWARD]
     assert again["prefill" + BACKWARD] == work["prefill" + BACKWARD] + work["prefill"]
     assert Work(6, 4).seconds(2, 1) == 4
@@ -244,7 +292,7 @@ def test_lengths_of_items():
 
 SHAPE = Shape.dense(2, 8, 12, 4, 2, 3, 11, 2, 4)
 MODELS = {
-    mode: MemoryModel(column=24, accumulator=48, logit=66, logit_chunk=5, read=read, latent=latent)
+    mode: MemoryModel({"default": ModelMemory(24, 48, read=read, latent=latent)}, logit=66, logit_chunk=5)
     for mode, read, latent in (("none", 1000, 1000), ("prefill", 100, 1000), ("all", 100, 100))
 }
 
@@ -253,7 +301,7 @@ def chosen(budget, *, rows=(1, 2, 4, 8), modes=tuple(MODELS), rates=(1e12, 1e11)
     def plan(count):
         return Plan.of(TOPOLOGIES["relay"], 3, *lengths().longest(count))
 
-    choice = fit({m: MODELS[m] for m in modes}, plan, SHAPE, rows=rows, budget=budget, rates=rates)
+    choice = fit({m: MODELS[m] for m in modes}, plan, {"default": SHAPE}, rows=rows, budget=budget, rates=rates)
     assert choice.peak == MODELS[choice.checkpointing].peak(plan(choice.rows)) <= budget
     return choice
 

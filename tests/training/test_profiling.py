@@ -8,7 +8,7 @@ from tiny_models import causal_lm, with_lora
 
 from diffmas import train
 from diffmas.agents.costs import BACKWARD, PHASES
-from diffmas.agents.topology import TOPOLOGIES
+from diffmas.agents.topology import TOPOLOGIES, load_topology
 from diffmas.system import MultiAgentSystem
 from diffmas.training import profiling
 from diffmas.training.profiling import OPTIMIZER, OTHER, Phases, watch
@@ -76,6 +76,16 @@ def test_a_delay_shows_in_its_phase(phase, backward, options, monkeypatch):
     assert clock.now == 1e9 * sum(spent.values())
     assert len(spent) >= 6
     assert "run" not in vars(system) and not system._forward_hooks and not system._forward_pre_hooks
+
+
+def test_what_comes_over_a_bridge_is_read_as_a_prompt_is():
+    model = with_lora(causal_lm("qwen3", dtype=torch.float32), embeddings=False).train()
+    system, ids, marks = MultiAgentSystem(model, load_topology("relay", "bridge"), latent_steps=2), torch.arange(3), []
+    with watch(system, marks.append):
+        system([ids, ids], [[3], [3]], ids[:2], [2], return_logits=False).loss.backward()
+    assert marks[:5] == ["prefill", "latent", "latent", "prefill", "answer"]
+    backward = [mark.removesuffix(BACKWARD) for mark in marks[5:] if mark != OTHER]
+    assert list(dict.fromkeys(backward)) == ["answer", "prefill", "latent"]
 
 
 def test_profile_of_a_run(flags, tmp_path):

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffmas import ablate, show, train
 from diffmas import eval as evaluate
+from diffmas.agents.costs import BACKWARD
 from diffmas.embedded.tokenizer import LLAMA, build_tokenizer
 from diffmas.loading import load_run
 from diffmas.models.pretrained import load_base
@@ -121,7 +122,7 @@ def test_every_model_reads_with_its_own_tokenizer(flags, pair, capsys):
     assert show.main([f for f in flags(topology=pair()) if "use_cpu" not in f]) == 0
     said = capsys.readouterr().out
     assert "⟦[question]⟧|F|a|c|t|s" in said and "⟦<|user|>⟧|Recall" in said
-    assert "behind 2 hidden states each of sender" in said
+    assert "behind hidden states of sender: the prompt's last, and those of 2 latent steps each" in said
 
 
 @pytest.mark.parametrize(
@@ -137,10 +138,6 @@ def test_every_model_reads_with_its_own_tokenizer(flags, pair, capsys):
         ({"models": {"small": {}, "more": {"dtype": "float32"}}}, {}, "models has ['more'], which no agent runs on"),
         ({"handover": "latent"}, {}, "handover is 'latent' from agent sender to agent solver"),
         ({}, {"handover": "full"}, "3 attention layers of 1 × 8 there, 2 attention layers of 1 × 8 here"),
-        ({}, {"auto_batch": True}, "auto_batch is True, and agents run on several models (default, small)"),
-        ({}, {"checkpointing": "auto"}, "checkpointing is 'auto', and agents run on several models"),
-        ({}, {"profile": True}, "profile is True, and agents run on several models"),
-        ({}, {"latent_steps": 0}, "latent_steps is 0, and topology 'pair' hands over the hidden states"),
         ({}, {"cuda_graphs": "auto"}, "cuda_graphs is 'auto', and agents hand over hidden states"),
         ({}, {"bridge": "deep"}, "bridge is 'deep'; allowed: linear, mlp"),
     ],
@@ -148,6 +145,19 @@ def test_every_model_reads_with_its_own_tokenizer(flags, pair, capsys):
 def test_what_is_refused(flags, pair, capsys, team, given, said):
     assert train.main(flags(topology=pair(**team), **QUICK, **given)) == 2
     assert said in capsys.readouterr().err
+
+
+def test_memory_and_time_of_several_models(flags, pair, tmp_path):
+    """What the batch is fitted to, and what a step is measured against, is that of both."""
+    given = QUICK | dict(auto_batch=True, checkpointing="auto", profile=True, memory_limit_gb=4, max_steps=3)
+    assert train.main(flags(topology=pair(), bridge_states="full", **given | dict(disable_final_eval=True))) == 0
+    run = tmp_path / "run"
+    fitted, profile = (json.loads((run / name).read_text()) for name in ("summary.json", "profile.json"))
+    assert fitted["fit"]["rows"] == 8 and 0 < fitted["fit"]["peak"] < fitted["fit"]["budget"] < 4e9
+    assert fitted["system"]["bridge_states"] == fitted["topology"]["bridge_states"] == "full"
+    parts = profile["phases"]
+    assert all(parts[name + back]["seconds"] > 0 for name in ("prefill", "latent", "answer") for back in ("", BACKWARD))
+    assert train.main(flags(topology=pair(), output_dir=tmp_path / "b", **given | dict(memory_limit_gb=1e-6))) == 2
 
 
 def test_one_base_under_two_names_is_loaded_once(flags, pair, base, other, tmp_path, capsys):
