@@ -178,29 +178,32 @@ def make_bridges(
         if options.bridge_initial == "tokens" and sender is receiver:
             initial = ridge_alignment(inputs, outputs)
         elif options.bridge_initial == "tokens":
-            there, here = shared_tokens(*((name, tokenizers.get(name)) for name in names))
+            ends = zip(names, map(tokenizers.get, names), (len(outputs), len(inputs)), strict=True)
+            there, here = shared_tokens(*ends)
             initial = ridge_alignment(inputs[here].to(outputs.device), outputs[there])
         made[edge] = Bridge(outputs.shape[1], inputs, options, initial, receiver.backend)
     return Bridges(made)
 
 
 def shared_tokens(
-    sender: tuple[str, PreTrainedTokenizerBase | None], receiver: tuple[str, PreTrainedTokenizerBase | None]
+    sender: tuple[str, PreTrainedTokenizerBase | None, int], receiver: tuple[str, PreTrainedTokenizerBase | None, int]
 ) -> tuple[Tensor, Tensor]:
-    """Ids of the tokens that stand for the same text in both vocabularies, int64 `[tokens]` each; with models' names.
+    """Ids of the tokens that stand for the same text in both vocabularies, int64 `[tokens]` each.
+
+    `sender`, `receiver`: a model's name, its tokenizer, and how many tokens it has embeddings of.
 
     Raises:
         ValueError: a tokenizer is missing, or no token is shared.
     """
     found = []
-    for name, tokenizer in (sender, receiver):
+    for name, tokenizer, known in (sender, receiver):
         if tokenizer is None:
             raise ValueError(
                 f"bridge_initial is 'tokens', and model {name} comes without a tokenizer; allowed: random, or a "
                 "tokenizer for every model"
             )
         # A space before a word is spelled in one of two ways.
-        found.append({text.replace("▁", "Ġ"): i for text, i in tokenizer.get_vocab().items()})
+        found.append({text.replace("▁", "Ġ"): i for text, i in tokenizer.get_vocab().items() if i < known})
     texts = sorted(found[0].keys() & found[1].keys())
     if not texts:
         raise ValueError(

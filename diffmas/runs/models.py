@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,14 @@ def sources(settings: SystemArguments, topology: Topology) -> dict[str, dict[str
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    paths = [embedded_path(source["model_name_or_path"]) or source["model_name_or_path"] for source in (one, other)]
+    paths = [_place(source["model_name_or_path"]) for source in (one, other)]
     return paths[0] == paths[1] and {**one, "model_name_or_path": None} == {**other, "model_name_or_path": None}
+
+
+def _place(name: str | None) -> str | None:
+    """A folder however it is spelled, or else the name."""
+    name = embedded_path(name) or name
+    return os.path.realpath(name) if name is not None and os.path.exists(name) else name
 
 
 def described(system: MultiAgentSystem) -> Topology:

@@ -7,6 +7,7 @@ from compare import assert_same, error, gradients
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny_models import arguments, causal_lm, clone, packed, ragged, with_lora
 
+from diffmas.agents.bridges import shared_tokens
 from diffmas.agents.controls import CONTROLS
 from diffmas.agents.topology import BRIDGE_STATES, Agent, Topology, TopologyError
 from diffmas.comparison.axes import first_agents
@@ -332,3 +333,17 @@ def test_agents_left_out_leave_their_bridges():
 def test_bad_input(build, raised, message):
     with pytest.raises(raised, match=message):
         build()
+
+
+def test_tokens_that_a_model_has_no_embedding_of_start_no_bridge():
+    """Added to the tokenizer, and the model was not resized."""
+
+    class Vocabulary(dict):
+        def get_vocab(self):
+            return self
+
+    sender, receiver = Vocabulary({"a": 0, "▁b": 1, "new": 40}), Vocabulary({"new": 2, "Ġb": 3, "a": 50})
+    there, here = shared_tokens(("x", sender, 41), ("y", receiver, 4))
+    assert (there.tolist(), here.tolist()) == ([40, 1], [2, 3])
+    with pytest.raises(ValueError, match="models x and y have no token in common; allowed: random"):
+        shared_tokens(("x", sender, 1), ("y", receiver, 4))
