@@ -21,7 +21,7 @@ from diffmas.training.settings import DecodingArguments, TrainArguments
 LESS_MEMORY = "--batch_size, --samples, --max_new_tokens, --latent_steps, --per_device_train_batch_size"
 PRESETS = Path(__file__).parent / "presets"
 #: Presets that say only in what they differ from another one.
-OVER = {"two_facts": "facts", "two_models": "embedded"}
+OVER = {"two_models": "embedded"}
 
 T = TypeVar("T")
 
