@@ -287,7 +287,7 @@ def test_expected_embedding_of_other_gradients(grad_size, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_expected_embedding_without_some_tokens(operators, dtype):
-    cases.check_without_some_tokens(operators, dtype, temperatures=False)
+    cases.check_without_some_tokens(operators, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
