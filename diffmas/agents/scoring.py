@@ -65,10 +65,8 @@ def restating_loss(
     Raises:
         ValueError: texts that do not fit the agents or the prompts.
     """
-    agents, places = (
-        restating_agents(trajectory.topology),
-        {a.name: i for i, a in enumerate(trajectory.topology.agents)},
-    )
+    topology = trajectory.topology
+    agents, places = restating_agents(topology), {agent.name: i for i, agent in enumerate(topology.agents)}
     if not len(said_ids) == len(said_lengths) == len(agents):
         raise ValueError(
             f"said_ids has {len(said_ids)} and said_lengths {len(said_lengths)} entries; allowed: one for each of "

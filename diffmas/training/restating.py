@@ -20,14 +20,14 @@ from diffmas.agents.topology import Topology
 SAID = ("said_ids", "said_lengths")
 
 
-def check_restating(topology: Topology, restate_steps: int, steps: int) -> None:
-    """Raise `ValueError` where no agent can learn to restate, or nothing else would be learnt."""
+def check_restating(topology: Topology, restate_steps: int, steps: int | None = None) -> None:
+    """Raise `ValueError` where no agent can learn to restate, or nothing else would be learnt in `steps`, if known."""
     if restate_steps and not restating_agents(topology):
         raise ValueError(
             f"restate_steps is {restate_steps}, and topology {topology.name!r} has no agent before the last whose "
             "adapter trains; allowed: 0"
         )
-    if restate_steps and restate_steps >= steps:
+    if restate_steps and steps is not None and restate_steps >= steps:
         raise ValueError(f"restate_steps is {restate_steps}, and the training has {steps} steps; allowed: fewer")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +137,7 @@ class SystemTrainer(Trainer):
         if lengths is None and args.train_sampling_strategy == "group_by_length":
             lengths = ItemLengths(train_dataset, collate)
         if args.restate_steps:
-            check_restating(model.topology, args.restate_steps, sys.maxsize)
+            check_restating(model.topology, args.restate_steps)
             collate = RestatingCollator(collate, collate if isinstance(collate, Collator) else model.collator)
             # Of what only the method's loss reaches, the other one leaves no gradient.
             args.ddp_find_unused_parameters = True

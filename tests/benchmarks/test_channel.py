@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import capacity, channel, seeds, trainings
+from benchmarks import agents, capacity, channel, seeds, trainings
 from diffmas.agents.topology import load_topology
 from diffmas.command_line import parse_training
 from diffmas.runs.files import METRICS_FILE, SUMMARY_FILE, SYSTEM_FILE
 
 MACHINE = dict(device="a laptop", threads=2, torch="2", transformers="5")
-MARKS = ("channel", "capacity", "capacity-toy", "seeds", "facts")
+MARKS = ("channel", "capacity", "capacity-toy", "seeds", "facts", "models", "adapters")
 
 
 @pytest.fixture
@@ -29,15 +29,18 @@ def study(tmp_path, monkeypatch):
             accuracy=right, accuracy_mismatched=0.1, accuracy_zero=0.0, accuracy_noise=0.0, accuracy_text=0.5,
             accuracy_training_free=0.2, accuracy_single=0.7, seconds=90, eval_items=64,
             steps=int(flags.get("max_steps", 240)), machine=MACHINE, system={"topology": str(tmp_path / "team.yaml")},
+            training={"seed": int(flags["seed"])},
         )  # fmt: skip
         (out / SUMMARY_FILE).write_text(json.dumps(summary))
-        (out / METRICS_FILE).write_text('{"step": 5, "loss": 1.5}\n{"step": 10, "loss": 0.5}\n')
+        (out / METRICS_FILE).write_text(
+            '{"step": 5, "loss": 1.5}\n{"step": 10, "eval_accuracy": 0.25}\n{"step": 15, "eval_accuracy": 0.5}\n'
+        )
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(trainings.subprocess, "run", run)
     page = tmp_path / "page.md"
     page.write_text("before\n" + "".join(f"<!-- {m}: begin -->\nold\n<!-- {m}: end -->\n" for m in MARKS) + "after\n")
-    for module in (channel, capacity, seeds):
+    for module in (agents, capacity, channel, seeds):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
         monkeypatch.setattr(module, "PAGE", page)
     monkeypatch.setattr(channel, "README", page)
@@ -52,7 +55,7 @@ def test_arms_and_seeds_and_what_is_kept(study, tmp_path):
         for seed in "01" for n in (1, 2) for alignment in ("soft", "identity")
     ]  # fmt: skip
     page = (tmp_path / "page.md").read_text()
-    assert page.startswith("before\n") and page.endswith("\nafter\n") and page.count("old") == 2
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and page.count("old") == 4
     soft = channel.ARMS["soft"][0]
     assert f"| facts-2 | {soft} | 90, 80 | 85 | 10 | 0 | 0 | 20 | 50 | 70 | 40 | 1.5 |" in page
     assert "| 2 |  |  | 85 (50) |  |  |" in page
@@ -85,6 +88,17 @@ def test_capacity(study, tmp_path):
     assert "| 8 | 90 (20, 50) | 90 (20, 50) | 90 (20, 50) |" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "results" / "capacity.png").stat().st_size > 0
     assert capacity.known(100, 8) == 8 and capacity.known(capacity.CHANCE, 8) == 0
+
+
+def test_agents(study, tmp_path):
+    agents.main([f"--folder={tmp_path / 'runs'}", "--seeds=2"])
+    assert [(f.get("topology"), f.get("adapters"), f["seed"]) for f in study] == [
+        ("two_models", None, "42"), ("two_models", None, "0"), (None, "shared", "0"), (None, "shared", "1"),
+        (None, "per_role", "0"), (None, "per_role", "1"),
+    ]  # fmt: skip
+    page = (tmp_path / "page.md").read_text()
+    assert "| one adapter of both | 2 | 80.0 | 85.0 | 10.0 | 0 | 0 | 20 | 25, 25 | 240 | 90 |" in page
+    assert "Seeds of `--topology two_models`: 0, 42." in page and page.count("old") == len(MARKS) - 2
 
 
 def of_all_studies():
